@@ -1,0 +1,4 @@
+"""The frontend: OpenAI-compatible HTTP and gRPC faces, text and tokens, routing to the two pools.
+
+The only part of Slipstream that knows text. It never imports torch or vllm.
+"""

@@ -1,0 +1,150 @@
+"""Every error a Slipstream component raises, and the HTTP and gRPC status each becomes.
+
+One tree, so that a face can translate whatever reaches it without knowing where it came from. A message
+names the field, the value, the limit and the remedy. `code` and `param` are what OpenAI's error shape
+carries; over gRPC they travel as trailing metadata (see `slipstream.grpc_errors`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+
+class SlipstreamError(Exception):
+    """Base of the tree; raised itself only for what has no better name.
+
+    Attributes:
+        message: one sentence for the caller, without a trace of internals.
+        param: the request field at fault, or None.
+        code: a stable machine-readable name of the cause.
+        retry_after_s: seconds after which another try is sensible, or None.
+    """
+
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    openai_type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequestError(SlipstreamError):
+    """The caller's input is wrong; sending it again unchanged cannot succeed."""
+
+    http_status = 400
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+    openai_type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer do not fit the model's context; the message names both lengths."""
+
+    default_code = "context_length_exceeded"
+
+
+class UnsupportedError(InvalidRequestError):
+    """A field of the API that Slipstream refuses rather than ignores."""
+
+    default_code = "unsupported_parameter"
+
+
+class ModelNotFoundError(SlipstreamError):
+    """No worker serves the model asked for."""
+
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    openai_type = "invalid_request_error"
+    default_code = "model_not_found"
+
+
+class RequestTooLargeError(SlipstreamError):
+    """The request body is larger than the configured limit."""
+
+    http_status = 413
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    openai_type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class UnavailableError(SlipstreamError):
+    """The cluster cannot serve this now; the same request may succeed later."""
+
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    openai_type = "server_error"
+    default_code = "unavailable"
+
+
+class NoWorkerError(UnavailableError):
+    """No ready worker of a role that the request needs."""
+
+    default_code = "no_worker"
+
+
+class WorkerLostError(UnavailableError):
+    """A worker died, or went silent, while it held the request."""
+
+    default_code = "worker_lost"
+
+
+class WorkerDrainingError(UnavailableError):
+    """The worker finishes what it has and takes nothing new; another one will."""
+
+    default_code = "worker_draining"
+
+
+class EngineDeadError(UnavailableError):
+    """The engine inside a worker has died; the worker ends itself."""
+
+    default_code = "engine_dead"
+
+
+class DeadlineError(SlipstreamError):
+    """A wait ran into its deadline; the message names the wait and the limit."""
+
+    http_status = 504
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    openai_type = "server_error"
+    default_code = "deadline_exceeded"
+
+
+class CancelledByClientError(SlipstreamError):
+    """The client went away; nobody reads the answer."""
+
+    http_status = 499
+    grpc_status = grpc.StatusCode.CANCELLED
+    openai_type = "invalid_request_error"
+    default_code = "cancelled"
+
+
+class TransferError(SlipstreamError):
+    """A KV handoff failed; the decode worker computes the prompt itself."""
+
+    default_code = "transfer_failed"
+
+
+class StartupError(SlipstreamError):
+    """A component cannot start; the message names the cause and the remedy."""
+
+    default_code = "startup_failed"
+
+
+class ConfigError(StartupError):
+    """A setting is wrong; the message names the setting, where its value came from and the limit."""
+
+    default_code = "bad_config"

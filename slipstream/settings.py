@@ -1,0 +1,133 @@
+"""The one typed configuration: what can be set, its unit, its limits and its default.
+
+Here is the data only. `slipstream.config` fills it from flags, environment and one YAML file and remembers
+where each value came from; components receive the section they need and read nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ControlPlaneSettings(Section):
+    """Where the registry listens, and where the others find it."""
+
+    host: str = Field("127.0.0.1", description="address the control plane listens on")
+    port: int = Field(7600, ge=0, le=65535, description="port the control plane listens on; 0 takes a free one")
+    address: str = Field("127.0.0.1:7600", description="host:port under which workers and frontends find it")
+    lease_s: float = Field(6.0, ge=0.5, le=300, description="a worker that has not renewed for this long is forgotten")
+
+
+class FrontendSettings(Section):
+    """The public faces."""
+
+    host: str = Field("127.0.0.1", description="address the HTTP and gRPC faces listen on")
+    http_port: int = Field(8000, ge=0, le=65535, description="port of the OpenAI-compatible HTTP face")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="port of the gRPC face")
+    max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request body accepted")
+    max_n: int = Field(16, ge=1, le=128, description="largest `n` accepted")
+    request_timeout_s: float = Field(600.0, gt=0, le=86400, description="longest a request may take in all")
+    prefill_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        le=3600,
+        description="longest wait for a prefill worker's handoff before decode does it alone",
+    )
+    first_token_timeout_s: float = Field(
+        120.0, gt=0, le=3600, description="longest wait for the first token from a decode worker"
+    )
+    token_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="longest wait for the next token from a decode worker"
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=10, description="dispatches of one request before its worker's loss is reported"
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
+
+
+class WorkerSettings(Section):
+    """One prefill or decode worker."""
+
+    worker_id: str | None = Field(None, description="name in the registry; made from role, host and pid when absent")
+    host: str = Field("127.0.0.1", description="address the worker's gRPC and metrics listen on, as others reach it")
+    port: int = Field(0, ge=0, le=65535, description="port of its gRPC services; 0 takes a free one")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of its /metrics; 0 takes a free one")
+    max_model_len: int | None = Field(
+        None, ge=16, description="longest prompt plus answer in tokens; the model's own limit when absent"
+    )
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="memory for the KV cache; room for four full contexts, within limits, when absent",
+    )
+    block_tokens: int | None = Field(None, ge=1, description="tokens a KV block; the engine's choice when absent")
+    max_batched_tokens: int | None = Field(
+        None, ge=64, description="tokens computed in one engine step; the engine's choice when absent"
+    )
+    max_running: int = Field(64, ge=1, le=4096, description="requests computed at the same time")
+    max_waiting: int = Field(256, ge=0, le=65536, description="requests queued before a worker refuses more")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the engine; all cores of the process when absent"
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
+    start_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest the engine may take to load")
+
+
+class TransferSettings(Section):
+    """How KV blocks move from prefill to decode."""
+
+    mode: Literal["auto", "direct", "staged"] = Field(
+        "auto",
+        description="shm transport: `direct` reads the prefill worker's memory (process_vm_readv), "
+        "`staged` goes through a shared-memory segment, `auto` takes direct where the kernel allows it",
+    )
+    lease_s: float = Field(30.0, ge=1, le=600, description="longest blocks are held for a decode worker")
+    timeout_s: float = Field(10.0, gt=0, le=600, description="longest a transfer may take before decode recomputes")
+    board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a prefill worker can hold at the same time")
+
+
+class LogSettings(Section):
+    """What is written down, and where."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level written")
+    format: Literal["console", "json"] = Field("console", description="lines for people, or one JSON object a line")
+
+
+class ClusterSettings(Section):
+    """What `slipstream up` starts on this machine."""
+
+    prefill: int = Field(1, ge=0, le=64, description="prefill workers")
+    decode: int = Field(1, ge=1, le=64, description="decode workers")
+    log_dir: Path | None = Field(
+        None, description="folder of the processes' logs; under the user's state folder when absent"
+    )
+    ready_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest `up` waits for everything to be ready")
+
+
+class Settings(Section):
+    """All of it. Sections are named as in the YAML file."""
+
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="a local folder, a Hugging Face id, or the name of the packaged default model",
+    )
+    served_model_name: str | None = Field(None, description="name clients use; taken from the model when absent")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engine computes")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and KV cache; auto is float32 on a CPU without AVX512-BF16"
+    )
+    control_plane: ControlPlaneSettings = ControlPlaneSettings()
+    frontend: FrontendSettings = FrontendSettings()
+    worker: WorkerSettings = WorkerSettings()
+    transfer: TransferSettings = TransferSettings()
+    log: LogSettings = LogSettings()
+    cluster: ClusterSettings = ClusterSettings()
