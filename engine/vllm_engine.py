@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from vllm import AsyncEngineArgs
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.exceptions import VLLMError
 from vllm.outputs import RequestOutput
 from vllm.transformers_utils.config import get_config
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -24,7 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
 from engine.protocol import PromptComputed, TokensGenerated
-from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire
+from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.board import Board, Counter
 from kv_transfer.scheduler_side import ACCOUNT, HANDOFF, RECEIVE, SEND
 from slipstream import telemetry
@@ -85,7 +86,7 @@ class VllmEngine:
         """
         try:
             self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=[self._stat_logger])
-        except (ValueError, RuntimeError, OSError, AssertionError) as error:
+        except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
             raise StartupError(f"vLLM cannot start with {self._args.model}: {error}") from error
         model = self._llm.vllm_config.model_config
         self.max_model_len = model.max_model_len
@@ -188,8 +189,8 @@ class VllmEngine:
             raise EngineDeadError("the worker's engine has died") from error
         except EngineGenerateError as error:
             raise UnavailableError("the engine gave the request up", code="engine_aborted") from error
-        except ValueError as error:  # vLLM's verdict on this request
-            raise InvalidRequestError(str(error), param=getattr(error, "parameter", None)) from error
+        except (VLLMError, ValueError) as error:
+            raise verdict(error) from error
 
     def _check_prompt(self, token_ids: Sequence[int]) -> None:
         self._running()

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams as VllmSampling
+from vllm.exceptions import VLLMError, VLLMServerError
 from vllm.sampling_params import RequestOutputKind
 
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import InvalidRequestError, SlipstreamError, UnavailableError
 from slipstream.v1.sampling_pb2 import Candidate, FinishReason, SamplingParams, TokenLogprobs
 
 FINISH_REASONS: Mapping[str | None, FinishReason.ValueType] = {
@@ -50,8 +51,16 @@ def to_vllm(sampling: SamplingParams, *, transfer: Mapping[str, Any]) -> VllmSam
         return VllmSampling(
             detokenize=False, output_kind=RequestOutputKind.DELTA, ignore_eos=sampling.ignore_eos, **values
         )
-    except ValueError as error:
-        raise InvalidRequestError(str(error), param=getattr(error, "parameter", None)) from error
+    except (VLLMError, ValueError) as error:
+        raise verdict(error) from error
+
+
+def verdict(error: VLLMError | ValueError) -> SlipstreamError:
+    """vLLM's refusal of a request, in our terms: the caller's mistake, unless vLLM says it is the server's."""
+    if isinstance(error, VLLMServerError):
+        return UnavailableError(f"the engine refused the request: {error}", code="engine_refused")
+    message = str(error.args[0]) if error.args else str(error)
+    return InvalidRequestError(message, param=getattr(error, "parameter", None))
 
 
 def _is_set(sampling: SamplingParams, name: Any) -> bool:
