@@ -1,0 +1,220 @@
+"""From settings to the processes of a local cluster: their commands, ports, CPUs and folder.
+
+Children read the resolved settings from one file in the run folder, with flags for what differs between them, and
+get no SLIPSTREAM_ variable: what the launcher was told in whatever way is told to them in one way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deploy import cores
+from deploy.processes import Component
+from slipstream import config_file
+from slipstream.config_layer import ENV_PREFIX
+from slipstream.errors import ConfigError, StartupError
+from slipstream.settings import Settings
+
+CONTROL_PLANE = "control-plane"
+FRONTEND = "frontend"
+
+_KEPT_RUNS = 20
+_SOURCE_ROOT = Path(config_file.__file__).resolve().parent.parent
+
+# The faces stop taking requests first; workers finish what they have; the registry hears them leave.
+_STAGE_FRONTEND, _STAGE_WORKERS, _STAGE_CONTROL_PLANE = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A cluster that can be started: nothing is left to decide.
+
+    Attributes:
+        settings: with every port of the public faces and the control plane resolved.
+    """
+
+    settings: Settings
+    components: tuple[Component, ...]
+    run_folder: Path
+
+    @property
+    def worker_names(self) -> frozenset[str]:
+        return frozenset(component.name for component in self.components) - {CONTROL_PLANE, FRONTEND}
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{_bracketed(_reachable(self.settings.frontend.host))}:{self.settings.frontend.http_port}"
+
+    @property
+    def grpc_target(self) -> str:
+        return f"{_bracketed(_reachable(self.settings.frontend.host))}:{self.settings.frontend.grpc_port}"
+
+
+def plan(
+    settings: Settings,
+    *,
+    environ: Mapping[str, str],
+    run_folder: Path,
+    cpus: Iterable[int],
+    python: str = sys.executable,
+) -> LocalCluster:
+    """Decide everything, and write the run folder's `slipstream.yaml`.
+
+    Args:
+        environ: of the launcher; children get it without what Slipstream would read as settings.
+        cpus: the logical CPUs the workers may use.
+
+    Raises:
+        ConfigError: a port is taken.
+        StartupError: the run folder cannot be written.
+    """
+    resolved = _resolve_ports(settings)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        file = run_folder / "slipstream.yaml"
+        config_file.write(resolved, file)
+    except OSError as error:
+        message = f"the run folder {run_folder} cannot be written ({error.strerror}); choose another with --log-dir"
+        raise StartupError(message) from None
+    commands = _Commands((python, "-P", "-m", "slipstream"), file, _child_environ(environ), run_folder)
+    workers = _workers(resolved, cpus, commands)
+    control_plane = commands.component(
+        CONTROL_PLANE, ["planner", "serve"], stop_stage=_STAGE_CONTROL_PLANE, essential=True
+    )
+    frontend = commands.component(FRONTEND, ["frontend"], stop_stage=_STAGE_FRONTEND, essential=True)
+    return LocalCluster(resolved, (control_plane, *workers, frontend), run_folder)
+
+
+def default_run_folder(environ: Mapping[str, str], home: Path, now: datetime, pid: int) -> Path:
+    """A new folder under the user's state folder (XDG_STATE_HOME, else ~/.local/state)."""
+    return _runs_folder(environ, home) / f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{pid}"
+
+
+def forget_old_runs(environ: Mapping[str, str], home: Path) -> None:
+    """Delete the folders of all but the latest runs, so that logs do not fill the disk over the months."""
+    runs = sorted(_runs_folder(environ, home).glob("[0-9]*T[0-9]*Z-[0-9]*"))
+    for old in runs[:-_KEPT_RUNS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Commands:
+    """What all commands of one cluster share."""
+
+    program: tuple[str, ...]
+    config_file: Path
+    environ: Mapping[str, str]
+    run_folder: Path
+
+    def component(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        stop_stage: int,
+        cpus: tuple[int, ...] = (),
+        essential: bool = False,
+        flags: Sequence[str] = (),
+    ) -> Component:
+        return Component(
+            name=name,
+            argv=(*self.program, *arguments, "--config", str(self.config_file), *flags),
+            environ=self.environ,
+            log_path=self.run_folder / f"{name}.log",
+            stop_stage=stop_stage,
+            cpus=cpus,
+            essential=essential,
+        )
+
+
+def _workers(settings: Settings, cpus: Iterable[int], commands: _Commands) -> list[Component]:
+    names = [f"prefill-{index}" for index in range(settings.cluster.prefill)]
+    names += [f"decode-{index}" for index in range(settings.cluster.decode)]
+    available = sorted(cpus)
+    shares = None if settings.device == "cuda" else cores.divide(cores.physical_cores(available), len(names))
+    workers = []
+    for index, name in enumerate(names):
+        share = shares[index] if shares is not None else ()
+        flags = ["--worker-id", name]
+        if settings.worker.threads is None and len(names) > 1:
+            flags += ["--threads", str(len(share) or max(1, len(available) // len(names)))]
+        elif settings.worker.threads is not None and settings.worker.threads > len(share):
+            share = ()  # more threads were asked for than a share has CPUs: let them have all
+        role = f"{name.partition('-')[0]}-worker"
+        workers.append(commands.component(name, [role], stop_stage=_STAGE_WORKERS, cpus=share, flags=flags))
+    return workers
+
+
+def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    child = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
+    # With `-P` the current folder is not searched for modules: children run the very code that this process runs.
+    child["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), environ.get("PYTHONPATH"))))
+    child["PYTHONUNBUFFERED"] = "1"
+    return child
+
+
+def _resolve_ports(settings: Settings) -> Settings:
+    face, control = settings.frontend, settings.control_plane
+    http_port = _port(face.host, face.http_port, "frontend.http_port", "--http-port")
+    grpc_port = _port(face.host, face.grpc_port, "frontend.grpc_port", "--grpc-port", taken={http_port})
+    control_port = _port(
+        control.host, control.port, "control_plane.port", "--control-plane-port", taken={http_port, grpc_port}
+    )
+    address = f"{_bracketed(_reachable(control.host))}:{control_port}"
+    return settings.model_copy(
+        update={
+            "frontend": face.model_copy(update={"http_port": http_port, "grpc_port": grpc_port}),
+            "control_plane": control.model_copy(update={"port": control_port, "address": address}),
+            # Each worker gets its own name and ports; one value for all of them would collide.
+            "worker": settings.worker.model_copy(update={"worker_id": None, "port": 0, "metrics_port": 0}),
+        }
+    )
+
+
+def _port(host: str, port: int, setting: str, flag: str, taken: Iterable[int] = ()) -> int:
+    """The port itself when it can be listened on, or a free one for 0."""
+    if port != 0 and port in taken:
+        raise ConfigError(f"{setting} = {port} is used twice; give each face its own port ({flag})", param=setting)
+    while True:
+        chosen = _listen_once(host, port, setting, flag)
+        if chosen not in taken:
+            return chosen
+
+
+def _listen_once(host: str, port: int, setting: str, flag: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            message = (
+                f"{setting} = {port}: cannot listen on {host}:{port} ({error.strerror}); stop what listens there, "
+                f"or choose another port with {flag} (0 takes a free one)"
+            )
+            raise ConfigError(message, param=setting) from None
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def _reachable(host: str) -> str:
+    """The address under which this machine reaches what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _runs_folder(environ: Mapping[str, str], home: Path) -> Path:
+    state = environ.get("XDG_STATE_HOME") or ""
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(state) if os.path.isabs(state) else home / ".local" / "state") / "slipstream"

@@ -1,0 +1,93 @@
+"""When a local cluster is ready: every worker is READY in the registry, and the frontend says that it can serve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import grpc
+import grpc.aio
+
+from deploy.supervisor import Report
+from slipstream.v1 import registry_pb2
+from slipstream.v1.registry_pb2_grpc import RegistryStub
+
+_RETRY_S = 0.25
+_PROBE_TIMEOUT_S = 3.0
+
+
+async def until_ready(
+    *,
+    registry: str,
+    frontend_host: str,
+    http_port: int,
+    workers: Collection[str],
+    control_plane: str,
+    frontend: str,
+    report: Report,
+) -> None:
+    """Wait, and report each change. Has no deadline of its own: the caller sets one.
+
+    Args:
+        registry: host:port of the control plane.
+        workers: worker ids that are waited for.
+        control_plane, frontend: the names under which these two are reported.
+    """
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_until_registered(registry, workers, control_plane, report))
+        group.create_task(_until_frontend_ready(frontend_host, http_port, frontend, report))
+
+
+async def _until_registered(registry: str, workers: Collection[str], control_plane: str, report: Report) -> None:
+    async with grpc.aio.insecure_channel(registry, options=[("grpc.max_reconnect_backoff_ms", 500)]) as channel:
+        while True:
+            try:
+                if await _watch(RegistryStub(channel).Watch, workers, control_plane, report):
+                    return
+            except grpc.RpcError:
+                pass  # not listening yet
+            await asyncio.sleep(_RETRY_S)
+
+
+async def _watch(
+    watch: grpc.aio.UnaryStreamMultiCallable[registry_pb2.WatchRequest, registry_pb2.WorkerSet],
+    workers: Collection[str],
+    control_plane: str,
+    report: Report,
+) -> bool:
+    """True once all are ready; False when the registry ended the stream."""
+    async for worker_set in watch(registry_pb2.WatchRequest()):
+        report(control_plane, "ready")
+        ready = set()
+        for record in worker_set.workers:
+            if record.worker_id in workers:
+                is_ready = record.state == registry_pb2.READY
+                report(record.worker_id, "ready" if is_ready else "loading")
+                if is_ready:
+                    ready.add(record.worker_id)
+        if ready == set(workers):
+            return True
+    return False
+
+
+async def _until_frontend_ready(host: str, port: int, frontend: str, report: Report) -> None:
+    while (status := await _http_status(host, port, "/health/ready")) != 200:
+        if status is not None:
+            report(frontend, "waiting", "for workers")
+        await asyncio.sleep(_RETRY_S)
+    report(frontend, "ready")
+
+
+async def _http_status(host: str, port: int, path: str) -> int | None:
+    """The status of one GET, or None when nothing answers. A probe of ten lines, so that no HTTP client is needed."""
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                status_line = await reader.readline()
+            finally:
+                writer.close()
+        return int(status_line.split()[1])
+    except (OSError, TimeoutError, IndexError, ValueError):
+        return None

@@ -1,0 +1,51 @@
+"""What both clients share about the way to the cluster: channel options, deadlines, and errors with a remedy."""
+
+from __future__ import annotations
+
+import math
+
+import grpc
+import grpc.aio
+
+from slipstream import errors
+from slipstream.grpc_errors import CODE_KEY, from_rpc_error
+
+DEFAULT_TARGET = "localhost:8001"
+DEFAULT_TIMEOUT_S = 600.0
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    # An answer with logprobs can be larger than gRPC's default of 4 MiB, and a long prompt too.
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A peer that vanished without closing (a cable, a suspended machine) is noticed within half a minute.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+
+def checked_timeout(timeout_s: float | None, default_s: float) -> float:
+    """The deadline of one call in seconds.
+
+    Raises:
+        InvalidRequestError: not a positive, finite number; a wait without an end is not offered.
+    """
+    chosen = default_s if timeout_s is None else timeout_s
+    if not (math.isfinite(chosen) and chosen > 0):
+        raise errors.InvalidRequestError(
+            f"timeout_s = {chosen} must be a positive number of seconds", param="timeout_s"
+        )
+    return chosen
+
+
+def typed_error(error: grpc.RpcError, target: str, timeout_s: float) -> errors.SlipstreamError:
+    """The error of a failed call, with a remedy where it is the way to the cluster that failed."""
+    if isinstance(error, grpc.aio.AioRpcError | grpc.Call):
+        ours = any(key == CODE_KEY for key, _ in error.trailing_metadata() or ())
+        if not ours and error.code() is grpc.StatusCode.UNAVAILABLE:
+            return errors.UnavailableError(
+                f"cannot reach a Slipstream frontend at {target} ({error.details()}); "
+                "check the address, and that the cluster is up (`slipstream status`)"
+            )
+        if not ours and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return errors.DeadlineError(f"the answer from {target} was not complete within timeout_s = {timeout_s:g}")
+    return from_rpc_error(error)
