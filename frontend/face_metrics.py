@@ -20,6 +20,11 @@ REQUESTS = Counter(
     "Requests answered, by status: an HTTP status or a gRPC status name. A rising rate of 5xx needs a look.",
     (*_WHERE, "code"),
 )
+BROKEN_STREAMS = Counter(
+    "slipstream_frontend_broken_streams_total",
+    "Streamed answers that ended in an error after they had begun, by error code. Their status was a success.",
+    (*_WHERE, "code"),
+)
 IN_FLIGHT = Gauge(
     "slipstream_frontend_requests_in_flight", "Requests being answered now. Compare with the workers' capacity.", _WHERE
 )

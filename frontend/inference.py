@@ -21,13 +21,21 @@ from frontend.generation import Dispatcher, ServedModel, TokenRequest
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, context_length_error
 from frontend.sampling_fields import INT64_MAX
 from frontend.tokenizer import TextModel
-from slipstream.errors import DeadlineError, InvalidRequestError, ModelNotFoundError, NoWorkerError, WorkerLostError
+from slipstream.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NoWorkerError,
+    UnavailableError,
+    WorkerLostError,
+)
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
 
 # Answers one request may ask for: its prompts times `n`.
 MAX_ANSWERS = 256
 # What a client may as well wait when no worker is there: about the time a worker needs to be seen again.
 _NO_WORKER_RETRY_S = 2.0
+_CLOSING = "The frontend is shutting down; another one, or this one in a moment, will answer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,15 @@ class InferenceService:
         self.clock = clock
         self._request_timeout_s = request_timeout_s
         self._max_n = max_n
+        self._open: set[asyncio.Timeout] = set()
+        self.closing = False
+
+    def close(self) -> None:
+        """End every open request with `UnavailableError`, and refuse new ones with it: the process shuts down."""
+        self.closing = True
+        for deadline in self._open:
+            if not deadline.expired():
+                deadline.reschedule(asyncio.get_running_loop().time())
 
     def served_model(self, name: str) -> ServedModel:
         """The model of that name as it is served now; any when `name` is empty.
@@ -156,6 +173,9 @@ class InferenceService:
         deadline = asyncio.timeout(self._request_timeout_s)
         try:
             async with deadline:
+                self._open.add(deadline)
+                if self.closing:
+                    raise UnavailableError(_CLOSING, code="shutting_down")
                 model = self.served_model(request.model)
                 self._check(request)
                 prompts = [await self._token_ids(prompt) for prompt in request.prompts]
@@ -169,9 +189,13 @@ class InferenceService:
         except TimeoutError as error:
             if not deadline.expired():
                 raise
+            if self.closing:
+                raise UnavailableError(_CLOSING, code="shutting_down") from error
             raise DeadlineError(
                 f"The request took longer than the {self._request_timeout_s:g} s allowed (frontend.request_timeout_s)."
             ) from error
+        finally:
+            self._open.discard(deadline)
 
     def _check(self, request: InferenceRequest) -> None:
         if not 1 <= request.n <= self._max_n:
