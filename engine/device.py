@@ -14,6 +14,7 @@ Device = Literal["cpu", "cuda"]
 # When nothing is set: room for this many contexts of full length, but at most this share of the memory.
 _DEFAULT_CONTEXTS = 4
 _MEMORY_SHARE = 0.2
+_CPU_STEP_TOKENS = 256
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -70,6 +71,24 @@ def choose_kv_bytes(asked: int | None, token_bytes: int, max_model_len: int, mem
             f"{max_model_len} (worker.max_model_len): raise it to {token_bytes * max_model_len} or lower the other"
         )
     return kv_bytes
+
+
+def choose_step_tokens(asked: int | None, max_running: int, device: Device) -> int | None:
+    """Tokens computed in one engine step; None leaves it to vLLM.
+
+    A step cannot be interrupted: it bounds how soon an abort frees its blocks, and how long a new request waits.
+    A CPU computes some 500 tokens a second whatever the size of the step.
+
+    Raises:
+        ConfigError: less than one token for each running request.
+    """
+    if asked is None:
+        return max(_CPU_STEP_TOKENS, max_running) if device == "cpu" else None
+    if asked < max_running:
+        raise ConfigError(
+            f"worker.max_batched_tokens: {asked} is less than one token for each of worker.max_running ({max_running})"
+        )
+    return asked
 
 
 def kv_token_bytes(hf_config: Any, dtype_bytes: int) -> int:

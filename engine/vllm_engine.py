@@ -112,8 +112,9 @@ class VllmEngine:
         optional: dict[str, Any] = {}
         if worker.block_tokens is not None:
             optional["block_size"] = worker.block_tokens
-        if worker.max_batched_tokens is not None:
-            optional["max_num_batched_tokens"] = worker.max_batched_tokens
+        step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
+        if step_tokens is not None:
+            optional["max_num_batched_tokens"] = step_tokens
         return AsyncEngineArgs(
             model=str(model_path),
             served_model_name=served_name,
@@ -138,6 +139,7 @@ class VllmEngine:
                     "prefill": prefill,
                     "mode": transfer.mode,
                     "timeout_s": transfer.timeout_s,
+                    "lease_s": transfer.lease_s,
                 },
             ),
             **optional,

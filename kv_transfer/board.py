@@ -8,7 +8,8 @@ A lease is a slot and a nonce (random, its low three bits zero). Words of a slot
     held      engine   the nonce while the blocks are pinned; 0 before they may be reused
     outcome   engine   nonce | Outcome once the lease has ended
     released  service  the nonce when the owner gave it up
-    deadline  service  CLOCK_MONOTONIC nanoseconds; the service renews it while its caller is there
+    deadline  service  CLOCK_MONOTONIC nanoseconds; the service renews it while its caller is there (the first
+                       lease period counts from when the blocks are ready)
     taken     decode   the nonce once decode has a copy that it checked
     wanted    decode   which of the handoff's blocks it wants staged: first index << 32 | count
     asked     decode   the nonce when decode cannot read memory directly and wants a staged copy

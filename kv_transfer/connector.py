@@ -8,6 +8,7 @@ vLLM makes one instance in its scheduler and one in each worker. This class only
     prefill     true on prefill workers
     mode        shm transport: auto, direct or staged
     timeout_s   longest a transfer may take
+    lease_s     how long blocks are held for a decode worker without a renewal
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
             _belong_to(int(config.get_from_extra_config("owner_pid", 0)))
-            self._scheduler = SchedulerSide(board, block_tokens=block_tokens)
+            self._scheduler = SchedulerSide(
+                board, block_tokens=block_tokens, lease_s=float(config.get_from_extra_config("lease_s", 30.0))
+            )
         else:
             self._worker = WorkerSide(
                 board,

@@ -10,6 +10,7 @@ handoff, which leaves the engine with the request's last output.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,12 +47,13 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Blocks to keep until the lease ends."""
+    """Blocks to keep until the lease ends, and in any case until `until_ns` (CLOCK_MONOTONIC)."""
 
     request_id: str
     slot: int
     nonce: int
     block_ids: list[int]
+    until_ns: int
 
 
 @dataclass(slots=True)
@@ -92,9 +94,10 @@ class Account:
 class SchedulerSide:
     """State of all requests in the engine that transfer something."""
 
-    def __init__(self, board: Board, *, block_tokens: int) -> None:
+    def __init__(self, board: Board, *, block_tokens: int, lease_s: float) -> None:
         self._board = board
         self._block_tokens = block_tokens
+        self._lease_s = lease_s
         self._pool: BlockPool | None = None
         self._accounts: dict[str, Account] = {}
         self._handoffs: dict[str, Handoff | None] = {}  # None: looked at, and not (or no longer) usable
@@ -252,7 +255,8 @@ class SchedulerSide:
         board.put(slot, Word.HELD, nonce)
         board.add(Counter.HANDOFFS_OPENED)
         self._held += 1
-        self._holds.append(Hold(request_id, slot, nonce, block_ids))
+        until_ns = time.monotonic_ns() + int(self._lease_s * 1e9)
+        self._holds.append(Hold(request_id, slot, nonce, block_ids, until_ns))
         return True, out
 
     def release(self, request_ids: set[str]) -> None:

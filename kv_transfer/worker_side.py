@@ -150,7 +150,7 @@ class WorkerSide:
             return Outcome.TAKEN
         if board.get(slot, Word.RELEASED) == nonce:
             return Outcome.RELEASED
-        if now_ns > board.get(slot, Word.DEADLINE):
+        if now_ns > max(hold.until_ns, board.get(slot, Word.DEADLINE)):
             log.warning("lease_expired", request_id=hold.request_id)
             return Outcome.EXPIRED
         assert self._stager is not None

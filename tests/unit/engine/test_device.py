@@ -29,6 +29,18 @@ def test_float32_is_chosen_where_bfloat16_would_be_emulated() -> None:
     assert device.choose_dtype("bfloat16", "cpu", "") == "bfloat16"
 
 
+def test_a_cpu_takes_short_steps_so_that_an_abort_is_felt_soon() -> None:
+    assert device.choose_step_tokens(None, 64, "cpu") == 256
+    assert device.choose_step_tokens(None, 512, "cpu") == 512
+    assert device.choose_step_tokens(None, 64, "cuda") is None
+    assert device.choose_step_tokens(4096, 64, "cpu") == 4096
+
+
+def test_a_step_has_room_for_every_running_request() -> None:
+    with pytest.raises(ConfigError, match=r"max_batched_tokens: 64 .*max_running \(128\)"):
+        device.choose_step_tokens(64, 128, "cpu")
+
+
 def test_kv_bytes_of_a_token_follow_the_key_value_heads() -> None:
     smollm2 = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
     assert device.kv_token_bytes(smollm2, 4) == 45 * 1024
