@@ -41,7 +41,12 @@ CONFIG_VARIABLE = "SLIPSTREAM_CONFIG"
 DEFAULT_FILE = "slipstream.yaml"
 
 # Kubernetes puts these into every pod for a service that is called slipstream-something; they are no settings.
-_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+# (`NAME_PORT=tcp://...` is told from a misspelled setting by its value.)
+_SERVICE_LINK = re.compile(
+    r"SLIPSTREAM(_[A-Z0-9]+)*_"
+    r"(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
             nothing = value.lower() == "null" and NoneType in get_args(info.annotation)
             if value != "":
                 layer.give(path, None if nothing else value, Origin("environment", name))
-        elif not _SERVICE_LINK.search(name):
+        elif not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             wrong.append(f"environment variable {name} is not a setting{did_you_mean(name.upper(), known)}")
     if wrong:
         raise ConfigError("\n".join(sorted(wrong)))

@@ -59,8 +59,7 @@ def _read_text(path: Path) -> str:
 def _layer(path: Path, loader: yaml.SafeLoader, root: yaml.Node) -> Layer:
     layer, known = Layer(), setting_fields()
     sections = {name.partition(".")[0] for name in known if "." in name}
-    for name, value in _entries(path, loader, root):
-        where = f"{path}:{value.start_mark.line + 1}"
+    for name, value, where in _entries(path, root):
         if name in known:
             layer.give(name, _scalar(loader, name, value, where), Origin("file", where))
         elif name not in sections:
@@ -68,18 +67,16 @@ def _layer(path: Path, loader: yaml.SafeLoader, root: yaml.Node) -> Layer:
             message = f"{name} ({where}) is not a setting{hint}" if hint else unknown_setting(name, where)
             raise ConfigError(message, param=name)
         elif not _is_empty(value):
-            for leaf, leaf_value in _entries(path, loader, value, section=name):
-                full, leaf_where = f"{name}.{leaf}", f"{path}:{leaf_value.start_mark.line + 1}"
+            for leaf, leaf_value, leaf_where in _entries(path, value, section=name):
+                full = f"{name}.{leaf}"
                 if full not in known:
                     raise ConfigError(unknown_setting(full, leaf_where), param=full)
                 layer.give(full, _scalar(loader, full, leaf_value, leaf_where), Origin("file", leaf_where))
     return layer
 
 
-def _entries(
-    path: Path, loader: yaml.SafeLoader, node: yaml.Node, section: str = ""
-) -> Iterator[tuple[str, yaml.Node]]:
-    """The names and values of a mapping, each name once."""
+def _entries(path: Path, node: yaml.Node, section: str = "") -> Iterator[tuple[str, yaml.Node, str]]:
+    """The names of a mapping, each once, with their values and their places."""
     where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{section or 'the file'} ({where}) must be a mapping of names to values")
@@ -93,7 +90,7 @@ def _entries(
         if key.value in seen:
             raise ConfigError(f"{path}:{line}: {key.value} was already set in line {seen[key.value]}")
         seen[key.value] = line
-        yield key.value, value
+        yield key.value, value, f"{path}:{line}"
 
 
 def _is_empty(node: yaml.Node) -> bool:

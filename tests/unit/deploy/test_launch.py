@@ -38,6 +38,8 @@ def launcher(folder: Path, ending_s: str = "0", stop_timeout_s: float = 20.0) ->
     finally:
         process.kill()
         process.communicate(timeout=TIMEOUT_S)
+        for pid in filter(runs, all_pids(folder)):
+            os.kill(pid, signal.SIGKILL)
 
 
 def all_pids(folder: Path) -> list[int]:
@@ -57,11 +59,8 @@ def test_a_stop_signal_ends_everything_in_order_and_leaves_nothing(tmp_path: Pat
 def test_kill_9_of_the_launcher_takes_its_children_with_it(tmp_path: Path) -> None:
     with launcher(tmp_path) as process:
         children = [pids_of(name, tmp_path)[0] for name in NAMES]
-        grandchildren = [pids_of(name, tmp_path)[1] for name in NAMES]
         process.kill()
         wait_until(lambda: not any(runs(pid) for pid in children), "the children have died with the launcher")
-        for pid in grandchildren:  # these scripts do not bind them to their lives, as workers do
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_second_interrupt_kills_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""`slipstream up` and `slipstream demo`: a whole cluster on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slipstream.cli.flags import select, with_settings
+from slipstream.cli.show import examples
+from slipstream.config import LoadedConfig
+from slipstream.settings import FrontendSettings, Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deploy.plan import LocalCluster
+
+PANEL = "A cluster on this machine"
+
+QUESTION = "What is the capital of France?"
+
+_FLAGS = select(
+    "model",
+    "served_model_name",
+    "device",
+    "dtype",
+    "cluster.*",
+    "frontend.*",
+    "worker.*",
+    "transfer.*",
+    "control_plane.*",
+    "log.*",
+    own={"cluster", "frontend", "worker"},
+    without={"worker.worker_id", "worker.port", "worker.metrics_port", "control_plane.address"},
+)
+_PUBLIC_PORTS = (("frontend", "http_port"), ("frontend", "grpc_port"), ("control_plane", "port"))
+_ASK_TIMEOUT_S = 30.0
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        rich_help_panel=PANEL,
+        epilog=examples(
+            ("slipstream up", "one prefill and one decode worker with the default model"),
+            ("slipstream up --prefill 2 --decode 4 --model ./my-model", "more workers, your model"),
+            ("slipstream up --http-port 0 --grpc-port 0 --control-plane-port 0", "on free ports"),
+        ),
+    )(up)
+    app.command(
+        rich_help_panel=PANEL,
+        epilog=examples(
+            ("slipstream demo", f'asks "{QUESTION}"'),
+            ('slipstream demo --prompt "Tell me a joke." --max-tokens 200', "asks something else"),
+        ),
+    )(demo)
+
+
+@with_settings(*_FLAGS)
+def up(loaded: LoadedConfig) -> None:
+    """Start a cluster on this machine and keep it running until Ctrl-C."""
+    from deploy.launch import forever
+    from slipstream.cli.terminal import output
+
+    began_s = time.monotonic()
+
+    async def serve(cluster: LocalCluster) -> None:
+        _print_endpoints(output(), cluster, await _served_model(cluster), time.monotonic() - began_s)
+        await forever()
+
+    _run(loaded.settings, serve, ends_by_signal=True)
+
+
+@with_settings(*_FLAGS)
+def demo(
+    loaded: LoadedConfig,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The question to ask.")] = QUESTION,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Start a cluster, ask one question, print the answer and what it took, and stop.
+
+    Ports that are not set are free ones, so that it runs beside another cluster.
+    """
+
+    async def ask(cluster: LocalCluster) -> None:
+        from slipstream.cli.demo_account import ask_and_account
+        from slipstream.cli.terminal import output
+
+        await ask_and_account(cluster.grpc_target, prompt, max_tokens, output())
+
+    _run(_with_free_ports(loaded), ask, ends_by_signal=False)
+
+
+def _run(
+    settings: Settings, body: Callable[[LocalCluster], Coroutine[Any, Any, None]], *, ends_by_signal: bool
+) -> None:
+    """Start a cluster, run `body` with it, stop it.
+
+    Args:
+        ends_by_signal: once it was ready, a signal is the way to end it, and no failure.
+    """
+    from deploy import plan
+    from deploy.launch import StoppedBySignal, launch_cluster
+    from slipstream.cli.terminal import messages
+
+    console, home = messages(), Path.home()
+    run_folder = settings.cluster.log_dir
+    if run_folder is None:
+        run_folder = plan.default_run_folder(os.environ, home, datetime.now(UTC), os.getpid())
+        plan.forget_old_runs(os.environ, home)
+    run_folder = run_folder.expanduser().absolute()
+    cluster = plan.plan(settings, environ=os.environ, run_folder=run_folder, cpus=os.sched_getaffinity(0))
+    counts = f"{settings.cluster.prefill} prefill + {settings.cluster.decode} decode"
+    console.print(f"Starting {settings.model} on {counts} workers; logs in {run_folder}", soft_wrap=True)
+    try:
+        asyncio.run(launch_cluster(cluster, lambda: body(cluster), console=console))
+    except StoppedBySignal as stopped:
+        raise typer.Exit(0 if stopped.ready and ends_by_signal else 128 + stopped.signum) from None
+
+
+def _with_free_ports(loaded: LoadedConfig) -> Settings:
+    settings = loaded.settings
+    for section, port in _PUBLIC_PORTS:
+        if loaded.origins[f"{section}.{port}"].kind == "default":
+            changed = getattr(settings, section).model_copy(update={port: 0})
+            settings = settings.model_copy(update={section: changed})
+    return settings
+
+
+async def _served_model(cluster: LocalCluster) -> str:
+    from slipstream.client import AsyncClient
+
+    async with AsyncClient(cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S) as client:
+        models = await client.models()
+    return models[0].id if models else cluster.settings.model
+
+
+def _print_endpoints(console: Console, cluster: LocalCluster, model: str, seconds: float) -> None:
+    from rich.text import Text
+
+    question = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    grpc_flag = _unless_default(cluster, "--grpc-port", "frontend", "grpc_port")
+    registry = cluster.settings.control_plane
+    registry_flag = "" if registry.port == 7600 else f" --control-plane {registry.address}"
+    text = Text.assemble(
+        ("\nReady", "bold green"),
+        f" after {seconds:.1f} s: {model}\n\n",
+        ("  OpenAI API  ", "dim"), f"{cluster.http_url}/v1\n",
+        ("  gRPC        ", "dim"), f"{cluster.grpc_target}\n",
+        ("  metrics     ", "dim"), f"{cluster.http_url}/metrics\n",
+        ("  logs        ", "dim"), f"{cluster.run_folder}\n\n",
+        ("With curl:\n", "bold"),
+        f"  curl -N {cluster.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n",
+        f"    -d '{json.dumps(question)}'\n\n",
+        ("In Python:\n", "bold"),
+        "  from slipstream.client import Client\n",
+        f'  with Client("{cluster.grpc_target}") as client:\n',
+        f'      print(client.chat([{{"role": "user", "content": "{QUESTION}"}}]).collect().text)\n\n',
+        ("In the terminal:\n", "bold"),
+        f"  slipstream chat{grpc_flag}\n  slipstream status{registry_flag}\n\n",
+        ("Ctrl-C stops everything.", "dim"),
+    )  # fmt: skip
+    console.print(text, soft_wrap=True)
+
+
+def _unless_default(cluster: LocalCluster, flag: str, section: str, name: str) -> str:
+    value = getattr(getattr(cluster.settings, section), name)
+    default = FrontendSettings.model_fields[name].default
+    return "" if value == default else f" {flag} {value}"
