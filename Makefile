@@ -97,6 +97,9 @@ format: install  ## Put the code into the house format
 proto: install  ## Regenerate the stubs in slipstream/v1 from proto/
 	@$(BIN)/python -m slipstream.regenerate_stubs
 
+docs: install  ## Rewrite docs/configuration.md from the settings
+	@$(BIN)/python -m slipstream.describe_settings
+
 lock: install-light  ## Resolve pyproject.toml into requirements/*.lock (newest versions: ARGS=--upgrade)
 	@find_links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$TORCH_WHEELS}}"; \
 	requirements/lock.sh "$$PWD/$(LIGHT_BIN)/uv" "$${find_links// /,}" $(ARGS)
