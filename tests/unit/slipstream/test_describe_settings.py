@@ -12,17 +12,18 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs`"
 
 
+def _sections() -> list[type[BaseModel]]:
+    annotations = [info.annotation for info in Settings.model_fields.values()]
+    return [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
 def test_every_setting_has_a_description_for_the_page() -> None:
-    sections = [
-        info.annotation
-        for info in Settings.model_fields.values()
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-    ]
+    models: list[type[BaseModel]] = [Settings, *_sections()]
     silent = [
         f"{model.__name__}.{name}"
-        for model in (Settings, *sections)
+        for model in models
         for name, info in model.model_fields.items()
-        if not info.description and info.annotation not in sections
+        if not info.description and info.annotation not in models
     ]
 
     assert silent == []
