@@ -7,14 +7,12 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
-ifneq ($(CURDIR),$(ROOT))
-# `make -f elsewhere/Makefile`: go there first, so that every path below is relative to this folder.
-%:
-	@exec $(MAKE) -C "$(ROOT)" $@
-.PHONY: $(MAKECMDGOALS) help
-help:
-	@exec $(MAKE) -C "$(ROOT)" help
+ifeq ($(wildcard requirements/install.sh),)
+# `make -f elsewhere/Makefile`: go there first, since every path below is relative to this folder.
+GOALS := $(or $(MAKECMDGOALS),help)
+.PHONY: $(GOALS)
+$(GOALS):
+	@exec $(MAKE) -C "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" $@
 else
 
 PYTHON ?= python3.11
@@ -30,7 +28,7 @@ INSTALLER := requirements/install.sh requirements/installer.lock pyproject.toml
 
 # An environment is ready when its mark names this checkout (scripts and the editable install hold its
 # path) and its interpreter runs; if not, FORCE makes it anew whatever the timestamps say.
-ready = $(shell [ "$$(cat $(1)/.ready 2>/dev/null)" = "$(ROOT)" ] && $(1)/bin/python -c "" 2>/dev/null && echo yes)
+ready = $(shell [ "$$(cat $(1)/.ready 2>/dev/null)" = "$(CURDIR)" ] && $(1)/bin/python -c "" 2>/dev/null && echo yes)
 
 .PHONY: FORCE
 .venv/.ready: $(INSTALLER) requirements/full.lock $(if $(call ready,.venv),,FORCE)
@@ -47,8 +45,10 @@ demo: install $(if $(findstring --model,$(ARGS))$(SLIPSTREAM_MODEL),,model)  ## 
 	@exec $(BIN)/slipstream demo $(ARGS)
 
 install: .venv/.ready  ## Install everything, the CPU engine too, into .venv
+	@:
 
 install-light: .venv-light/.ready  ## Install frontend, planner and client only (no torch) into .venv-light
+	@:
 
 model: .venv/.ready  ## Fetch and convert the default model, once, into the user's cache folder
 	@[ -t 2 ] || export TQDM_DISABLE=1; exec $(BIN)/python -m engine.default_model
@@ -97,9 +97,12 @@ format: install  ## Put the code into the house format
 proto: install  ## Regenerate the stubs in slipstream/v1 from proto/
 	@$(BIN)/python -m slipstream.regenerate_stubs
 
+docs: install  ## Rewrite docs/configuration.md from the settings
+	@$(BIN)/python -m slipstream.describe_settings
+
 lock: install-light  ## Resolve pyproject.toml into requirements/*.lock (newest versions: ARGS=--upgrade)
 	@find_links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$TORCH_WHEELS}}"; \
-	requirements/lock.sh "$(ROOT)/$(LIGHT_BIN)/uv" "$${find_links// /,}" $(ARGS)
+	requirements/lock.sh "$$PWD/$(LIGHT_BIN)/uv" "$${find_links// /,}" $(ARGS)
 
 bench: install model  ## Measure first light: the cluster beside one aggregated engine
 	@exec $(BIN)/python -m benchmarks.first_light $(ARGS)
@@ -111,6 +114,6 @@ clean:  ## Remove both environments and every tool's cache (not the model)
 help:  ## This list
 	@awk 'BEGIN {FS = ":.*  ## "} \
 	/^##@ / {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
-	/^[a-z0-9-]+:.*  ## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' $(ROOT)/Makefile
+	/^[a-z0-9-]+:.*  ## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' Makefile
 
 endif

@@ -11,6 +11,7 @@
 #                 has a place configured to find wheels
 set -euo pipefail
 cd "$(dirname "$0")/.."
+here=$(pwd -P)
 
 python=$1 venv=$2 lock=requirements/$3.lock
 
@@ -27,12 +28,19 @@ pip_setting() { sed -n "s/^[a-z:]*\.$1='\(.*\)'$/\1/p" <<<"$pip_settings" | tail
 
 command -v "$python" >/dev/null ||
     fail "no '$python' on the PATH. Slipstream needs Python 3.11; install it, or name it: make PYTHON=/path/to/python3.11"
-is_3_11 "$python" ||
-    fail "'$python' is $("$python" --version 2>&1), not Python 3.11. Name another: make PYTHON=/path/to/python3.11"
+is_3_11 "$python" || {
+    version=$("$python" --version 2>/dev/null || echo broken)
+    fail "'$python' is ${version%%$'\n'*}, not Python 3.11. Name another: make PYTHON=/path/to/python3.11"
+}
 
+# Its scripts start with the path it was made under: one that was moved with the checkout is broken too.
+usable() {
+    is_3_11 "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1 &&
+        head -n 2 "$venv/bin/pip" | grep -qF "$here/$venv/bin/python"
+}
 rm -f "$venv/.ready"
-if [[ -e $venv ]] && ! { is_3_11 "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
-    say "$venv is broken or not of Python 3.11: making it anew"
+if [[ -e $venv ]] && ! usable; then
+    say "$venv is broken, moved or not of Python 3.11: making it anew"
     rm -rf "$venv"
 fi
 if [[ ! -e $venv ]]; then
@@ -41,7 +49,7 @@ if [[ ! -e $venv ]]; then
         fail "'$python -m venv' failed. On Debian and Ubuntu it needs the package python3.11-venv"
 fi
 
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/installer.lock
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/installer.lock
 uv=$venv/bin/uv
 
 # uv does not read pip's configuration; whoever configured pip for this machine means us too.
@@ -54,7 +62,7 @@ export UV_FIND_LINKS=${UV_FIND_LINKS:-${find_links:-${TORCH_WHEELS:-}}}
 UV_FIND_LINKS=${UV_FIND_LINKS// /,}
 if [[ -n $index_url ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index_url}; fi
 if [[ -n $cert ]]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}; fi
-export VIRTUAL_ENV=$PWD/$venv
+export VIRTUAL_ENV=$here/$venv
 
 # Compiled now, once: without bytecode each process spends seven seconds more on importing vLLM. `sync`, since
 # `install` would add what the lock leaves out on purpose.
@@ -62,6 +70,6 @@ say "Installing $lock into $venv"
 quiet=()
 if [[ ! -t 2 ]]; then quiet=(--quiet); fi  # a log file wants no progress bars and no list of 200 packages
 env -u PYTHONDONTWRITEBYTECODE "$uv" pip sync "${quiet[@]}" --compile-bytecode "$lock"
-"$uv" pip install --quiet --no-deps --no-build-isolation --editable .
-pwd >"$venv/.ready"
+UV_FIND_LINKS= "$uv" pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+echo "$here" >"$venv/.ready"
 say "$venv is ready"
