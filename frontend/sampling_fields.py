@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from slipstream.errors import InvalidRequestError
 from slipstream.v1.sampling_pb2 import SamplingParams
@@ -29,7 +29,12 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if not 1 <= len(value) <= MAX_STOP_CHARACTERS:  # said here, so that the path is not that of a list
+        limits = {"longest": MAX_STOP_CHARACTERS}
+        raise PydanticCustomError("stop_length", "string should have 1 to {longest} characters", limits)
+    return [value]
 
 
 _STOP_SCHEMA: dict[str, Any] = {
