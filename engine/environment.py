@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from importlib import metadata
+from pathlib import Path
 
 from slipstream.settings import Settings
+
+_LOGGING = Path(__file__).with_name("vllm_logging.json")
 
 
 def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
@@ -19,6 +22,8 @@ def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log.level == "debug" else "WARNING",
+        # Warnings, but not one for each of a model's weights when it is loaded in another number format.
+        **({} if settings.log.level == "debug" else {"VLLM_LOGGING_CONFIG_PATH": str(_LOGGING)}),
         # A serving cluster does not report home.
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

@@ -245,11 +245,14 @@ class VllmEngine:
         return self._llm is not None and not self._llm.errored
 
     def shutdown(self) -> None:
-        """End the engine core; requests still in it are lost."""
+        """End the engine core; requests still in it are lost.
+
+        A short grace: its state is only memory, and the process is killed when it takes longer.
+        """
         llm, self._llm = self._llm, None
         if llm is not None:
             with contextlib.suppress(VllmEngineDeadError):
-                llm.shutdown(timeout=5.0)
+                llm.shutdown(timeout=1.0)
 
 
 def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:
