@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (  # ty
     ProtoReflectionDescriptorDatabase,
 )
 
-from frontend.generation import ServedModel
+from frontend.generation import ServedModel, TokenDelta
 from frontend.tokenizer import TextModel
 from slipstream.errors import (
     ContextLengthError,
@@ -27,7 +27,7 @@ from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 from slipstream.v1.inference_pb2 import ChatInput, ChatMessage, GenerateRequest, TokenIds
 from slipstream.v1.sampling_pb2 import Candidate, FinishReason, RequestAccount, SamplingParams, TokenLogprobs
-from tests.support.scripted_dispatcher import ScriptedDispatcher, TokenDelta, last, tokens
+from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.unit.frontend.conftest import Faces
 
 

@@ -118,10 +118,10 @@ class TestAfterTheDrainTimeout:
 
     async def test_a_grpc_call_becomes_unavailable(self, faces: Faces, channel: grpc.aio.Channel) -> None:
         call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest(text="x"))
-        assert (await call.read()).text == "a"  # type: ignore[union-attr]
+        assert (await anext(aiter(call))).text == "a"
         faces.stop.set()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
+            [response async for response in call]
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
