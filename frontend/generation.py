@@ -6,7 +6,7 @@ dispatcher (`frontend.dispatch`) turns that into a stream of `TokenDelta` by way
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +30,10 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """Tokens that arrived together. The last one has a `finish_reason` and an `account`."""
+    """Tokens that arrived together. The last one has a `finish_reason` and an `account`.
+
+    An earlier one may carry the account so far: an answer that a stop string ends is closed before its last delta.
+    """
 
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs] = ()
@@ -53,12 +56,17 @@ class ServedModel:
 class Dispatcher(Protocol):
     """Sends requests to workers. Two implementations: the cluster's, and a scripted one in tests of the faces."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether at least one decode worker is ready."""
+        ...
+
     def models(self) -> list[ServedModel]:
         """Models with at least one ready decode worker."""
         ...
 
-    def generate(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
-        """Stream the answer. Closing or cancelling the iterator aborts the request on every worker.
+    def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Stream the answer. Closing or cancelling the generator aborts the request on every worker.
 
         Raises:
             ModelNotFoundError, NoWorkerError, WorkerLostError, DeadlineError, InvalidRequestError.

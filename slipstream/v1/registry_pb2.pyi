@@ -76,6 +76,7 @@ class WorkerRecord(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    RENEWALS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -93,6 +94,8 @@ class WorkerRecord(_message.Message):
     started_unix_s: _builtins.int
     device: _builtins.str
     """"cpu" or "cuda" """
+    renewals: _builtins.int
+    """registrations sent by this incarnation; a larger one proves that it lived later"""
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -113,10 +116,11 @@ class WorkerRecord(_message.Message):
         device: _builtins.str = ...,
         capacity: Global___Capacity | None = ...,
         load: Global___Load | None = ...,
+        renewals: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "pid", b"pid", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,119 @@
+# Slipstream's commands. `make help` lists them. Everything is installed into .venv in this folder (and
+# .venv-light); the only other places written to are the user's cache and state folders.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+ifeq ($(wildcard requirements/install.sh),)
+# `make -f elsewhere/Makefile`: go there first, since every path below is relative to this folder.
+GOALS := $(or $(MAKECMDGOALS),help)
+.PHONY: $(GOALS)
+$(GOALS):
+	@exec $(MAKE) -C "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" $@
+else
+
+PYTHON ?= python3.11
+# Passed on to the command: make up ARGS="--prefill 2"
+ARGS ?=
+# Where the CPU build of torch is found when pip has no place configured (PIP_FIND_LINKS, pip.conf). This page
+# lists torch alone, so nothing else can come from there.
+export TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
+
+BIN := .venv/bin
+LIGHT_BIN := .venv-light/bin
+INSTALLER := requirements/install.sh requirements/installer.lock pyproject.toml
+
+# An environment is ready when its mark names this checkout (scripts and the editable install hold its
+# path) and its interpreter runs; if not, FORCE makes it anew whatever the timestamps say.
+ready = $(shell [ "$$(cat $(1)/.ready 2>/dev/null)" = "$(CURDIR)" ] && $(1)/bin/python -c "" 2>/dev/null && echo yes)
+
+.PHONY: FORCE
+.venv/.ready: $(INSTALLER) requirements/full.lock $(if $(call ready,.venv),,FORCE)
+	@requirements/install.sh $(PYTHON) .venv full
+.venv-light/.ready: $(INSTALLER) requirements/light.lock $(if $(call ready,.venv-light),,FORCE)
+	@requirements/install.sh $(PYTHON) .venv-light light
+
+##@ Use
+.PHONY: up demo install install-light model
+up: install $(if $(findstring --model,$(ARGS))$(SLIPSTREAM_MODEL),,model)  ## Start a cluster on this machine; Ctrl-C stops it. Options in ARGS="--prefill 2"
+	@exec $(BIN)/slipstream up $(ARGS)
+
+demo: install $(if $(findstring --model,$(ARGS))$(SLIPSTREAM_MODEL),,model)  ## Start a cluster, ask it one question, show what happened, stop
+	@exec $(BIN)/slipstream demo $(ARGS)
+
+install: .venv/.ready  ## Install everything, the CPU engine too, into .venv
+	@:
+
+install-light: .venv-light/.ready  ## Install frontend, planner and client only (no torch) into .venv-light
+	@:
+
+model: .venv/.ready  ## Fetch and convert the default model, once, into the user's cache folder
+	@[ -t 2 ] || export TQDM_DISABLE=1; exec $(BIN)/python -m engine.default_model
+
+##@ Check
+.PHONY: test lint types imports test-unit test-e2e test-light
+test: install model  ## Everything: style, types, import rules, all tests
+	@$(MAKE) lint
+	@$(MAKE) types
+	@$(MAKE) imports
+	@$(MAKE) test-light
+	@echo "==> All tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install  ## Style: ruff check and ruff format --check
+	@echo "==> Style"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install  ## Types: mypy, strict, over every package
+	@echo "==> Types"
+	@$(BIN)/mypy
+
+imports: install  ## Layering: who may import whom
+	@echo "==> Import rules"
+	@$(BIN)/lint-imports
+
+test-unit: install  ## The fast tests
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-e2e: install model  ## The tests that start real workers
+	@$(BIN)/python -m pytest $(wildcard tests/integration tests/e2e tests/faults) $(ARGS)
+
+LIGHT_TESTS := $(wildcard $(addprefix tests/unit/,slipstream frontend planner deploy))
+test-light: install-light  ## Tests of frontend, planner and client where torch is not installed
+	@echo "==> Tests of the light install"
+	@! $(LIGHT_BIN)/python -c "import torch" 2>/dev/null || { echo "error: torch is in .venv-light" >&2; exit 1; }
+	@$(LIGHT_BIN)/python -m pytest $(LIGHT_TESTS) $(ARGS)
+
+##@ Develop
+.PHONY: format proto lock bench docs clean help
+format: install  ## Put the code into the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+proto: install  ## Regenerate the stubs in slipstream/v1 from proto/
+	@$(BIN)/python -m slipstream.regenerate_stubs
+
+docs: install  ## Rewrite docs/configuration.md from the settings
+	@$(BIN)/python -m slipstream.describe_settings
+
+lock: install-light  ## Resolve pyproject.toml into requirements/*.lock (newest versions: ARGS=--upgrade)
+	@find_links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$TORCH_WHEELS}}"; \
+	requirements/lock.sh "$$PWD/$(LIGHT_BIN)/uv" "$${find_links// /,}" $(ARGS)
+
+bench: install model  ## Measure first light: the cluster beside one aggregated engine
+	@exec $(BIN)/python -m benchmarks.first_light $(ARGS)
+
+clean:  ## Remove both environments and every tool's cache (not the model)
+	@rm -rf .venv .venv-light .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## This list
+	@awk 'BEGIN {FS = ":.*  ## "} \
+	/^##@ / {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
+	/^[a-z0-9-]+:.*  ## / {printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2}' Makefile
+
+endif

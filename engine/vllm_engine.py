@@ -1,0 +1,281 @@
+"""The real engine: vLLM's AsyncLLM with Slipstream's KV connector, behind the Engine protocol.
+
+vLLM runs its scheduler and the model in a process of its own (the engine core); this class is its client in
+the worker's service process. It is made before its process serves anything, and knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, cast
+
+from vllm import AsyncEngineArgs
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.exceptions import VLLMError
+from vllm.outputs import RequestOutput
+from vllm.transformers_utils.config import get_config
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from engine import device as devices
+from engine.protocol import PromptComputed, TokensGenerated
+from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
+from kv_transfer.board import Board, Counter
+from kv_transfer.scheduler_side import ACCOUNT, HANDOFF, RECEIVE, SEND
+from slipstream import telemetry
+from slipstream.errors import ContextLengthError, EngineDeadError, InvalidRequestError, StartupError, UnavailableError
+from slipstream.settings import Settings
+from slipstream.v1.registry_pb2 import Capacity, Load
+from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
+
+log = telemetry.get_logger(__name__)
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+class _Queues(StatLoggerBase):
+    """Keeps the last queue lengths that vLLM reported."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.running = 0
+        self.waiting = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+class VllmEngine:
+    """One vLLM engine.
+
+    Args:
+        model_path: a local folder.
+        board: this worker's lease board; its engine core maps it too.
+        prefill: whether this engine hands prompts off.
+    """
+
+    def __init__(self, settings: Settings, *, model_path: Path, served_name: str, board: Board, prefill: bool) -> None:
+        self._settings = settings
+        self._board = board
+        self._queues: _Queues | None = None
+        self.device = devices.choose_device(settings.device)
+        self._args = self._engine_args(model_path, served_name, prefill=prefill)
+        self._llm: AsyncLLM | None = None
+        self._requests_total = 0
+        self._tokens_total = 0
+        self.max_model_len = 0
+        self._vocab_size = 0
+
+    def start(self) -> None:
+        """Load the model; blocks for seconds to minutes.
+
+        Raises:
+            StartupError: vLLM cannot serve this model here, in its own words.
+        """
+        try:
+            self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=[self._stat_logger])
+        except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
+            raise StartupError(f"vLLM cannot start with {self._args.model}: {error}") from error
+        model = self._llm.vllm_config.model_config
+        self.max_model_len = model.max_model_len
+        self._vocab_size = model.get_vocab_size()
+
+    def _stat_logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        self._queues = _Queues(vllm_config, engine_index)
+        return self._queues
+
+    def _engine_args(self, model_path: Path, served_name: str, *, prefill: bool) -> AsyncEngineArgs:
+        worker, transfer = self._settings.worker, self._settings.transfer
+        dtype = devices.choose_dtype(self._settings.dtype, self.device, devices.cpu_flags())
+        hf_config = get_config(str(model_path), trust_remote_code=False).get_text_config()
+        context = int(getattr(hf_config, "max_position_embeddings", 0) or 4096)
+        if worker.max_model_len is not None:
+            context = min(context, worker.max_model_len)
+        kv_bytes = devices.choose_kv_bytes(
+            worker.kv_cache_bytes,
+            devices.kv_token_bytes(hf_config, _DTYPE_BYTES[dtype]),
+            context,
+            devices.memory_bytes(self.device),
+        )
+        optional: dict[str, Any] = {}
+        if worker.block_tokens is not None:
+            optional["block_size"] = worker.block_tokens
+        step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
+        if step_tokens is not None:
+            optional["max_num_batched_tokens"] = step_tokens
+        return AsyncEngineArgs(
+            model=str(model_path),
+            served_model_name=served_name,
+            dtype=dtype,
+            skip_tokenizer_init=True,  # tokens in, tokens out
+            max_model_len=context,
+            kv_cache_memory_bytes=kv_bytes,
+            max_num_seqs=worker.max_running,
+            # Compiling costs a CPU worker more start-up time than it gains; a GPU captures graphs.
+            enforce_eager=self.device == "cpu",
+            enable_prefix_caching=True,
+            generation_config="vllm",  # the frontend applies the model's defaults, the engine none
+            disable_log_stats=False,  # the queue lengths come with them
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="SlipstreamConnector",
+                kv_connector_module_path="kv_transfer.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={
+                    "board": str(self._board.path),
+                    "owner_pid": os.getpid(),
+                    "prefill": prefill,
+                    "mode": transfer.mode,
+                    "timeout_s": transfer.timeout_s,
+                    "lease_s": transfer.lease_s,
+                },
+            ),
+            **optional,
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    async def prefill(self, request_id: str, token_ids: Sequence[int], lease: tuple[int, int]) -> PromptComputed:
+        """See `Engine.prefill`."""
+        self._check_prompt(token_ids)
+        params = prefill_sampling({SEND: list(lease)})
+        transfer: dict[str, Any] = {}
+        async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
+            async for output in outputs:
+                transfer = output.kv_transfer_params or transfer
+        account = transfer.get(ACCOUNT, {})
+        computed = account.get("computed_tokens", 0)
+        self._requests_total += 1
+        self._tokens_total += computed
+        return PromptComputed(transfer.get(HANDOFF, b""), computed, account.get("cached_tokens", 0))
+
+    async def decode(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: bytes
+    ) -> AsyncGenerator[TokensGenerated, None]:
+        """See `Engine.decode`."""
+        self._check_prompt(token_ids)
+        self._check_ids("logit_bias", sampling.logit_bias)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        params = to_vllm(sampling, transfer={RECEIVE: handoff} if handoff else {})
+        self._requests_total += 1
+        async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
+            async for output in outputs:
+                if output.outputs[0].finish_reason in ("abort", "error"):
+                    raise UnavailableError("the engine gave the request up", code="engine_aborted")
+                generated = _to_tokens(output, sampling.logprobs)
+                self._tokens_total += len(generated.token_ids)
+                yield generated
+
+    async def _generate(
+        self, request_id: str, token_ids: Sequence[int], params: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        llm = self._running()
+        try:
+            stream = llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id)
+            async with aclosing(stream):
+                async for output in stream:
+                    yield output
+        except VllmEngineDeadError as error:
+            raise EngineDeadError("the worker's engine has died") from error
+        except EngineGenerateError as error:
+            raise UnavailableError("the engine gave the request up", code="engine_aborted") from error
+        except (VLLMError, ValueError) as error:
+            raise verdict(error) from error
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        self._running()
+        if not token_ids:
+            raise InvalidRequestError("token_ids: at least one token is needed", param="token_ids")
+        if len(token_ids) >= self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids)} tokens; with one token of answer at most "
+                f"{self.max_model_len} fit (worker.max_model_len)",
+                param="token_ids",
+            )
+        self._check_ids("token_ids", token_ids)
+
+    def _check_ids(self, name: str, token_ids: Any) -> None:
+        highest = max(token_ids, default=0)
+        if highest >= self._vocab_size:
+            raise InvalidRequestError(f"{name}: {highest} is not below the vocabulary's {self._vocab_size}", param=name)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDeadError("the worker's engine is not running")
+        return self._llm
+
+    # -- state --------------------------------------------------------------------------------------------
+
+    def capacity(self) -> Capacity:
+        board = self._board
+        return Capacity(
+            max_model_len=self.max_model_len,
+            block_tokens=board.counter(Counter.BLOCK_TOKENS),
+            blocks=board.counter(Counter.BLOCKS_TOTAL),
+            block_bytes=board.counter(Counter.BLOCK_BYTES),
+        )
+
+    def load(self) -> Load:
+        """See `Engine.load`; the block counts are exact, straight from the engine's block pool."""
+        board, queues = self._board, self._queues
+        return Load(
+            running=queues.running if queues else 0,
+            waiting=queues.waiting if queues else 0,
+            blocks_used=board.counter(Counter.BLOCKS_TOTAL) - board.counter(Counter.BLOCKS_FREE),
+            requests_total=self._requests_total,
+            tokens_total=self._tokens_total,
+            handoffs_held=board.counter(Counter.HANDOFFS_HELD),
+            fallbacks_total=board.counter(Counter.TRANSFERS_FAILED) + board.counter(Counter.HANDOFFS_EXPIRED),
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    def shutdown(self) -> None:
+        """End the engine core; requests still in it are lost.
+
+        A short grace: its state is only memory, and the process is killed when it takes longer.
+        """
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            with contextlib.suppress(VllmEngineDeadError):
+                llm.shutdown(timeout=1.0)
+
+
+def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:
+    completion = output.outputs[0]
+    finished = completion.finish_reason
+    return TokensGenerated(
+        token_ids=list(completion.token_ids),
+        logprobs=to_wire(completion.token_ids, cast(Any, completion.logprobs), logprobs_asked),
+        finish_reason=FINISH_REASONS[finished],
+        stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
+        account=_account(output) if finished is not None else None,
+    )
+
+
+def _account(output: RequestOutput) -> RequestAccount:
+    facts = (output.kv_transfer_params or {}).get(ACCOUNT, {})
+    return RequestAccount(
+        prompt_tokens=facts.get("prompt_tokens", 0),
+        decode_computed_tokens=facts.get("computed_tokens", 0),
+        decode_cached_tokens=facts.get("cached_tokens", 0),
+        kv_blocks_moved=facts.get("blocks_moved", 0),
+        kv_bytes_moved=facts.get("bytes_moved", 0),
+        transfer_s=facts.get("transfer_s", 0.0),
+        transport=facts.get("transport", ""),
+        fallback=f"transfer_{facts['failure']}" if facts.get("failure") else "",
+    )

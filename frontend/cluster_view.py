@@ -1,0 +1,203 @@
+"""What this frontend knows of the workers.
+
+`ClusterView` is the pure part: sets from the registry and failed calls go in with the time, candidates for the
+router come out. `ClusterWatch` is the loop around it that follows the registry. The registry may be gone for
+as long as it likes: the last view stays, and workers that fail are avoided by what this frontend saw itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from frontend.dispatch_metrics import REGISTRY_CONNECTED, WORKERS
+from slipstream import telemetry
+from slipstream.errors import DeadlineError
+from slipstream.grpc_channels import CONNECT_TIMEOUT_S, client_options
+from slipstream.grpc_errors import from_rpc_error
+from slipstream.v1.registry_pb2 import Role, WatchRequest, WorkerRecord, WorkerSet, WorkerState
+from slipstream.v1.registry_pb2_grpc import RegistryStub
+
+log = telemetry.get_logger(__name__)
+
+FIRST_PENALTY_S = 3.0
+MAX_PENALTY_S = 30.0
+RENEWALS_THAT_PROVE_LIFE = 2
+"""One renewal may have been on its way when the call failed; the second was sent after it."""
+
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
+RECONNECT_BACKOFF_S = 0.5
+
+
+@dataclass(slots=True)
+class _Suspicion:
+    epoch: int
+    renewals: int
+    until_s: float
+    strikes: int
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """Pure state. `now_s` is in seconds of a clock that never goes backwards."""
+
+    known: bool = False  # whether any registry has ever been heard
+    registry_id: str = ""
+    settled: bool = False
+    lease_s: float = 6.0
+    _records: dict[str, WorkerRecord] = field(default_factory=dict)
+    _listed: set[str] = field(default_factory=set)  # ids that this registry has listed since its start
+    _suspicions: dict[str, _Suspicion] = field(default_factory=dict)
+
+    def apply(self, workers: WorkerSet) -> None:
+        """Take a registry's set. Until the registry is settled, workers that it has not heard of yet are kept."""
+        if workers.registry_id != self.registry_id:
+            self._listed = set()
+        listed = {record.worker_id: record for record in workers.workers}
+        if not workers.settled:
+            for worker_id, record in self._records.items():
+                newer = worker_id in listed and listed[worker_id].epoch >= record.epoch
+                if not newer and worker_id not in self._listed:
+                    listed[worker_id] = record
+        self._listed |= {record.worker_id for record in workers.workers}
+        self._records = listed
+        self.known, self.registry_id = True, workers.registry_id
+        self.settled, self.lease_s = workers.settled, workers.lease_s
+        for worker_id in self._suspicions.keys() - listed.keys():
+            del self._suspicions[worker_id]
+
+    def suspect(self, worker_id: str, epoch: int, now_s: float) -> None:
+        """A call to this incarnation failed as if nobody were there: avoid it for a while.
+
+        A first suspicion ends when the worker is seen to renew its registration. A worker that fails again
+        although it renews cannot be reached from here: only time helps, twice as long with each failure.
+        """
+        record = self._records.get(worker_id)
+        if record is None or record.epoch != epoch:
+            return
+        before = self._suspicions.get(worker_id)
+        strikes = 1
+        if before is not None and before.epoch == epoch:
+            # Calls that failed together are one failure.
+            strikes = before.strikes if self.is_suspect(worker_id, now_s) else before.strikes + 1
+        penalty_s = min(FIRST_PENALTY_S * 2 ** (strikes - 1), MAX_PENALTY_S)
+        self._suspicions[worker_id] = _Suspicion(epoch, record.renewals, now_s + penalty_s, strikes)
+
+    def absolve(self, worker_id: str) -> None:
+        """A call to this worker went well."""
+        self._suspicions.pop(worker_id, None)
+
+    def is_suspect(self, worker_id: str, now_s: float) -> bool:
+        suspicion, record = self._suspicions.get(worker_id), self._records.get(worker_id)
+        if suspicion is None or record is None or record.epoch != suspicion.epoch:
+            return False
+        renewed = record.renewals >= suspicion.renewals + RENEWALS_THAT_PROVE_LIFE
+        return now_s < suspicion.until_s and not (renewed and suspicion.strikes == 1)
+
+    def records(self) -> list[WorkerRecord]:
+        """All workers in any state. Not copies: do not change them."""
+        return list(self._records.values())
+
+    def ready(self, role: Role.ValueType, now_s: float) -> list[WorkerRecord]:
+        """Workers of a role that take requests now."""
+        return [
+            record
+            for record in self._records.values()
+            if record.role == role
+            and record.state == WorkerState.READY
+            and not self.is_suspect(record.worker_id, now_s)
+        ]
+
+
+class ClusterWatch:
+    """Follows the registry and keeps `view` up to date; `follow` must run for that.
+
+    Args:
+        on_change: awaited after each set was taken into the view.
+    """
+
+    def __init__(
+        self,
+        registry_address: str,
+        *,
+        clock: Callable[[], float],
+        on_change: Callable[[ClusterView], Awaitable[None]],
+    ) -> None:
+        self.view = ClusterView()
+        self._address = registry_address
+        self._clock = clock
+        self._on_change = on_change
+        self._changed = asyncio.Condition()
+        self._connected: bool | None = None
+        self._backoff_s = FIRST_BACKOFF_S
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until a decode worker is ready.
+
+        Raises:
+            DeadlineError: none was within `timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self.view.ready(Role.ROLE_DECODE, self._clock()))
+        except TimeoutError as error:
+            raise DeadlineError(f"no decode worker became ready within {timeout_s:g} s") from error
+
+    async def follow(self) -> None:
+        """Watch, and watch again after every failure. Runs until cancelled."""
+        options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
+        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            while True:
+                try:
+                    reason = await self._follow_one_watch(RegistryStub(channel).Watch(WatchRequest()))
+                except grpc.aio.AioRpcError as error:
+                    reason = from_rpc_error(error).message
+                except TimeoutError:
+                    reason = "the registry fell silent"
+                self._note_lost(reason)
+                await asyncio.sleep(random.uniform(self._backoff_s / 2, self._backoff_s))
+                self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
+
+    async def _follow_one_watch(self, call: grpc.aio.UnaryStreamCall[WatchRequest, WorkerSet]) -> str:
+        silence_s = CONNECT_TIMEOUT_S
+        try:
+            while True:
+                async with asyncio.timeout(silence_s):
+                    workers = await call.read()
+                if not isinstance(workers, WorkerSet):
+                    return "the registry ended the watch"
+                await self._take(workers)
+                # A set is due at least once a lease period.
+                silence_s = 2 * workers.lease_s + 1
+        finally:
+            call.cancel()
+
+    async def _take(self, workers: WorkerSet) -> None:
+        self.view.apply(workers)
+        self._note_connected()
+        await self._on_change(self.view)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _note_connected(self) -> None:
+        self._backoff_s = FIRST_BACKOFF_S
+        REGISTRY_CONNECTED.set(1)
+        counts = {(role, state): 0 for role in Role.values() if role for state in WorkerState.values() if state}
+        for record in self.view.records():
+            counts[record.role, record.state] = counts.get((record.role, record.state), 0) + 1
+        for (role, state), count in counts.items():
+            WORKERS.labels(Role.Name(role).removeprefix("ROLE_").lower(), WorkerState.Name(state).lower()).set(count)
+        if self._connected is not True:
+            log.info("registry_connected", registry=self._address, workers=len(self.view.records()))
+        self._connected = True
+
+    def _note_lost(self, reason: str) -> None:
+        REGISTRY_CONNECTED.set(0)
+        if self._connected is not False:
+            log.warning("registry_lost", registry=self._address, reason=reason, workers=len(self.view.records()))
+        self._connected = False

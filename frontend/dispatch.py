@@ -1,0 +1,200 @@
+"""Sends requests to workers and streams their tokens back: the way of one request, and what happens when it breaks.
+
+    route -> prefill worker computes the prompt -> decode worker takes the blocks and generates -> tokens
+
+A failed prefill worker is replaced by another or, in the end, by the decode worker itself; a failed decode
+worker by another one, also in the middle of an answer where that leaves no trace. Every wait has a limit, and
+leaving `generate` at any point ends both calls.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from frontend.attempt import Attempt, Surroundings
+from frontend.cluster_view import ClusterView, ClusterWatch
+from frontend.dispatch_metrics import (
+    CONTINUATIONS,
+    FALLBACKS,
+    OPEN_REQUESTS,
+    PREFILL_SECONDS,
+    REDISPATCHES,
+    WORKER_FAILURES,
+)
+from frontend.generation import ServedModel, TokenDelta, TokenRequest
+from frontend.outstanding import OutstandingWork
+from frontend.progress import Progress
+from frontend.router import RETRY_AFTER_S, Candidate, Route, choose
+from frontend.worker_channels import WorkerChannels
+from frontend.worker_failure import WorkerFailure
+from slipstream import telemetry
+from slipstream.background import background
+from slipstream.errors import NoWorkerError
+from slipstream.settings import FrontendSettings, Settings
+from slipstream.v1.registry_pb2 import Role
+from slipstream.v1.worker_pb2 import DecodeEvent
+
+log = telemetry.get_logger(__name__)
+
+DECODE_RECOMPUTED = "decode_recomputed"
+"""Counted when the decode worker reports that the transfer failed and it computed the prompt itself."""
+
+
+@asynccontextmanager
+async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher]:
+    """A dispatcher that follows the control plane while the body runs. Does not wait for workers: see `ready`."""
+    async with AsyncExitStack() as stack:
+        channels = await stack.enter_async_context(WorkerChannels())
+        work = OutstandingWork()
+
+        async def take_note(view: ClusterView) -> None:
+            records = view.records()
+            for record in records:
+                work.note(record)
+            work.forget_all_but({record.worker_id for record in records})
+            await channels.retain({record.address for record in records})
+
+        watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
+        await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
+        yield ClusterDispatcher(Surroundings(settings.frontend, channels, work, time.monotonic), watch)
+
+
+class ClusterDispatcher:
+    """Implements `frontend.generation.Dispatcher` with the workers of the cluster."""
+
+    def __init__(self, around: Surroundings, watch: ClusterWatch) -> None:
+        self._around = around
+        self._watch = watch
+        self._settings: FrontendSettings = around.settings
+        self._tie_break = uuid.uuid4().hex
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one decode worker takes requests now."""
+        return bool(self._watch.view.ready(Role.ROLE_DECODE, self._around.clock()))
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until `ready`.
+
+        Raises:
+            DeadlineError: it was not within `timeout_s`.
+        """
+        await self._watch.wait_ready(timeout_s)
+
+    def models(self) -> list[ServedModel]:
+        """Models with at least one ready decode worker, by name."""
+        now_s = self._around.clock()
+        decodes = self._watch.view.ready(Role.ROLE_DECODE, now_s)
+        prefills = self._watch.view.ready(Role.ROLE_PREFILL, now_s)
+        return [
+            ServedModel(
+                name=name,
+                # The router sends what is long to the workers that take it.
+                max_model_len=max(one.capacity.max_model_len for one in decodes if one.model == name),
+                prefill_workers=sum(one.model == name for one in prefills),
+                decode_workers=sum(one.model == name for one in decodes),
+                created_unix_s=min(one.started_unix_s for one in decodes if one.model == name),
+            )
+            for name in sorted({one.model for one in decodes})
+        ]
+
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Stream the answer; see `frontend.generation.Dispatcher`.
+
+        Raises:
+            ModelNotFoundError: no registered worker serves the model.
+            NoWorkerError: some do, but none can take a request now.
+            WorkerLostError: the workers that could were lost on the way.
+            DeadlineError: the whole took longer than `frontend.request_timeout_s`.
+            InvalidRequestError: a worker refused the request itself.
+        """
+        deadline_s = self._around.clock() + self._settings.request_timeout_s
+        progress = Progress(request, self._settings.max_attempts, deadline_s)
+        with OPEN_REQUESTS.track_inprogress():
+            while True:
+                attempt = Attempt(self._around, progress.job(), self._route(progress))
+                try:
+                    if attempt.route.prefill is not None:
+                        await attempt.prefill()
+                        PREFILL_SECONDS.observe(attempt.prefill_s)
+                    attempt.start_decode()
+                    while True:
+                        event = await attempt.next_tokens()
+                        delta = progress.accept(event, attempt)
+                        self._note_event(event, attempt)
+                        yield delta
+                        if delta.finish_reason:
+                            await attempt.await_end()
+                            return
+                except WorkerFailure as failure:
+                    attempt.close()
+                    ending = self._after_failure(failure, progress)
+                finally:
+                    attempt.close()
+                if ending is not None:
+                    yield ending
+                    return
+
+    def _route(self, progress: Progress) -> Route:
+        view, now_s = self._watch.view, self._around.clock()
+        if not view.known:
+            raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
+        candidates = [
+            Candidate(record, view.is_suspect(record.worker_id, now_s), self._around.work.of(record.worker_id))
+            for record in view.records()
+        ]
+        try:
+            route = progress.settle(choose(progress.ask(), candidates, tie_break=self._tie_break))
+        except NoWorkerError as error:
+            if progress.last_failure is None:
+                raise
+            raise progress.last_failure.as_error(error.message) from error
+        progress.attempts += 1
+        if route.fallback is not None and progress.noted_fallback is None:
+            progress.noted_fallback = route.fallback
+            FALLBACKS.labels(route.fallback.value).inc()
+            log.warning("prefill_fallback", request_id=progress.request.request_id, reason=route.fallback.value)
+        return route
+
+    def _note_event(self, event: DecodeEvent, attempt: Attempt) -> None:
+        if not event.finish_reason:
+            return
+        for worker in (attempt.route.decode, attempt.route.prefill):
+            if worker is not None:
+                self._watch.view.absolve(worker.worker_id)
+        if event.account.fallback and attempt.route.fallback is None:
+            FALLBACKS.labels(DECODE_RECOMPUTED).inc()
+            log.warning("prefill_fallback", request_id=attempt.job.request_id, reason=event.account.fallback)
+
+    def _after_failure(self, failure: WorkerFailure, progress: Progress) -> TokenDelta | None:
+        """Returns to dispatch again; an answer that was complete but for its end is ended here.
+
+        Raises:
+            SlipstreamError: the request cannot go on.
+        """
+        worker = failure.worker
+        WORKER_FAILURES.labels(failure.role, failure.kind.value).inc()
+        log.warning(
+            "worker_failed",
+            request_id=progress.request.request_id,
+            worker_id=worker.worker_id,
+            kind=failure.kind.value,
+            reason=failure.cause.message,
+            attempt=progress.attempts,
+            tokens_passed=len(progress.generated),
+        )
+        if failure.kind.suspicious:
+            self._watch.view.suspect(worker.worker_id, worker.epoch, self._around.clock())
+        if worker.role == Role.ROLE_DECODE:
+            progress.last_failure = failure
+            ending = progress.finished_unsaid()
+            if ending is not None:
+                return ending
+        progress.failed(failure)
+        REDISPATCHES.labels(failure.role, failure.kind.value).inc()
+        if progress.generated and worker.role == Role.ROLE_DECODE:
+            CONTINUATIONS.inc()
+        return None

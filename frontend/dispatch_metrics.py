@@ -1,0 +1,46 @@
+"""What the dispatcher counts. All labels come from small fixed sets."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+FALLBACKS = Counter(
+    "slipstream_frontend_fallbacks",
+    "Requests whose prompt the decode worker computed although a prefill worker should have, by reason. "
+    "Alert on a rate above zero; no_prefill_worker means that the prefill pool is empty.",
+    ["reason"],
+)
+REDISPATCHES = Counter(
+    "slipstream_frontend_redispatches",
+    "Times a request was sent to other workers after one failed, by the failed worker's role and what it did. "
+    "Clients did not notice; a steady rate points at a sick worker.",
+    ["role", "reason"],
+)
+WORKER_FAILURES = Counter(
+    "slipstream_frontend_worker_failures",
+    "Calls to workers that failed, by role and kind (lost, timeout, refused, failed).",
+    ["role", "kind"],
+)
+CONTINUATIONS = Counter(
+    "slipstream_frontend_continuations",
+    "Streams that went on from another decode worker after theirs was lost in the middle.",
+)
+OPEN_REQUESTS = Gauge(
+    "slipstream_frontend_dispatched_requests",
+    "Requests that are with the workers now.",
+)
+PREFILL_SECONDS = Histogram(
+    "slipstream_frontend_prefill_seconds",
+    "From dispatch to the prefill worker's handoff: its queue and its computation. Compare with the time to the "
+    "first token to see what the transfer costs.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+REGISTRY_CONNECTED = Gauge(
+    "slipstream_frontend_registry_connected",
+    "1 while this frontend hears the control plane; at 0 it serves from its last view of the workers.",
+)
+WORKERS = Gauge(
+    "slipstream_frontend_workers",
+    "Workers in this frontend's view, by role and state.",
+    ["role", "state"],
+)

@@ -1,0 +1,186 @@
+"""The gRPC face: `slipstream.v1.Inference`, standard health checking and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from frontend.face_metrics import REQUESTS, Where, in_flight
+from frontend.http_boundary import safe_request_id, unique_request_id
+from frontend.inference import Answer, AnswerDelta, InferenceRequest, InferenceService
+from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from frontend.sampling_fields import checked_params
+from slipstream import telemetry
+from slipstream.errors import InvalidRequestError, SlipstreamError
+from slipstream.grpc_errors import abort
+from slipstream.v1 import inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+log = telemetry.get_logger(__name__)
+
+SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
+_GENERATE = Where("grpc", "generate")
+# How old a health status may be: readiness is looked at, not pushed.
+HEALTH_PERIOD_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    request: inference_pb2.GenerateRequest
+    request_id: str
+    shown_id: str
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """`Generate` and `ListModels`. A cancelled call cancels its task, and with it the work on every worker."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def Generate(  # type: ignore[override]  # noqa: N802 (the stubs know only generators)
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> None:
+        """Stream one answer. Errors are statuses; see `slipstream.grpc_errors`.
+
+        Writes to the context, and is no generator: a cancelled call then unwinds here, at once and in this task.
+        """
+        wanted = safe_request_id(request.request_id)
+        request_id = unique_request_id(wanted)
+        status = grpc.StatusCode.CANCELLED
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            in_flight(_GENERATE, self._service.clock),
+        ):
+            try:
+                failure = await self._generate(_Call(request, request_id, wanted or request_id), context)
+                status = failure.grpc_status if failure else grpc.StatusCode.OK
+            finally:
+                REQUESTS.labels(_GENERATE.face, _GENERATE.endpoint, status.name).inc()
+        if failure is not None:
+            await abort(context, failure)
+
+    async def _generate(self, call: _Call, context: Context) -> SlipstreamError | None:
+        try:
+            async with self._service.answer(_asked(call.request, call.request_id)) as answer:
+                async for delta in answer:
+                    await context.write(_response(delta, answer, call.shown_id))
+        except SlipstreamError as error:
+            return error
+        except Exception:
+            log.exception("request_failed", rpc="Generate")
+            return _INTERNAL_ERROR
+        return None
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """Models served now, and by how many workers."""
+        models = [
+            inference_pb2.Model(
+                id=model.name,
+                max_model_len=model.max_model_len,
+                prefill_workers=model.prefill_workers,
+                decode_workers=model.decode_workers,
+                created=model.created_unix_s,
+            )
+            for model in self._service.dispatcher.models()
+        ]
+        return inference_pb2.ListModelsResponse(models=models)
+
+
+class GrpcFace:
+    """The server with everything on it. Create it in the loop it runs in.
+
+    Args:
+        max_message_bytes: larger requests are refused with RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(self, service: InferenceService, *, max_message_bytes: int) -> None:
+        self._service = service
+        self._health = health.aio.HealthServicer()
+        self.server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a second server on the same port should fail, not share it
+            ]
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+
+    async def start(self) -> None:
+        """Begin to serve. Until `watch_readiness` has looked, health is NOT_SERVING."""
+        await self._set_health(ready=False)
+        await self.server.start()
+
+    async def watch_readiness(self) -> None:
+        """Keep the health status up to date, for ever."""
+        while True:
+            await self._set_health(ready=self._service.dispatcher.ready)
+            await asyncio.sleep(HEALTH_PERIOD_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give open ones `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+    async def _set_health(self, *, ready: bool) -> None:
+        serving = health_pb2.HealthCheckResponse.ServingStatus
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, serving.SERVING if ready else serving.NOT_SERVING)
+
+
+def _asked(request: inference_pb2.GenerateRequest, request_id: str) -> InferenceRequest:
+    return InferenceRequest(
+        request_id=request_id,
+        model=request.model,
+        prompts=[_prompt(request)],
+        sampling=checked_params(request.sampling),
+        where=_GENERATE,
+    )
+
+
+def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
+    match request.WhichOneof("input"):
+        case "text":
+            return TextPrompt(request.text, "text")
+        case "token_ids":
+            return TokenPrompt(list(request.token_ids.ids), "token_ids")
+        case "chat":
+            if not request.chat.messages:
+                raise InvalidRequestError("'chat' has no messages; at least one is needed.", param="chat.messages")
+            messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+            return ChatPrompt(messages, param="chat.messages")
+        case _:
+            raise InvalidRequestError("The request has no input: set text, token_ids or chat.", param="input")
+
+
+def _response(delta: AnswerDelta, answer: Answer, request_id: str) -> inference_pb2.GenerateResponse:
+    piece = delta.piece
+    response = inference_pb2.GenerateResponse(
+        request_id=request_id,
+        model=answer.model,
+        text=piece.text,
+        token_ids=[token.token_id for token in piece.arrived],
+        logprobs=[token.logprobs for token in piece.arrived if token.logprobs is not None],
+        finish_reason=piece.finish_reason,
+        stop_reason=piece.stop_reason,
+        account=delta.account,
+    )
+    if piece.finished:
+        usage = answer.usage
+        response.usage.prompt_tokens = usage.prompt_tokens
+        response.usage.completion_tokens = usage.completion_tokens
+        response.usage.cached_tokens = usage.cached_tokens
+    return response

@@ -1,0 +1,145 @@
+"""The HTTP face's outermost layer: a request id for each request, one shape for each error, and the count of both.
+
+Pure ASGI, inside Starlette's own last resort and outside everything else, so that no HTML and no traceback
+can reach a client.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from uuid import uuid4
+
+import msgspec
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from frontend.face_metrics import REQUESTS, Where, in_flight
+from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
+from slipstream import telemetry
+from slipstream.errors import CancelledByClientError, SlipstreamError
+
+log = telemetry.get_logger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-Id"
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
+_ENDPOINTS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/models": "models",
+    "/health/live": "health",
+    "/health/ready": "health",
+    "/metrics": "metrics",
+}
+
+
+def where_of(path: str) -> Where:
+    """The metric labels of a path; what nobody serves is one label, not one for each scanner's guess."""
+    endpoint = "models" if path.startswith("/v1/models/") else _ENDPOINTS.get(path, "other")
+    return Where("http", endpoint)
+
+
+def unique_request_id(wanted: str) -> str:
+    """An id no other request has. A client's own may come twice, and workers tell requests apart by it."""
+    made = uuid4().hex
+    return f"{wanted}-{made[:8]}" if wanted else made
+
+
+def safe_request_id(wanted: str | None) -> str:
+    """A client's id if it may go into logs and headers, else nothing."""
+    return wanted if wanted and _SAFE_ID.fullmatch(wanted) else ""
+
+
+class Boundary:
+    """ASGI middleware. Puts `request_id` into the request's state."""
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = safe_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        request_id = unique_request_id(asked)
+        scope.setdefault("state", {})["request_id"] = request_id
+        outgoing = _Outgoing(send, asked or request_id)
+        where = where_of(scope["path"])
+        with structlog.contextvars.bound_contextvars(request_id=request_id), in_flight(where, self._clock):
+            code = "cancelled"
+            try:
+                await self._answer(scope, receive, outgoing)
+                code = str(outgoing.status)
+            except CancelledByClientError as error:
+                code = str(error.http_status)  # nobody is there to read it
+            finally:
+                REQUESTS.labels(where.face, where.endpoint, code).inc()
+
+    async def _answer(self, scope: Scope, receive: Receive, outgoing: _Outgoing) -> None:
+        try:
+            await self._app(scope, receive, outgoing)
+        except CancelledByClientError:
+            raise
+        except SlipstreamError as error:
+            if outgoing.status is not None:
+                raise
+            await error_response(error)(scope, receive, outgoing)
+        except Exception:
+            log.exception("request_failed", path=scope["path"])
+            if outgoing.status is not None:
+                raise
+            await error_response(_INTERNAL_ERROR)(scope, receive, outgoing)
+
+
+class _Outgoing:
+    """`send` that remembers the status and adds the request id."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+        await self._send(message)
+
+
+def error_response(error: SlipstreamError) -> Response:
+    """OpenAI's shape and status, with Retry-After where the error says when."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return Response(error_body(error), error.http_status, headers, "application/json")
+
+
+def as_typed(error: Exception) -> SlipstreamError:
+    """What a client may know of an error in the middle of a stream."""
+    if isinstance(error, SlipstreamError):
+        return error
+    log.error("stream_failed", exc_info=error)
+    return _INTERNAL_ERROR
+
+
+async def routing_error(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (unknown path, wrong method) in the same shape as ours."""
+    assert isinstance(error, HTTPException)
+    wording = {
+        404: (
+            f"Unknown request URL: {request.method} {request.url.path}. See /docs for what is served.",
+            "unknown_url",
+        ),
+        405: (f"Method {request.method} is not allowed for {request.url.path}.", "method_not_allowed"),
+    }
+    message, code = wording.get(error.status_code, (str(error.detail), "invalid_request"))
+    details = ErrorDetails(message, "invalid_request_error", None, code)
+    content = msgspec.json.encode(ErrorBody(details))
+    return Response(content, error.status_code, error.headers, "application/json")

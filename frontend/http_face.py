@@ -1,0 +1,227 @@
+"""The OpenAI-compatible HTTP face: the routes, and the two ways to answer, streamed and whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from frontend.face_metrics import BROKEN_STREAMS
+from frontend.generation import ServedModel
+from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
+from frontend.http_exchange import (
+    DONE,
+    ConnectedResponse,
+    body_message,
+    read_body,
+    sse_event,
+    sse_events,
+    start_message,
+)
+from frontend.inference import Answer, InferenceRequest, InferenceService
+from frontend.openai_requests import COMPLETIONS_DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, GenerationBody
+from frontend.openai_responses import ModelCard, ModelList, error_body, response_schemas
+from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect
+from frontend.sampling_fields import invalid_request
+from slipstream.errors import NoWorkerError
+
+Body = TypeVar("Body", ChatBody, CompletionBody)
+_READY_RETRY_S = 1.0
+
+
+def create_app(
+    service: InferenceService,
+    *,
+    max_body_bytes: int,
+    wall_clock: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        max_body_bytes: larger request bodies are refused with 413.
+        wall_clock: seconds since the epoch, for the `created` fields.
+    """
+    app = FastAPI(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
+    app.add_middleware(Boundary, clock=service.clock)
+    app.add_exception_handler(HTTPException, routing_error)
+    face = HttpFace(service, max_body_bytes, wall_clock)
+    for path, body, responds_with, endpoint in (
+        ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
+        ("/v1/completions", CompletionBody, "Completion", face.completions),
+    ):
+        app.add_api_route(path, endpoint, methods=["POST"], **_documented(responds_with, body))
+    app.add_api_route("/v1/models", face.models, methods=["GET"], **_documented("ModelList"))
+    app.add_api_route("/v1/models/{model_id:path}", face.model, methods=["GET"], **_documented("ModelCard"))
+    app.add_api_route("/health/live", face.live, methods=["GET"], **_documented(None))
+    app.add_api_route("/health/ready", face.ready, methods=["GET"], **_documented(None))
+    app.add_api_route("/metrics", face.metrics, methods=["GET"], **_documented(None))
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFace:
+    """The endpoints."""
+
+    service: InferenceService
+    max_body_bytes: int
+    wall_clock: Callable[[], float]
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        body = await self._body(request, ChatBody)
+        asked = self._asked(request, body, None)
+        return self._respond(asked, body, ChatWriter)
+
+    async def completions(self, request: Request) -> Response:
+        """Go on with a text."""
+        body = await self._body(request, CompletionBody)
+        asked = self._asked(request, body, COMPLETIONS_DEFAULT_MAX_TOKENS)
+        return self._respond(asked, body, CompletionWriter)
+
+    async def models(self) -> Response:
+        """Models served now."""
+        return _json(ModelList([_card(model) for model in self.service.dispatcher.models()]))
+
+    async def model(self, model_id: str) -> Response:
+        """One model served now."""
+        return _json(_card(self.service.served_model(model_id)))
+
+    async def live(self) -> Response:
+        """Whether the frontend runs."""
+        return _json({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Whether a request would be answered now; 503 with the reason when not."""
+        if self.service.closing:
+            raise NoWorkerError("The frontend is shutting down.", code="shutting_down")
+        if not self.service.dispatcher.ready:
+            raise NoWorkerError("No decode worker is ready yet.", retry_after_s=_READY_RETRY_S)
+        return _json({"status": "ready"})
+
+    async def metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        content = await read_body(request, self.max_body_bytes)
+        try:
+            return kind.model_validate_json(content)
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+    def _asked(
+        self, request: Request, body: ChatBody | CompletionBody, default_max_tokens: int | None
+    ) -> InferenceRequest:
+        return InferenceRequest(
+            request_id=request.state.request_id,
+            model=body.model,
+            prompts=body.prompts(),
+            sampling=body.params(),
+            where=where_of(request.url.path),
+            n=1 if body.n is None else body.n,
+            default_max_tokens=default_max_tokens,
+        )
+
+    def _respond(
+        self, asked: InferenceRequest, body: GenerationBody, kind: type[ChatWriter] | type[CompletionWriter]
+    ) -> Response:
+        wishes = Wishes(
+            logprobs=asked.sampling.HasField("logprobs"),
+            usage_chunk=body.include_usage,
+            account=body.include_account,
+        )
+
+        def writer(answer: Answer) -> Writer:
+            head = Head(answer.request_id, int(self.wall_clock()), answer.model)
+            return kind(head, wishes, self.service.text_model)
+
+        answering = self._stream if body.stream else self._whole
+        return ConnectedResponse(lambda send: answering(asked, writer, send))
+
+    async def _whole(self, asked: InferenceRequest, writer: Callable[[Answer], Writer], send: Send) -> None:
+        async with self.service.answer(asked) as answer:
+            collected = await collect(answer)
+            content = msgspec.json.encode(writer(answer).whole(answer, collected))
+        headers = {"content-type": "application/json", "content-length": str(len(content))}
+        await send(start_message(headers | _worker_headers(answer)))
+        await send(body_message(content, more=False))
+
+    async def _stream(self, asked: InferenceRequest, writer: Callable[[Answer], Writer], send: Send) -> None:
+        started = False
+        try:
+            async with self.service.answer(asked) as answer:
+                writing = writer(answer)
+                async for delta in answer:
+                    # Not before the first delta: an error until then is a proper status.
+                    if not started:
+                        started = True
+                        await send(start_message())
+                    if chunks := list(writing.chunks(delta, answer)):
+                        await send(body_message(sse_events(chunks), more=True))
+                ending = sse_events(list(writing.last_chunks(answer))) + DONE
+        except Exception as error:
+            if not started:
+                raise
+            typed = as_typed(error)
+            BROKEN_STREAMS.labels(asked.where.face, asked.where.endpoint, typed.code).inc()
+            ending = sse_event(error_body(typed))
+        await send(body_message(ending, more=False))
+
+
+def _worker_headers(answer: Answer) -> dict[str, str]:
+    account = answer.accounts.get(0)
+    if account is None:
+        return {}
+    workers = {"x-slipstream-prefill-worker": account.prefill_worker}
+    workers["x-slipstream-decode-worker"] = account.decode_worker
+    return {name: worker for name, worker in workers.items() if worker}
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(model.name, model.created_unix_s, model.max_model_len)
+
+
+def _json(content: msgspec.Struct | dict[str, str]) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def _documented(responds_with: str | None, body: type[GenerationBody] | None = None) -> dict[str, Any]:
+    """What FastAPI writes into the OpenAPI document; parsing and encoding are ours."""
+    error: dict[str, Any] = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    responses: dict[int | str, Any] = {"default": {"description": "Error", "content": error}}
+    if responds_with is not None:
+        schema = {"schema": {"$ref": f"#/components/schemas/{responds_with}"}}
+        content: dict[str, Any] = {"application/json": schema}
+        if body is not None:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        responses[200] = {"description": "Success", "content": content}
+    documented: dict[str, Any] = {"responses": responses, "response_class": Response}
+    if body is not None:
+        reference = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
+        documented["openapi_extra"] = {"requestBody": {"required": True, "content": {"application/json": reference}}}
+    return documented
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _names, definitions = models_json_schema(
+            [(ChatBody, "validation"), (CompletionBody, "validation")], ref_template="#/components/schemas/{model}"
+        )
+        components = document.setdefault("components", {}).setdefault("schemas", {})
+        components.update(cast("dict[str, Any]", definitions["$defs"]) | response_schemas())
+        app.openapi_schema = document
+    return app.openapi_schema

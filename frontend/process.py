@@ -1,0 +1,189 @@
+"""The frontend's process: both faces in one event loop, from listening to the last open request.
+
+uvloop.run(serve(settings))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from frontend.generation import Dispatcher
+from frontend.grpc_face import GrpcFace
+from frontend.http_face import create_app
+from frontend.inference import InferenceService
+from frontend.tokenizer import TextModel
+from slipstream import telemetry
+from slipstream.errors import StartupError
+from slipstream.settings import FrontendSettings, Settings
+
+log = telemetry.get_logger(__name__)
+
+_BACKLOG_CONNECTIONS = 2048
+# For connections that were told of the shutdown to be closed properly.
+_LAST_WORDS_S = 2.0
+_KEEP_ALIVE_S = 75
+
+
+async def serve(settings: Settings) -> None:
+    """Run both faces until SIGTERM or SIGINT, then let open requests finish for `frontend.drain_timeout_s`.
+
+    Raises:
+        StartupError: a port is taken, the model folder is not usable, the control plane's settings are wrong.
+    """
+    # Late, so that tests of the faces need neither the cluster's client nor a model.
+    from frontend.dispatch import open_dispatcher
+    from slipstream import model_folder
+
+    folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
+    with stop_signals() as stop, bound_socket(settings.frontend) as http_socket:
+        text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
+        async with open_dispatcher(settings) as dispatcher:
+            await run_faces(
+                settings.frontend,
+                dispatcher,
+                text_model,
+                model_name=settings.served_model_name or folder.served_name,
+                http_socket=http_socket,
+                stop=stop,
+            )
+
+
+async def run_faces(
+    settings: FrontendSettings,
+    dispatcher: Dispatcher,
+    text_model: TextModel,
+    *,
+    model_name: str,
+    http_socket: socket.socket,
+    stop: asyncio.Event,
+    listening: Callable[[str, str], None] = lambda http, grpc: None,
+) -> None:
+    """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
+
+    Args:
+        listening: called with the HTTP and the gRPC address once both accept.
+
+    Raises:
+        StartupError: the gRPC port is taken.
+    """
+    service = InferenceService(
+        dispatcher,
+        text_model,
+        model_name=model_name,
+        request_timeout_s=settings.request_timeout_s,
+        max_n=settings.max_n,
+    )
+    grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes)
+    grpc_port = _bind_grpc(grpc_face, settings)
+    http_server = _http_server(service, settings)
+    http_socket.listen(_BACKLOG_CONNECTIONS)
+    try:
+        await grpc_face.start()
+        async with asyncio.TaskGroup() as tasks:
+            http_task = tasks.create_task(http_server.serve([http_socket]), name="http face")
+            health_task = tasks.create_task(grpc_face.watch_readiness(), name="grpc health")
+            http_address = _address(settings.host, http_socket.getsockname()[1])
+            grpc_address = _address(settings.host, grpc_port)
+            log.info("frontend_listening", http=http_address, grpc=grpc_address, model=model_name)
+            listening(http_address, grpc_address)
+            await stop.wait()
+            log.info("frontend_draining", timeout_s=settings.drain_timeout_s)
+            http_server.should_exit = True
+            drain_task = tasks.create_task(_end_requests_after(service, settings.drain_timeout_s), name="drain")
+            await grpc_face.stop(settings.drain_timeout_s + _LAST_WORDS_S)
+            await http_task
+            drain_task.cancel()
+            health_task.cancel()
+    finally:
+        await grpc_face.stop(0)
+    log.info("frontend_stopped")
+
+
+async def _end_requests_after(service: InferenceService, drain_timeout_s: float) -> None:
+    # Before the servers cancel what is left: a request ended here still gets an error it can read.
+    await asyncio.sleep(drain_timeout_s)
+    service.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    caught = (signal.SIGTERM, signal.SIGINT)
+    for number in caught:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def bound_socket(settings: FrontendSettings) -> Iterator[socket.socket]:
+    """The HTTP face's port, taken before anything slow is done.
+
+    Raises:
+        StartupError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((settings.host, settings.http_port))
+        except OSError as error:
+            raise _port_error("http_port", settings.host, settings.http_port, error.strerror or str(error)) from error
+        yield bound
+
+
+def _bind_grpc(face: GrpcFace, settings: FrontendSettings) -> int:
+    try:
+        return face.server.add_insecure_port(_address(settings.host, settings.grpc_port))
+    except RuntimeError as error:
+        raise _port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
+
+
+def _port_error(setting: str, host: str, port: int, reason: str) -> StartupError:
+    return StartupError(
+        f"Cannot listen on {_address(host, port)}: {reason}. Set frontend.{setting} to another port, or to 0 for a "
+        "free one, or end the process that holds it."
+    )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals are the process's, and end both faces."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http_server(service: InferenceService, settings: FrontendSettings) -> _Server:
+    app = create_app(service, max_body_bytes=settings.max_body_bytes)
+    return _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            backlog=_BACKLOG_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + _LAST_WORDS_S),
+        )
+    )

@@ -1,0 +1,88 @@
+"""What a failed call says about the worker at its other end, and what to do about it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import grpc.aio
+
+from frontend.router import RETRY_AFTER_S, Fallback
+from slipstream.errors import (
+    CancelledByClientError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestTooLargeError,
+    SlipstreamError,
+    UnavailableError,
+    WorkerLostError,
+)
+from slipstream.grpc_errors import from_rpc_error
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
+
+
+class FailureKind(StrEnum):
+    """LOST and TIMEOUT: nobody is there, avoid the worker. REFUSED: it said no. FAILED: it broke on this request."""
+
+    LOST = "lost"
+    TIMEOUT = "timeout"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+    @property
+    def suspicious(self) -> bool:
+        return self in (FailureKind.LOST, FailureKind.TIMEOUT)
+
+
+_FALLBACKS = {
+    FailureKind.LOST: Fallback.PREFILL_LOST,
+    FailureKind.TIMEOUT: Fallback.PREFILL_TIMEOUT,
+    FailureKind.REFUSED: Fallback.PREFILL_REFUSED,
+    FailureKind.FAILED: Fallback.PREFILL_FAILED,
+}
+
+
+class WorkerFailure(Exception):  # noqa: N818 - not an error of the request: another worker may serve it
+    """A worker did not do its part of a request; never leaves the dispatcher."""
+
+    def __init__(self, worker: WorkerRecord, kind: FailureKind, cause: SlipstreamError) -> None:
+        super().__init__(cause.message)
+        self.worker = worker
+        self.kind = kind
+        self.cause = cause
+
+    @property
+    def role(self) -> str:
+        return Role.Name(self.worker.role).removeprefix("ROLE_").lower()
+
+    @property
+    def fallback(self) -> Fallback:
+        """The reason given when decode has to do this prefill worker's part."""
+        return _FALLBACKS[self.kind]
+
+    def as_error(self, why_final: str) -> SlipstreamError:
+        """What the client is told when no other worker can take over; `why_final` says why."""
+        if self.kind is FailureKind.REFUSED or self.kind is FailureKind.FAILED:
+            self.cause.retry_after_s = self.cause.retry_after_s or RETRY_AFTER_S
+            return self.cause
+        return WorkerLostError(
+            f"{self.role} worker {self.worker.worker_id} was lost ({self.cause.message}); {why_final}",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+def failure_of(worker: WorkerRecord, error: grpc.aio.AioRpcError) -> WorkerFailure:
+    """Read a call's final status.
+
+    Raises:
+        InvalidRequestError, RequestTooLargeError: the request is at fault, no other worker would take it.
+    """
+    cause = from_rpc_error(error)
+    if isinstance(cause, InvalidRequestError) or cause.code == RequestTooLargeError.default_code:
+        raise cause from error
+    # RESOURCE_EXHAUSTED with another code is a full queue. The transport's own UNAVAILABLE carries none of our metadata and comes back as WorkerLostError. A server
+    # that is torn down cancels its calls; whoever else cancels one is this process, which does not read it then.
+    if isinstance(cause, WorkerLostError | EngineDeadError | CancelledByClientError):
+        return WorkerFailure(worker, FailureKind.LOST, cause)
+    if isinstance(cause, UnavailableError | RequestTooLargeError):
+        return WorkerFailure(worker, FailureKind.REFUSED, cause)
+    return WorkerFailure(worker, FailureKind.FAILED, cause)

@@ -1,0 +1,243 @@
+"""The lease board: a page of shared memory on which two workers agree who may read which KV blocks.
+
+A prefill worker has one board. Its engine, its service and the decode workers on the host map it. Every
+word has one writer, so no lock is needed; a word is 8 aligned bytes, which every 64-bit CPU writes whole.
+
+A lease is a slot and a nonce (random, its low three bits zero). Words of a slot, and who writes them:
+
+    held      engine   the nonce while the blocks are pinned; 0 before they may be reused
+    outcome   engine   nonce | Outcome once the lease has ended
+    released  service  the nonce when the owner gave it up
+    deadline  service  CLOCK_MONOTONIC nanoseconds; the service renews it while its caller is there (the first
+                       lease period counts from when the blocks are ready)
+    taken     decode   the nonce once decode has a copy that it checked
+    wanted    decode   which of the handoff's blocks it wants staged: first index << 32 | count
+    asked     decode   the nonce when decode cannot read memory directly and wants a staged copy
+    staged    engine   the nonce once the staged copy is complete
+
+Reading is safe like a seqlock: decode copies first and then looks whether `held` still is the nonce. The
+engine clears `held` before it gives blocks back, so a copy that passes cannot have been overwritten.
+
+The head of the board carries counters of the engine process, which its service exports as metrics, and the
+layout of the worker's KV memory, which decode workers need in order to read.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+from slipstream.errors import StartupError, TransferError
+
+MAGIC = 0x31_44_52_42_50_4C_53  # "SLPBRD1"
+LAYOUT_BYTES = 256 * 1024
+PREFIX, SUFFIX, SEGMENT_SUFFIX = "slipstream-", ".board", ".kv"
+
+_HEAD_WORDS = 64
+_SLOT_WORDS = 8
+
+
+class Head(enum.IntEnum):
+    """Words of the head that are not counters."""
+
+    MAGIC = 0
+    EPOCH = 1
+    SLOTS = 2
+    LAYOUT_LENGTH = 3  # bytes; 0 until the engine has published its layout
+
+
+class Counter(enum.IntEnum):
+    """Words of the head that the engine process counts in. All only grow, but for the gauges at the end."""
+
+    PROMPT_TOKENS_COMPUTED = 8
+    PROMPT_TOKENS_CACHED = 9
+    PROMPT_TOKENS_RECEIVED = 10
+    BLOCKS_RECEIVED = 11
+    BYTES_RECEIVED = 12
+    TRANSFER_NS = 13
+    TRANSFERS_DONE = 14
+    TRANSFERS_STAGED = 15
+    TRANSFERS_FAILED = 16
+    HANDOFFS_OPENED = 17
+    HANDOFFS_TAKEN = 18
+    HANDOFFS_RELEASED = 19
+    HANDOFFS_EXPIRED = 20
+    REQUESTS_RECEIVED = 21
+    HANDOFFS_HELD = 32  # gauge
+    BLOCKS_TOTAL = 33  # gauge
+    BLOCKS_FREE = 34  # gauge
+    BLOCK_TOKENS = 35  # gauge
+    BLOCK_BYTES = 36  # gauge
+
+
+class Word(enum.IntEnum):
+    """Words of a slot; see the module's docstring."""
+
+    HELD = 0
+    OUTCOME = 1
+    RELEASED = 2
+    DEADLINE = 3
+    TAKEN = 4
+    ASKED = 5
+    STAGED = 6
+    WANTED = 7
+
+
+class Outcome(enum.IntEnum):
+    """How a lease ended."""
+
+    TAKEN = 1
+    RELEASED = 2
+    EXPIRED = 3
+    ABORTED = 4  # the request ended before there was anything to hold
+
+
+def new_nonce() -> int:
+    """A nonce: 61 random bits, never 0, low three bits free for an Outcome."""
+    return (secrets.randbits(60) | 1 << 60) << 3
+
+
+class Board:
+    """A mapped board. Words are read and written through `get`/`put` and the slot methods."""
+
+    def __init__(self, path: Path, view: mmap.mmap, lock_fd: int | None) -> None:
+        self.path = path
+        self._mmap = view
+        self._words = memoryview(view).cast("Q")
+        self._lock_fd = lock_fd
+        self.epoch = self._words[Head.EPOCH]
+        self.slots = self._words[Head.SLOTS]
+
+    @classmethod
+    def create(cls, directory: Path, *, slots: int) -> Board:
+        """Make a board, owned by this process until `unlink`; a dead owner's is removed by `remove_stale`.
+
+        Raises:
+            StartupError: the folder cannot be written.
+        """
+        epoch = secrets.randbits(63)
+        path = directory / f"{PREFIX}{epoch:016x}{SUFFIX}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartupError(f"cannot create the lease board in {directory}: {error.strerror}") from error
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        size = _layout_offset(slots) + LAYOUT_BYTES
+        os.ftruncate(fd, size)
+        view = mmap.mmap(fd, size)
+        words = memoryview(view).cast("Q")
+        words[Head.EPOCH], words[Head.SLOTS] = epoch, slots
+        words[Head.MAGIC] = MAGIC
+        words.release()
+        return cls(path, view, fd)
+
+    @classmethod
+    def open(cls, path: Path) -> Board:
+        """Map a board that another process made.
+
+        Raises:
+            TransferError: it is gone (its worker ended) or is no board.
+        """
+        try:
+            with path.open("r+b") as file:
+                view = mmap.mmap(file.fileno(), 0)
+        except (OSError, ValueError) as error:
+            raise TransferError(f"lease board {path.name} cannot be opened: {error}", code="worker_gone") from error
+        words = memoryview(view).cast("Q")
+        intact = len(words) >= _HEAD_WORDS and words[Head.MAGIC] == MAGIC
+        intact = intact and len(view) == _layout_offset(words[Head.SLOTS]) + LAYOUT_BYTES
+        words.release()
+        if not intact:
+            view.close()
+            raise TransferError(f"{path.name} is not a lease board of this version", code="bad_handoff")
+        return cls(path, view, None)
+
+    def close(self) -> None:
+        """Unmap; the file stays."""
+        self._words.release()
+        self._mmap.close()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def unlink(self) -> None:
+        """Remove the file and the staged copies that belong to it. Mapped views stay valid."""
+        _remove(self.path)
+
+    def segment_path(self, slot: int) -> Path:
+        """Where the staged copy of a slot lies."""
+        return self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}-{slot}{SEGMENT_SUFFIX}")
+
+    # -- head ---------------------------------------------------------------------------------------------
+
+    def counter(self, counter: Counter) -> int:
+        return self._words[counter]
+
+    def add(self, counter: Counter, amount: int = 1) -> None:
+        """Count. Only the engine process calls this, from its main thread."""
+        self._words[counter] += amount
+
+    def set_gauge(self, counter: Counter, value: int) -> None:
+        self._words[counter] = value
+
+    def publish_layout(self, raw: bytes) -> None:
+        if len(raw) > LAYOUT_BYTES:
+            raise StartupError(f"KV layout takes {len(raw)} bytes, the board has room for {LAYOUT_BYTES}")
+        start = _layout_offset(self.slots)
+        self._mmap[start : start + len(raw)] = raw
+        self._words[Head.LAYOUT_LENGTH] = len(raw)
+
+    def layout(self) -> bytes:
+        """What `publish_layout` wrote; empty until then."""
+        start = _layout_offset(self.slots)
+        return bytes(self._mmap[start : start + self._words[Head.LAYOUT_LENGTH]])
+
+    # -- slots --------------------------------------------------------------------------------------------
+
+    def get(self, slot: int, word: Word) -> int:
+        return self._words[_HEAD_WORDS + slot * _SLOT_WORDS + word]
+
+    def put(self, slot: int, word: Word, value: int) -> None:
+        self._words[_HEAD_WORDS + slot * _SLOT_WORDS + word] = value
+
+    def outcome(self, slot: int, nonce: int) -> Outcome | None:
+        """How this lease ended; None while it is open (or was never seen by the engine)."""
+        value = self.get(slot, Word.OUTCOME)
+        return Outcome(value & 7) if value & ~7 == nonce else None
+
+
+def remove_stale(directory: Path) -> list[str]:
+    """Remove boards, and staged copies, whose owner has died; returns the names of the boards.
+
+    An owner holds a lock on its board, and the kernel drops the lock when it dies, however it dies.
+    """
+    removed = []
+    for path in directory.glob(f"{PREFIX}*{SUFFIX}"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue  # another user's, or just removed
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+            removed.append(path.name)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(fd)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    stem = path.name.removesuffix(SUFFIX)
+    for segment in path.parent.glob(f"{stem}-*{SEGMENT_SUFFIX}"):
+        segment.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _layout_offset(slots: int) -> int:
+    return (_HEAD_WORDS + slots * _SLOT_WORDS) * 8

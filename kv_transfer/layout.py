@@ -1,0 +1,134 @@
+"""Where a worker's KV blocks lie in memory.
+
+A worker's KV cache is a list of regions (one a layer, or two where K and V are apart). Block `i` is `block_bytes`
+at `address + i * stride` of every region. What is inside a block is the engine's business (on CPU an
+ISA-specific packing): two workers can exchange blocks when their fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kv_transfer.memory import Copy
+from slipstream.errors import StartupError, TransferError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """One layer's blocks; address and stride in bytes. The address is 0 where it cannot be read by others."""
+
+    address: int
+    stride: int
+    block_bytes: int
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """All of a worker's KV memory, as published on its board.
+
+    Attributes:
+        fingerprint: equal when block contents can be exchanged.
+        pid: the process that owns the memory.
+        epoch: of that process's board; also stored at `probe_address`, so that a reader can see that `pid`
+            still is the process it means.
+        direct: whether the regions can be read with `process_vm_readv` (not where they are in GPU memory).
+    """
+
+    fingerprint: str
+    pid: int
+    epoch: int
+    probe_address: int
+    direct: bool
+    blocks: int
+    block_tokens: int
+    regions: list[Region]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all regions."""
+        return sum(region.block_bytes for region in self.regions)
+
+
+def encode(layout: Layout) -> bytes:
+    return msgspec.msgpack.encode(layout)
+
+
+def decode(raw: bytes) -> Layout:
+    try:
+        return msgspec.msgpack.decode(raw, type=Layout)
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"KV layout is not readable: {error}", code="bad_handoff") from error
+
+
+def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torch.Tensor]:
+    """The caches as byte tensors of shape [blocks, block_bytes] over the same memory, layers in numeric order.
+
+    Raises:
+        StartupError: a cache has a shape in which blocks cannot be told apart, or a block has gaps.
+    """
+    views: list[torch.Tensor] = []
+    for name in sorted(kv_caches, key=_layer_order):
+        cache = kv_caches[name]
+        if cache.shape[0] == blocks:
+            views.append(_bytes_of(name, cache))
+        elif cache.dim() > 1 and cache.shape[1] == blocks:  # K and V apart: [2, blocks, ...]
+            views.extend(_bytes_of(name, half) for half in cache.unbind(0))
+        else:
+            raise StartupError(f"KV cache {name} has shape {tuple(cache.shape)}; expected {blocks} blocks in front")
+    return views
+
+
+def _bytes_of(name: str, cache: torch.Tensor) -> torch.Tensor:
+    inner = sorted(range(1, cache.dim()), key=lambda dim: (cache.stride()[dim], cache.shape[dim]), reverse=True)
+    dense = cache.permute(0, *inner)
+    expected = 1
+    for dim in range(dense.dim() - 1, 0, -1):
+        if dense.shape[dim] != 1 and dense.stride(dim) != expected:
+            raise StartupError(f"KV cache {name}: a block with strides {cache.stride()} is not one run of bytes")
+        expected *= dense.shape[dim]
+    return dense.as_strided((dense.shape[0], expected), (dense.stride(0), 1)).view(_byte_type())
+
+
+def _byte_type() -> torch.dtype:
+    import torch  # late: the layout of another process is read without it
+
+    return torch.uint8
+
+
+def regions_of(views: Sequence[torch.Tensor]) -> list[Region]:
+    """Addresses and sizes of what `block_views` returned."""
+    return [Region(view.data_ptr(), view.stride(0), view.shape[1]) for view in views]
+
+
+def fingerprint(facts: Mapping[str, object]) -> str:
+    """A digest of everything that must agree before blocks can be exchanged."""
+    text = "\n".join(f"{key}={facts[key]}" for key in sorted(facts))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def plan(source: Layout, target: Layout, pairs: Sequence[tuple[int, int]]) -> list[Copy]:
+    """The copies that bring blocks over: `pairs` are (source block, target block).
+
+    Raises:
+        TransferError: the layouts differ, or a block does not exist.
+    """
+    if source.fingerprint != target.fingerprint:
+        raise TransferError("the two workers' KV layouts differ (model, dtype, block size or CPU)", code="layout")
+    for source_block, target_block in pairs:
+        if not (0 <= source_block < source.blocks and 0 <= target_block < target.blocks):
+            raise TransferError(f"no such KV block: {source_block} to {target_block}", code="bad_handoff")
+    return [
+        Copy(a.address + s * a.stride, b.address + t * b.stride, a.block_bytes)
+        for a, b in zip(source.regions, target.regions, strict=True)
+        for s, t in pairs
+    ]
+
+
+def _layer_order(name: str) -> tuple[list[int], str]:
+    """Layer names in numeric order: `model.layers.10.attn` after `model.layers.9.attn`."""
+    return [int(part) for part in name.split(".") if part.isdigit()], name

@@ -1,0 +1,78 @@
+"""What a worker's record must look like before the registry believes it.
+
+Everything in a record is shown to other processes, dialled by them or printed for people, so that sizes and
+shapes are bounded here, once, at the border.
+"""
+
+from __future__ import annotations
+
+import re
+
+from slipstream.errors import InvalidRequestError
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+
+MAX_RECORD_BYTES = 8192
+MAX_MODEL_CHARS = 256
+MAX_URL_CHARS = 512
+MAX_HOST_ID_CHARS = 256
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
+_DEVICE = re.compile(r"[a-z0-9:_-]{0,32}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9]{1,16})?\]")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+
+
+def check_record(record: WorkerRecord) -> None:
+    """Refuse a record that is too large, incomplete or misshapen.
+
+    Raises:
+        InvalidRequestError: names the field, what it held and what it may hold.
+    """
+    size_bytes = record.ByteSize()
+    if size_bytes > MAX_RECORD_BYTES:
+        raise _wrong("worker", f"a record of {size_bytes} bytes", f"at most {MAX_RECORD_BYTES} bytes")
+    check_worker_id(record.worker_id)
+    if record.role not in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
+        raise _wrong("role", record.role, "ROLE_PREFILL or ROLE_DECODE")
+    if record.state not in (WorkerState.STARTING, WorkerState.READY, WorkerState.DRAINING):
+        raise _wrong("state", record.state, "STARTING, READY or DRAINING")
+    _check_text("model", record.model, MAX_MODEL_CHARS, required=True)
+    _check_address(record.address)
+    _check_text("host_id", record.host_id, MAX_HOST_ID_CHARS)
+    _check_text("metrics_url", record.metrics_url, MAX_URL_CHARS)
+    if record.metrics_url and not record.metrics_url.startswith(("http://", "https://")):
+        raise _wrong("metrics_url", record.metrics_url, "an http:// or https:// address, or nothing")
+    if not _DEVICE.fullmatch(record.device):
+        raise _wrong("device", record.device, "a name like cpu or cuda:0")
+    if record.epoch < 1:
+        raise _wrong("epoch", record.epoch, "a number that grows with each start, from 1")
+
+
+def check_worker_id(worker_id: str) -> None:
+    """Refuse a name that could not be shown in a log line or a metric's label.
+
+    Raises:
+        InvalidRequestError
+    """
+    if not _WORKER_ID.fullmatch(worker_id):
+        raise _wrong("worker_id", worker_id, "1 to 128 letters, digits and ._:@+- that begin with a letter or digit")
+
+
+def _check_text(field: str, value: str, max_chars: int, *, required: bool = False) -> None:
+    if required and not value:
+        raise _wrong(field, value, "a name")
+    if len(value) > max_chars or not value.isprintable():
+        raise _wrong(field, value, f"at most {max_chars} printable characters")
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not (_HOST.fullmatch(host) and _PORT.fullmatch(port) and int(port) <= 65535):
+        raise _wrong("address", address, "host:port, as other processes reach it, with a port from 1 to 65535")
+
+
+def _wrong(field: str, value: object, expected: str) -> InvalidRequestError:
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = f"{shown[:80]}... ({len(shown)} characters)"
+    return InvalidRequestError(f"worker record: {field} is {shown}, expected {expected}", param=field)

@@ -1,0 +1,112 @@
+"""The control plane's process: one gRPC server with the registry, health checks and reflection.
+
+It may be killed at any time: see `planner.registry` for why nothing is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from planner.service import RegistryService
+from slipstream import telemetry
+from slipstream.background import background
+from slipstream.errors import StartupError
+from slipstream.grpc_channels import server_options
+from slipstream.settings import ControlPlaneSettings, Settings
+from slipstream.v1 import registry_pb2
+from slipstream.v1.registry_pb2_grpc import add_RegistryServicer_to_server
+
+log = telemetry.get_logger(__name__)
+
+MAX_REQUEST_BYTES = 64 << 10
+"""Records are far smaller (`planner.record_check`); what is larger is not even parsed."""
+STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """A running control plane.
+
+    Attributes:
+        address: host:port it listens on, with the port that was really taken.
+        publishing: ends only when the service is broken.
+    """
+
+    address: str
+    service: RegistryService
+    publishing: asyncio.Task[None]
+
+
+async def serve(settings: Settings) -> None:
+    """Run the control plane until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: the address cannot be listened on.
+    """
+    telemetry.configure(settings.log, component="control-plane")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with (
+            open_control_plane(settings.control_plane) as plane,
+            background(_wait(stop), name="stop") as stopping,
+        ):
+            await asyncio.wait({stopping, plane.publishing}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("control_plane_stopping", address=plane.address)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[ControlPlane]:
+    """Serve the registry while the body runs.
+
+    Raises:
+        StartupError: the address cannot be listened on.
+    """
+    server = grpc.aio.server(options=server_options(max_message_bytes=MAX_REQUEST_BYTES))
+    service = RegistryService(settings.lease_s)
+    add_RegistryServicer_to_server(service, server)
+    name = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    address = f"{settings.host}:{_listen(server, settings)}"
+    async with background(service.run(), name="registry_publishing") as publishing:
+        await server.start()
+        try:
+            await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            log.info("control_plane_listening", address=address, lease_s=settings.lease_s, registry=service.registry_id)
+            yield ControlPlane(address, service, publishing)
+        finally:
+            await checks.enter_graceful_shutdown()
+            await service.close()
+            await server.stop(STOP_GRACE_S)
+
+
+def _listen(server: grpc.aio.Server, settings: ControlPlaneSettings) -> int:
+    wanted = f"{settings.host}:{settings.port}"
+    try:
+        return server.add_insecure_port(wanted)
+    except RuntimeError as error:
+        raise StartupError(
+            f"the control plane cannot listen on {wanted}: port {settings.port} is in use, or {settings.host} is not "
+            "an address of this machine. Stop what listens there (another control plane?), or set "
+            "control_plane.port and control_plane.address",
+        ) from error
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()

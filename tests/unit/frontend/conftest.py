@@ -1,0 +1,98 @@
+"""Both faces, really listening, in front of a scripted dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+import httpx
+import openai
+import pytest
+
+from frontend.process import bound_socket, run_faces
+from frontend.tokenizer import TextModel
+from slipstream.settings import FrontendSettings
+from tests.support.scripted_dispatcher import ScriptedDispatcher
+from tests.support.text_model_folder import write_model_folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    return TextModel.load(write_model_folder(Path(tmp_path_factory.mktemp("model"))))
+
+
+@pytest.fixture
+def dispatcher(text_model: TextModel) -> ScriptedDispatcher:
+    """Says "hello world" to everything, unless the test gives it another script."""
+    from tests.support.scripted_dispatcher import last, tokens
+
+    ids = text_model.encode_now("hello world", add_special_tokens=False)
+    eos = min(text_model.eos_token_ids)
+    return ScriptedDispatcher(lambda request: [*(tokens(token_id) for token_id in ids), last(eos)])
+
+
+@pytest.fixture
+def frontend_settings() -> FrontendSettings:
+    return FrontendSettings(http_port=0, grpc_port=0, max_body_bytes=64 << 10, drain_timeout_s=5)
+
+
+class Faces:
+    """Where the faces listen, and how to stop them."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self.stop = stop
+        self.http = ""
+        self.grpc = ""
+        self.task: asyncio.Task[None] | None = None
+
+
+@pytest.fixture
+async def faces(
+    dispatcher: ScriptedDispatcher, text_model: TextModel, frontend_settings: FrontendSettings
+) -> AsyncIterator[Faces]:
+    faces = Faces(asyncio.Event())
+    listening = asyncio.Event()
+
+    def note(http: str, grpc_address: str) -> None:
+        faces.http, faces.grpc = f"http://{http}", grpc_address
+        listening.set()
+
+    with bound_socket(frontend_settings) as http_socket:
+        faces.task = asyncio.create_task(
+            run_faces(
+                frontend_settings,
+                dispatcher,
+                text_model,
+                model_name="tiny",
+                http_socket=http_socket,
+                stop=faces.stop,
+                listening=note,
+            )
+        )
+        async with asyncio.timeout(10):
+            await listening.wait()
+        yield faces
+        faces.stop.set()
+        async with asyncio.timeout(20):
+            await faces.task
+    assert dispatcher.running == set(), "a request was left running"
+
+
+@pytest.fixture
+async def client(faces: Faces) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{faces.http}/v1", api_key="any", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(faces: Faces) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=faces.http, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+async def channel(faces: Faces) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(faces.grpc) as channel:
+        yield channel

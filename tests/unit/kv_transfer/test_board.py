@@ -1,0 +1,104 @@
+"""The lease board: shared words with one writer each, and a file that no crash leaves behind."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kv_transfer.board import Board, Counter, Outcome, Word, new_nonce, remove_stale
+from slipstream.errors import StartupError, TransferError
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from kv_transfer.board import Board
+board = Board.create(Path(sys.argv[1]), slots=4)
+board.segment_path(2).write_bytes(b"staged")
+print(board.path.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_one_side_writes_the_other_side_reads(tmp_path: Path) -> None:
+    ours = Board.create(tmp_path, slots=8)
+    theirs = Board.open(ours.path)
+    nonce = new_nonce()
+    theirs.put(7, Word.TAKEN, nonce)
+    ours.add(Counter.BYTES_RECEIVED, 5)
+    ours.publish_layout(b"layout")
+    assert ours.get(7, Word.TAKEN) == nonce
+    assert ours.get(6, Word.TAKEN) == 0
+    assert theirs.counter(Counter.BYTES_RECEIVED) == 5
+    assert theirs.layout() == b"layout"
+    assert (theirs.epoch, theirs.slots) == (ours.epoch, 8)
+
+
+def test_an_outcome_belongs_to_one_lease_only(tmp_path: Path) -> None:
+    board = Board.create(tmp_path, slots=2)
+    mine, other = new_nonce(), new_nonce()
+    board.put(0, Word.OUTCOME, mine | Outcome.EXPIRED)
+    assert board.outcome(0, mine) is Outcome.EXPIRED
+    assert board.outcome(0, other) is None
+    assert board.outcome(1, mine) is None
+
+
+def test_nonces_leave_room_for_the_outcome_and_are_never_zero() -> None:
+    nonces = {new_nonce() for _ in range(1000)}
+    assert len(nonces) == 1000
+    assert all(nonce and nonce & 7 == 0 and nonce < 2**64 for nonce in nonces)
+
+
+def test_a_board_that_is_gone_or_is_something_else_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(TransferError) as gone:
+        Board.open(tmp_path / "slipstream-0.board")
+    assert gone.value.code == "worker_gone"
+    strange = tmp_path / "slipstream-1.board"
+    strange.write_bytes(b"\1" * 4096)
+    with pytest.raises(TransferError) as bad:
+        Board.open(strange)
+    assert bad.value.code == "bad_handoff"
+    short = tmp_path / "slipstream-2.board"
+    short.write_bytes(b"")
+    with pytest.raises(TransferError):
+        Board.open(short)
+
+
+def test_a_truncated_board_is_refused_instead_of_crashing_its_reader(tmp_path: Path) -> None:
+    board = Board.create(tmp_path, slots=8)
+    cut = tmp_path / "slipstream-cut.board"
+    cut.write_bytes(board.path.read_bytes()[:1024])
+    with pytest.raises(TransferError):
+        Board.open(cut)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="nowhere"):
+        Board.create(tmp_path / "nowhere", slots=8)
+
+
+def test_a_layout_larger_than_its_room_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="room"):
+        Board.create(tmp_path, slots=2).publish_layout(bytes(1 << 20))
+
+
+def test_boards_of_killed_workers_are_swept_and_those_of_living_ones_kept(tmp_path: Path) -> None:
+    mine = Board.create(tmp_path, slots=2)
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        name = owner.stdout.readline().strip()
+        assert remove_stale(tmp_path) == []
+        owner.send_signal(signal.SIGKILL)
+        owner.wait(timeout=10)
+    assert remove_stale(tmp_path) == [name]
+    assert [path.name for path in tmp_path.iterdir()] == [mine.path.name]  # the staged copy went with its board
+
+
+def test_unlink_removes_the_board_and_its_staged_copies(tmp_path: Path) -> None:
+    board = Board.create(tmp_path, slots=2)
+    board.segment_path(1).write_bytes(b"x")
+    board.unlink()
+    assert list(tmp_path.iterdir()) == []
+    board.put(0, Word.HELD, 8)  # mapped views stay valid until they are closed
+    board.close()
