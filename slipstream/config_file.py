@@ -39,7 +39,8 @@ def read_layer(path: Path) -> Layer:
 
 def write(settings: Settings, path: Path) -> None:
     """Write all settings, so that `load({}, {}, path)` gives them again."""
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped to ASCII: PyYAML writes some line separators unescaped otherwise, and reads them back as spaces.
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     path.write_text(f"# Every setting with its resolved value; see `slipstream config show`.\n{text}", encoding="utf-8")
 
 

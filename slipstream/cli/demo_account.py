@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from slipstream.client import Account, AsyncClient, Completion, Piece
 from slipstream.client.results import completion_from_pieces
@@ -44,7 +45,7 @@ async def ask_and_account(
     target: str, prompt: str, max_tokens: int, console: Console, clock: Callable[[], float] = time.monotonic
 ) -> None:
     """Ask, print the answer as it comes, then the account. Raises the client's errors."""
-    console.print(f"\n[bold cyan]>[/bold cyan] {prompt}" if console.is_terminal else f"\n> {prompt}", markup=True)
+    console.print(Text.assemble(("\n> ", "bold cyan"), prompt), soft_wrap=True)
     pieces: list[Piece] = []
     arrivals: list[tuple[float, int]] = []
     async with AsyncClient(target, timeout_s=_TIMEOUT_S) as client:

@@ -62,7 +62,7 @@ def show(
     elif as_yaml:
         import yaml
 
-        print(yaml.safe_dump(config.dump(loaded.settings), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
+        print(yaml.safe_dump(config.dump(loaded.settings), sort_keys=False), end="")  # noqa: T201
     else:
         _print_table(loaded)
 
