@@ -13,9 +13,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from frontend.face_metrics import REQUESTS, Where, in_flight
-from frontend.http_boundary import safe_request_id, unique_request_id
-from frontend.inference import Answer, AnswerDelta, InferenceRequest, InferenceService
+from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.sampling_fields import checked_params
 from slipstream import telemetry
 from slipstream.errors import InvalidRequestError, SlipstreamError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = telemetry.get_logger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
 _GENERATE = Where("grpc", "generate")
 # How old a health status may be: readiness is looked at, not pushed.
 HEALTH_PERIOD_S = 0.25
@@ -78,7 +77,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return error
         except Exception:
             log.exception("request_failed", rpc="Generate")
-            return _INTERNAL_ERROR
+            return INTERNAL_ERROR
         return None
 
     async def ListModels(  # noqa: N802

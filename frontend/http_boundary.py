@@ -7,9 +7,7 @@ can reach a client.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from uuid import uuid4
 
 import msgspec
 import structlog
@@ -20,15 +18,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frontend.face_metrics import REQUESTS, Where, in_flight
+from frontend.inference import INTERNAL_ERROR
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
+from frontend.request_ids import safe_request_id, unique_request_id
 from slipstream import telemetry
 from slipstream.errors import CancelledByClientError, SlipstreamError
 
 log = telemetry.get_logger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -43,17 +41,6 @@ def where_of(path: str) -> Where:
     """The metric labels of a path; what nobody serves is one label, not one for each scanner's guess."""
     endpoint = "models" if path.startswith("/v1/models/") else _ENDPOINTS.get(path, "other")
     return Where("http", endpoint)
-
-
-def unique_request_id(wanted: str) -> str:
-    """An id no other request has. A client's own may come twice, and workers tell requests apart by it."""
-    made = uuid4().hex
-    return f"{wanted}-{made[:8]}" if wanted else made
-
-
-def safe_request_id(wanted: str | None) -> str:
-    """A client's id if it may go into logs and headers, else nothing."""
-    return wanted if wanted and _SAFE_ID.fullmatch(wanted) else ""
 
 
 class Boundary:
@@ -95,7 +82,7 @@ class Boundary:
             log.exception("request_failed", path=scope["path"])
             if outgoing.status is not None:
                 raise
-            await error_response(_INTERNAL_ERROR)(scope, receive, outgoing)
+            await error_response(INTERNAL_ERROR)(scope, receive, outgoing)
 
 
 class _Outgoing:
@@ -126,7 +113,7 @@ def as_typed(error: Exception) -> SlipstreamError:
     if isinstance(error, SlipstreamError):
         return error
     log.error("stream_failed", exc_info=error)
-    return _INTERNAL_ERROR
+    return INTERNAL_ERROR
 
 
 async def routing_error(request: Request, error: Exception) -> Response:

@@ -26,6 +26,7 @@ from slipstream.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NoWorkerError,
+    SlipstreamError,
     UnavailableError,
     WorkerLostError,
 )
@@ -35,6 +36,8 @@ from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingPar
 MAX_ANSWERS = 256
 # What a client may as well wait when no worker is there: about the time a worker needs to be seen again.
 _NO_WORKER_RETRY_S = 2.0
+INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
+"""What a client is told of an error nobody foresaw."""
 _CLOSING = "The frontend is shutting down; another one, or this one in a moment, will answer."
 
 

@@ -42,8 +42,8 @@ async def serve(settings: Settings) -> None:
     from frontend.dispatch import open_dispatcher
     from slipstream import model_folder
 
-    folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
     with stop_signals() as stop, bound_socket(settings.frontend) as http_socket:
+        folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
         async with open_dispatcher(settings) as dispatcher:
             await run_faces(

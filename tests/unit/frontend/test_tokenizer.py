@@ -54,8 +54,13 @@ for folder in folders:
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the light installation has no transformers")
 def test_text_becomes_what_transformers_makes_of_it(tmp_path: Path) -> None:
-    names = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
-    configs = [{}, {"add_bos_token": False}, {"add_eos_token": True}, {"pad_token": "<pad>", "unk_token": "h"}]
+    names: dict[str, object] = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    configs: list[dict[str, object]] = [
+        {},
+        {"add_bos_token": False},
+        {"add_eos_token": True},
+        {"pad_token": "<pad>", "unk_token": "h"},
+    ]
     folders = [tmp_path / str(place) for place in range(len(configs))]
     for folder, config in zip(folders, configs, strict=True):
         folder.mkdir()
