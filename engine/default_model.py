@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from slipstream.errors import SlipstreamError, StartupError
 from slipstream.model_folder import default_model_folder, missing_files
-from slipstream.settings import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -183,7 +182,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.config.name_or_path = DEFAULT_MODEL
     model.config.rms_norm_eps = 1e-5  # which the file has rounded to 32 bits
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(folder)

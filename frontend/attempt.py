@@ -58,18 +58,20 @@ class Job:
 
 @dataclass(slots=True)
 class _Open:
-    """A call that is under way, and what has to be given back when it ends."""
+    """A call that is under way, and what ends it."""
 
     worker: WorkerRecord
     cancel: Callable[[], bool]
-    prompt_tokens: int
-    burdens: bool = True
 
 
 @dataclass(slots=True)
 class Attempt:
     """Use: `prefill` (if the route has a prefill worker), `start_decode`, `next_tokens` until it is finished, and
-    `close` in every case."""
+    `close` in every case.
+
+    The work is counted for both workers from the start, not from their calls: requests that arrive together must
+    see each other, although the decode worker is called only after prefill.
+    """
 
     around: Surroundings
     job: Job
@@ -79,7 +81,14 @@ class Attempt:
     _prefill: _Open | None = None
     _decode: _Open | None = None
     _decode_call: grpc.aio.UnaryStreamCall[DecodeRequest, DecodeEvent] | None = None
-    _tokens_came: bool = field(default=False)
+    _tokens_came: bool = False
+    _burdened: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for worker in (self.route.prefill, self.route.decode):
+            if worker is not None:
+                self.around.work.begin(worker.worker_id, len(self.job.token_ids))
+                self._burdened.append(worker.worker_id)
 
     async def prefill(self) -> None:
         """Have the prompt computed; `ready` holds the handoff afterwards. The blocks stay held until `close`
@@ -95,7 +104,7 @@ class Attempt:
         call: grpc.aio.UnaryStreamCall[PrefillRequest, PrefillEvent] = PrefillWorkerStub(self._acquire(worker)).Prefill(
             PrefillRequest(request_id=job.request_id, model=job.model, token_ids=job.token_ids)
         )
-        self._prefill = self._opened(worker, call.cancel)
+        self._prefill = _Open(worker, call.cancel)
         try:
             limit_s = self.around.settings.prefill_timeout_s
             event = await self._read(worker, call, began_s + limit_s, f"handoff within {limit_s:g} s")
@@ -107,7 +116,7 @@ class Attempt:
             raise
         self.ready = event.ready
         self.prefill_s = self.around.clock() - began_s
-        self._unburden(self._prefill)
+        self._unburden(worker.worker_id)
 
     def start_decode(self) -> None:
         """Send the request to the decode worker, with the handoff if there is one."""
@@ -121,7 +130,7 @@ class Attempt:
                 handoff=self.ready.handoff if self.ready else b"",
             )
         )
-        self._decode = self._opened(worker, self._decode_call.cancel)
+        self._decode = _Open(worker, self._decode_call.cancel)
 
     async def next_tokens(self) -> DecodeEvent:
         """The next event that has tokens or finishes the answer.
@@ -160,14 +169,11 @@ class Attempt:
         if self._decode is not None:
             self._end(self._decode)
             self._decode = None
+        for worker_id in tuple(self._burdened):
+            self._unburden(worker_id)
 
     def _acquire(self, worker: WorkerRecord) -> grpc.aio.Channel:
         return self.around.channels.acquire(worker.address)
-
-    def _opened(self, worker: WorkerRecord, cancel: Callable[[], bool]) -> _Open:
-        prompt_tokens = len(self.job.token_ids)
-        self.around.work.begin(worker.worker_id, prompt_tokens)
-        return _Open(worker, cancel, prompt_tokens)
 
     def _end_prefill(self) -> None:
         if self._prefill is not None:
@@ -176,13 +182,13 @@ class Attempt:
 
     def _end(self, opened: _Open) -> None:
         opened.cancel()
-        self._unburden(opened)
+        self._unburden(opened.worker.worker_id)
         self.around.channels.release(opened.worker.address)
 
-    def _unburden(self, opened: _Open) -> None:
-        if opened.burdens:
-            opened.burdens = False
-            self.around.work.end(opened.worker.worker_id, opened.prompt_tokens)
+    def _unburden(self, worker_id: str) -> None:
+        if worker_id in self._burdened:
+            self._burdened.remove(worker_id)
+            self.around.work.end(worker_id, len(self.job.token_ids))
 
     async def _read(
         self,

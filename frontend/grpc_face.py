@@ -93,7 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 decode_workers=model.decode_workers,
                 created=model.created_unix_s,
             )
-            for model in self._service.dispatcher.models()
+            for model in self._service.models()
         ]
         return inference_pb2.ListModelsResponse(models=models)
 

@@ -93,7 +93,7 @@ class HttpFace:
 
     async def models(self) -> Response:
         """Models served now."""
-        return _json(ModelList([_card(model) for model in self.service.dispatcher.models()]))
+        return _json(ModelList([_card(model) for model in self.service.models()]))
 
     async def model(self, model_id: str) -> Response:
         """One model served now."""

@@ -143,21 +143,24 @@ class InferenceService:
             if not deadline.expired():
                 deadline.reschedule(asyncio.get_running_loop().time())
 
+    def models(self) -> list[ServedModel]:
+        """What this frontend serves now. The cluster may have other models, whose text it does not know."""
+        return [model for model in self.dispatcher.models() if model.name == self.model_name]
+
     def served_model(self, name: str) -> ServedModel:
-        """The model of that name as it is served now; any when `name` is empty.
+        """The model of that name as it is served now; ours when `name` is empty.
 
         Raises:
-            ModelNotFoundError: nobody serves a model of that name.
+            ModelNotFoundError: this frontend serves no model of that name.
             NoWorkerError: it is ours, but no decode worker is ready.
         """
         wanted = name or self.model_name
-        for model in self.dispatcher.models():
-            if model.name == wanted:
-                return model
         if wanted == self.model_name:
+            for model in self.models():
+                return model
             raise NoWorkerError(f"No decode worker for model '{wanted}' is ready.", retry_after_s=_NO_WORKER_RETRY_S)
         raise ModelNotFoundError(
-            f"The model '{name}' does not exist; this cluster serves '{self.model_name}'.", param="model"
+            f"The model '{name}' does not exist; this frontend serves '{self.model_name}'.", param="model"
         )
 
     @asynccontextmanager

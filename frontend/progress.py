@@ -87,8 +87,8 @@ class Progress:
             raise failure.as_error(f"the request was dispatched {self.attempts} times") from failure
         if self.generated and not self.continuable():
             raise WorkerLostError(
-                f"decode worker {failure.worker.worker_id} was lost in the middle of the answer ({failure.cause.message});"
-                " one with a seed, penalties or min_tokens cannot go on elsewhere",
+                f"decode worker {failure.worker.worker_id} was lost in the middle of the answer "
+                f"({failure.cause.message}); one with a seed, penalties or min_tokens cannot go on elsewhere",
                 retry_after_s=RETRY_AFTER_S,
             ) from failure
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from frontend.chat_template import ChatTemplate, read_template
 from frontend.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
@@ -79,7 +78,7 @@ class TextModel:
             _read_json(folder / name) for name in ("config.json", "tokenizer_config.json", "generation_config.json")
         )
         specials = _special_tokens(_read_json(folder / "special_tokens_map.json") | own)
-        _complete(tokenizer, own, specials)
+        _mark_special(tokenizer, specials)
         source = read_template(folder, own)
         text_config = model.get("text_config") or model
         return cls(
@@ -151,20 +150,15 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _complete(tokenizer: Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]) -> None:
-    """Do to the tokenizer what transformers does after reading tokenizer.json."""
-    missing = [text for text in specials.values() if tokenizer.token_to_id(text) is None]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
-    declared = "add_bos_token" in config or "add_eos_token" in config
-    if not declared and tokenizer.post_processor is not None:
-        return
-    before = specials.get("bos_token") if config.get("add_bos_token") else None
-    after = specials.get("eos_token") if config.get("add_eos_token") else None
-    parts = [part for part in (before, "$A", after) if part]
-    tokenizer.post_processor = TemplateProcessing(
-        single=parts,
-        special_tokens=[(text, tokenizer.token_to_id(text)) for text in {before, after} if text],
-    )
+def _mark_special(tokenizer: Tokenizer, specials: Mapping[str, str]) -> None:
+    """Named special tokens are special even where tokenizer.json does not say so, as in transformers.
+
+    Which of them are put around a text is tokenizer.json's to say alone: with that file present transformers
+    ignores `add_bos_token` and `add_eos_token`.
+    """
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    unmarked = [text for text in specials.values() if text not in known]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in unmarked])
 
 
 def _eos_ids(

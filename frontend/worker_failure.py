@@ -79,10 +79,11 @@ def failure_of(worker: WorkerRecord, error: grpc.aio.AioRpcError) -> WorkerFailu
     cause = from_rpc_error(error)
     if isinstance(cause, InvalidRequestError) or cause.code == RequestTooLargeError.default_code:
         raise cause from error
-    # RESOURCE_EXHAUSTED with another code is a full queue. The transport's own UNAVAILABLE carries none of our metadata and comes back as WorkerLostError. A server
-    # that is torn down cancels its calls; whoever else cancels one is this process, which does not read it then.
-    if isinstance(cause, WorkerLostError | EngineDeadError | CancelledByClientError):
+    # The transport's own UNAVAILABLE carries no code of ours and comes back as plain `worker_lost`. A server that is
+    # torn down cancels its calls; whoever else cancels one is this process, which does not read it then.
+    if cause.code in (cls.default_code for cls in (WorkerLostError, EngineDeadError, CancelledByClientError)):
         return WorkerFailure(worker, FailureKind.LOST, cause)
-    if isinstance(cause, UnavailableError | RequestTooLargeError):
-        return WorkerFailure(worker, FailureKind.REFUSED, cause)
-    return WorkerFailure(worker, FailureKind.FAILED, cause)
+    if isinstance(cause, WorkerLostError | RequestTooLargeError):  # by status alone: the code says what it is
+        cause = UnavailableError(cause.message, code=cause.code, retry_after_s=cause.retry_after_s)
+    kind = FailureKind.REFUSED if isinstance(cause, UnavailableError) else FailureKind.FAILED
+    return WorkerFailure(worker, kind, cause)

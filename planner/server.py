@@ -75,7 +75,7 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
     Raises:
         StartupError: the address cannot be listened on.
     """
-    server = grpc.aio.server(options=server_options(max_message_bytes=MAX_REQUEST_BYTES))
+    server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
     service = RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
     name = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name

@@ -44,14 +44,19 @@ WORKERS_INTERVAL_S = 0.05
 
 
 class RegistryService(RegistryServicer):
-    """Serves one `Registry`. `run` must run for as long as the service is served."""
+    """Serves one `Registry`. `run` must run for as long as the service is served.
+
+    Attributes:
+        registry_id: changes with each start.
+        watchers: open watches.
+    """
 
     def __init__(self, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry_id = uuid.uuid4().hex
         self._lease_s = lease_s
         self._clock = clock
         self._registry = Registry(lease_s=lease_s, started_at_s=clock())
-        self._watchers = 0
+        self.watchers = 0
         self._closed = False
         self._pending = Change.NOTHING
         self._wake = asyncio.Event()
@@ -84,23 +89,23 @@ class RegistryService(RegistryServicer):
         return DeregisterResponse()
 
     async def Watch(self, request: WatchRequest, context: Context) -> AsyncIterator[WorkerSet]:  # noqa: N802
-        if self._watchers >= MAX_WATCHERS:
+        if self.watchers >= MAX_WATCHERS:
             await abort(
                 context,
                 UnavailableError(
-                    f"the registry has {self._watchers} watchers, its limit is {MAX_WATCHERS}",
+                    f"the registry has {self.watchers} watchers, its limit is {MAX_WATCHERS}",
                     code="too_many_watchers",
                     retry_after_s=self._lease_s,
                 ),
             )
-        self._watchers += 1
+        self.watchers += 1
         try:
             seen = 0
             while await self._await_newer_than(seen):
                 seen, workers = self._posted_number, self._posted
                 yield workers
         finally:
-            self._watchers -= 1
+            self.watchers -= 1
 
     async def run(self) -> None:
         """Post what changed, let leases end, and post at least once a lease period. Runs until cancelled."""

@@ -17,9 +17,7 @@ KEEPALIVE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 
 
-def client_options(
-    *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_reconnect_backoff_s: float = 1.0
-) -> ChannelOptions:
+def client_options(*, max_reconnect_backoff_s: float = 1.0) -> ChannelOptions:
     """Options for a channel to another component.
 
     A peer that cannot be connected to fails a call within `CONNECT_TIMEOUT_S`; one that stops answering on an
@@ -29,8 +27,8 @@ def client_options(
         max_reconnect_backoff_s: longest pause between two attempts to connect; calls fail at once meanwhile.
     """
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -46,14 +44,14 @@ def client_options(
     ]
 
 
-def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> ChannelOptions:
+def server_options(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> ChannelOptions:
     """Options for a server that other components call: accepts the pings that `client_options` sends.
 
     A second process on the same port is refused instead of silently sharing it.
     """
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_TIME_S * 500)),
         # The server's own pings: a client host that vanished must not hold requests open.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 IM_START, IM_END, BOS, EOS = "<|im_start|>", "<|im_end|>", "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -35,11 +35,15 @@ def byte_level_tokenizer() -> Tokenizer:
 def write_model_folder(folder: Path, **overrides: dict[str, Any]) -> Path:
     """Write the folder; a keyword named after a file (`config`, `tokenizer_config`, ...) replaces its content."""
     tokenizer = byte_level_tokenizer()
+    # As Llama saves it: completions begin with <s>.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     eos = tokenizer.token_to_id(EOS)
     files: dict[str, dict[str, Any]] = {
         "config": {"max_position_embeddings": 256, "eos_token_id": eos},
-        "tokenizer_config": {"bos_token": BOS, "eos_token": IM_END, "add_bos_token": True},
+        "tokenizer_config": {"bos_token": BOS, "eos_token": IM_END},
         "generation_config": {"eos_token_id": [eos]},
     }
     for name, content in (files | overrides).items():

@@ -11,10 +11,12 @@ import httpx
 import openai
 import pytest
 
+from frontend.http_face import create_app
+from frontend.inference import InferenceService
 from frontend.process import bound_socket, run_faces
 from frontend.tokenizer import TextModel
 from slipstream.settings import FrontendSettings
-from tests.support.scripted_dispatcher import ScriptedDispatcher
+from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.support.text_model_folder import write_model_folder
 
 
@@ -26,8 +28,6 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 @pytest.fixture
 def dispatcher(text_model: TextModel) -> ScriptedDispatcher:
     """Says "hello world" to everything, unless the test gives it another script."""
-    from tests.support.scripted_dispatcher import last, tokens
-
     ids = text_model.encode_now("hello world", add_special_tokens=False)
     eos = min(text_model.eos_token_ids)
     return ScriptedDispatcher(lambda request: [*(tokens(token_id) for token_id in ids), last(eos)])
@@ -89,6 +89,17 @@ async def client(faces: Faces) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def http(faces: Faces) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=faces.http, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+async def app_http(
+    dispatcher: ScriptedDispatcher, text_model: TextModel, frontend_settings: FrontendSettings
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The same application without a socket, for the many tests whose subject is a body."""
+    service = InferenceService(dispatcher, text_model, model_name="tiny", request_timeout_s=20, max_n=16)
+    app = create_app(service, max_body_bytes=frontend_settings.max_body_bytes)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app", timeout=20) as client:
         yield client
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -109,7 +110,7 @@ async def test_metrics_count_requests_tokens_and_latencies(http: httpx.AsyncClie
         return float(found[1]) if found else 0.0
 
     where = 'endpoint="completions",face="http"'
-    expected_growth = {
+    expected_growth: dict[str, float] = {
         f'slipstream_frontend_requests_total{{code="200",{where}}}': 1,
         f'slipstream_frontend_requests_total{{code="400",{where}}}': 1,
         f"slipstream_frontend_completion_tokens_total{{{where}}}": 10,
@@ -142,3 +143,17 @@ async def test_the_openapi_document_describes_requests_and_answers(http: httpx.A
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= set(schemas)
     assert (await http.get("/docs")).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_over_the_limit_is_a_413(http: httpx.AsyncClient, chunked: bool) -> None:
+    content = json.dumps({"model": "tiny", "prompt": "x" * 200_000}).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), 10_000):
+            yield content[start : start + 10_000]
+
+    response = await http.post("/v1/completions", content=pieces() if chunked else content)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+    assert "65536" in response.json()["error"]["message"]

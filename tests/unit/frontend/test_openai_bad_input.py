@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,12 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from frontend.generation import ServedModel
 from frontend.openai_requests import ChatBody, CompletionBody
 from tests.support.scripted_dispatcher import ScriptedDispatcher
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 HUGE = 10**400
+
+
+@pytest.fixture
+def http(app_http: httpx.AsyncClient) -> httpx.AsyncClient:
+    return app_http
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
@@ -225,26 +230,21 @@ async def test_an_unknown_model_is_a_404(client: openai.AsyncOpenAI) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
+async def test_a_model_of_the_cluster_that_is_not_this_frontends_is_a_404(
+    client: openai.AsyncOpenAI, dispatcher: ScriptedDispatcher
+) -> None:
+    dispatcher.served = [*dispatcher.served, ServedModel("other", 256, 1, 1)]
+    assert [model.id for model in (await client.models.list()).data] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        await client.chat.completions.create(model="other", messages=MESSAGES)
+
+
 async def test_our_model_without_a_worker_is_a_503(client: openai.AsyncOpenAI, dispatcher: ScriptedDispatcher) -> None:
     dispatcher.served = []
     with pytest.raises(openai.InternalServerError) as caught:
         await client.chat.completions.create(model="tiny", messages=MESSAGES)
     assert (caught.value.status_code, caught.value.code) == (503, "no_worker")
     assert int(caught.value.response.headers["retry-after"]) > 0
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_over_the_limit_is_a_413(http: httpx.AsyncClient, chunked: bool) -> None:
-    content = json.dumps(completion_body(prompt="x" * 200_000)).encode()
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(content), 10_000):
-            yield content[start : start + 10_000]
-
-    response = await http.post(COMPLETIONS, content=pieces() if chunked else content)
-    assert response.status_code == 413
-    assert response.json()["error"]["code"] == "request_too_large"
-    assert "65536" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/models/", "/v1/chat/completions/"])

@@ -16,6 +16,11 @@ COMPLETION = ("/v1/completions", {"prompt": "hi"})
 BOTH = pytest.mark.parametrize("endpoint", [CHAT, COMPLETION], ids=["chat", "completions"])
 
 
+@pytest.fixture
+def http(app_http: httpx.AsyncClient) -> httpx.AsyncClient:
+    return app_http
+
+
 async def sampling_of(
     http: httpx.AsyncClient, dispatcher: ScriptedDispatcher, endpoint: tuple[str, dict[str, Any]], **fields: Any
 ) -> SamplingParams:

@@ -1,0 +1,173 @@
+"""A real cluster for tests: `slipstream up` in a process of its own, on free ports, stopped with Ctrl-C.
+
+Everything is found the way a user finds it: the ports in the run folder's `slipstream.yaml`, the workers in the
+registry, their counters on their /metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import psutil
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from slipstream.v1 import registry_pb2, registry_pb2_grpc
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, probe: Callable[[], T | None], *, timeout_s: float, every_s: float = 0.05) -> T:
+    """Poll until `probe` returns something true, and return that; fail by name when it never does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = probe()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(every_s)
+
+
+class Cluster:
+    """`slipstream up` with these flags.
+
+    Args:
+        run_folder: of the logs; made by the cluster.
+    """
+
+    def __init__(self, model: Path | str, run_folder: Path, *flags: str) -> None:
+        self.run_folder = run_folder
+        self._argv = [sys.executable, "-m", "slipstream", "up", "--model", str(model), "--log-dir", str(run_folder)]
+        self._argv += ["--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0", *flags]
+        self._output = run_folder.with_suffix(".out")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._settings: dict[str, dict[str, object]] = {}
+
+    def __enter__(self) -> Self:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                self._argv, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+            )
+        try:
+            wait_for("the cluster is up", self._is_up, timeout_s=START_TIMEOUT_S, every_s=0.2)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _is_up(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"`slipstream up` ended:\n{self.output()[-4000:]}")
+        # Its last words when all is ready are how to stop it.
+        return "curl" in self.output() and self._read_settings()
+
+    def _read_settings(self) -> bool:
+        file = self.run_folder / "slipstream.yaml"
+        if file.exists():
+            self._settings = yaml.safe_load(file.read_text())
+        return bool(self._settings)
+
+    def output(self) -> str:
+        """What `slipstream up` has printed."""
+        return self._output.read_text(errors="replace")
+
+    def log(self, component: str) -> str:
+        return (self.run_folder / f"{component}.log").read_text(errors="replace")
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self._settings['frontend']['http_port']}"
+
+    @property
+    def grpc_target(self) -> str:
+        return f"127.0.0.1:{self._settings['frontend']['grpc_port']}"
+
+    @property
+    def control_plane(self) -> str:
+        return str(self._settings["control_plane"]["address"])
+
+    def workers(self) -> list[WorkerRecord]:
+        """The registry's view now."""
+        with grpc.insecure_channel(self.control_plane) as channel:
+            watch = registry_pb2_grpc.RegistryStub(channel).Watch(registry_pb2.WatchRequest(), timeout=10)
+            found = next(iter(watch))
+            watch.cancel()
+            return list(found.workers)
+
+    def worker(self, role: Role.ValueType) -> WorkerRecord:
+        """The one ready worker of a role; waits for it."""
+
+        def find() -> WorkerRecord | None:
+            ready = (w for w in self.workers() if w.role == role and w.state == WorkerState.READY)
+            return next(ready, None)
+
+        return wait_for(f"a ready worker of role {role}", find, timeout_s=START_TIMEOUT_S, every_s=0.2)
+
+    def metrics(self, role: Role.ValueType) -> dict[str, float]:
+        """A worker's /metrics now: sample name, with the values of labels other than role and worker, to value."""
+        return scrape(self.worker(role).metrics_url)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of the cluster, the engines too."""
+        assert self.process is not None
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """Stop like Ctrl-C does; returns the exit status. Nothing is left behind, whatever happened."""
+        assert self.process is not None
+        family = self.processes() if self.process.poll() is None else []
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout=STOP_TIMEOUT_S)
+        finally:
+            for process in family:
+                if process.is_running():
+                    process.kill()
+
+
+def scrape(url: str) -> dict[str, float]:
+    """All samples of a /metrics page."""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = [value for name, value in sorted(sample.labels.items()) if name not in ("role", "worker")]
+            samples[":".join([sample.name, *labels])] = sample.value
+    return samples
+
+
+def status_of(url: str) -> int:
+    """The HTTP status of a GET; 0 when nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0

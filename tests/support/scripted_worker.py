@@ -1,0 +1,252 @@
+"""A worker without an engine: a real gRPC server that follows a script, registered with a real control plane.
+
+It stands at the boundary where the frontend's knowledge ends, so that every way in which a worker can fail can
+be had on demand. Its tokens are a function of their position, so that an answer that was continued on another
+worker can be compared with one that was not.
+
+`python -m tests.support.scripted_worker REGISTRY decode WORKER_ID` runs one in a process of its own, to be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc.aio
+
+from slipstream.errors import SlipstreamError
+from slipstream.grpc_channels import server_options
+from slipstream.grpc_errors import abort
+from slipstream.registration import Registration
+from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
+from slipstream.v1.sampling_pb2 import Candidate, FinishReason, RequestAccount, TokenLogprobs
+from slipstream.v1.worker_pb2 import (
+    DecodeEvent,
+    DecodeRequest,
+    HandoffClosed,
+    HandoffReady,
+    PrefillEvent,
+    PrefillRequest,
+)
+from slipstream.v1.worker_pb2_grpc import (
+    DecodeWorkerServicer,
+    PrefillWorkerServicer,
+    add_DecodeWorkerServicer_to_server,
+    add_PrefillWorkerServicer_to_server,
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MODEL = "scripted"
+HOST_ID = "one-host"
+DEFAULT_TOKENS = 8
+
+
+def token_at(position: int) -> int:
+    """The token that every scripted worker generates at a position of prompt plus answer."""
+    return 1000 + position * 7 % 500
+
+
+def expected_answer(prompt_tokens: int, max_tokens: int) -> list[int]:
+    return [token_at(prompt_tokens + index) for index in range(max_tokens)]
+
+
+@dataclass(slots=True)
+class Script:
+    """What a worker does with each request. Counts are in tokens of one call.
+
+    Attributes:
+        refuse: ends each call with this error.
+        hang_at: stops answering at this token (decode) or before the handoff (prefill: 0), but stays connected.
+        die_at: closes the server at this token (decode) or before the handoff (prefill: 0).
+        end_at: ends the call there with status OK, in the middle of the answer.
+        finish_at: generates this many tokens although more were allowed.
+        say_finish: False leaves out the finish reason and waits, as if the last message had been lost.
+    """
+
+    refuse: SlipstreamError | None = None
+    hang_at: int | None = None
+    die_at: int | None = None
+    end_at: int | None = None
+    abort_at: int | None = None
+    crash_at: int | None = None
+    finish_at: int | None = None
+    say_finish: bool = True
+    interval_s: float = 0.0
+    delay_s: float = 0.0
+    handoff: bytes = b"handoff"
+    fallback: str = ""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a worker was asked, and which calls were aborted by the other side."""
+
+    prefills: list[PrefillRequest] = field(default_factory=list)
+    decodes: list[DecodeRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
+    open_calls: int = 0
+
+
+class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
+    """Serves and is registered while the context is entered; `script` may be changed at any time."""
+
+    def __init__(
+        self,
+        registry_address: str,
+        role: Role.ValueType,
+        worker_id: str,
+        *,
+        script: Script | None = None,
+        model: str = MODEL,
+        host_id: str = HOST_ID,
+        state: WorkerState.ValueType = WorkerState.READY,
+        epoch: int = 1,
+    ) -> None:
+        self.script = script or Script()
+        self.seen = Seen()
+        self.record = WorkerRecord(
+            worker_id=worker_id,
+            role=role,
+            state=state,
+            model=model,
+            host_id=host_id,
+            epoch=epoch,
+            device="cpu",
+            capacity=Capacity(max_model_len=4096, block_tokens=16, blocks=1024, block_bytes=1024),
+            load=Load(),
+        )
+        self._registry_address = registry_address
+        self._server = grpc.aio.server(options=server_options())
+        self._stack = AsyncExitStack()
+        self._dying: asyncio.Task[None] | None = None
+        self.registration = Registration(registry_address, lambda: self.record)
+
+    @property
+    def worker_id(self) -> str:
+        return self.record.worker_id
+
+    async def __aenter__(self) -> Self:
+        if self.record.role == Role.ROLE_PREFILL:
+            add_PrefillWorkerServicer_to_server(self, self._server)
+        else:
+            add_DecodeWorkerServicer_to_server(self, self._server)
+        self.record.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        self._stack.push_async_callback(self.die)
+        await self._stack.enter_async_context(self.registration)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+        if self._dying is not None:
+            await self._dying
+
+    def set_state(self, state: WorkerState.ValueType) -> None:
+        self.record.state = state
+        self.registration.push()
+
+    async def die(self) -> None:
+        """Close the server and every connection at once; the registration goes on as if nothing had happened."""
+        await self._server.stop(None)
+
+    async def Prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:  # noqa: N802
+        self.seen.prefills.append(request)
+        async for event in self._watched(request.request_id, self._prefill(request, context)):
+            yield event
+
+    async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:  # noqa: N802
+        self.seen.decodes.append(request)
+        async for event in self._watched(request.request_id, self._decode(request, context)):
+            yield event
+
+    async def _prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:
+        await self._misbehave(0, context)
+        yield PrefillEvent(
+            ready=HandoffReady(handoff=self.script.handoff, computed_tokens=len(request.token_ids) - 1, cached_tokens=1)
+        )
+        await asyncio.sleep(30)
+        yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.EXPIRED))
+
+    async def _decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:
+        sampling = request.sampling
+        allowed = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_TOKENS
+        count = allowed if self.script.finish_at is None else min(allowed, self.script.finish_at)
+        for index in range(count):
+            await self._misbehave(index, context)
+            if self.script.end_at == index:
+                return
+            token = token_at(len(request.token_ids) + index)
+            event = DecodeEvent(token_ids=[token])
+            if sampling.HasField("logprobs"):
+                event.logprobs.append(TokenLogprobs(chosen=Candidate(token_id=token, logprob=-0.5)))
+            if self.script.abort_at == index:
+                event.finish_reason = FinishReason.FINISH_REASON_ABORT
+            elif index == count - 1 and self.script.say_finish:
+                length = count == allowed
+                event.finish_reason = FinishReason.FINISH_REASON_LENGTH if length else FinishReason.FINISH_REASON_STOP
+                event.account.CopyFrom(self._account(request))
+            yield event
+            await asyncio.sleep(self.script.interval_s)
+        await self._misbehave(count, context)
+
+    async def _misbehave(self, position: int, context: Context) -> None:
+        script = self.script
+        if position == 0:
+            await asyncio.sleep(script.delay_s)
+        if script.refuse is not None:
+            await abort(context, script.refuse)
+        if script.crash_at == position:
+            raise RuntimeError("scripted crash of the handler")
+        if script.die_at == position:
+            self._dying = asyncio.create_task(self.die())
+        if position in (script.die_at, script.hang_at):
+            await asyncio.sleep(60)
+
+    def _account(self, request: DecodeRequest) -> RequestAccount:
+        moved = 4 if request.handoff else 0
+        return RequestAccount(
+            prompt_tokens=len(request.token_ids),
+            decode_computed_tokens=1 if request.handoff else len(request.token_ids),
+            kv_blocks_moved=moved,
+            kv_bytes_moved=moved * self.record.capacity.block_bytes,
+            transport="shm/direct" if moved else "",
+            fallback=self.script.fallback,
+        )
+
+    async def _watched(self, request_id: str, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        self.seen.open_calls += 1
+        try:
+            async for event in events:
+                yield event
+            self.seen.completed.append(request_id)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.seen.cancelled.append(request_id)
+            raise
+        finally:
+            self.seen.open_calls -= 1
+
+
+async def until(condition: Callable[[], object], *, limit_s: float = 5.0) -> None:
+    """Wait for something that another task or process brings about; fails after `limit_s`."""
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for may be in another process
+            await asyncio.sleep(0.01)
+
+
+async def _run(registry_address: str, role: str, worker_id: str) -> None:
+    script = Script(interval_s=0.05)
+    async with ScriptedWorker(registry_address, Role.Value(f"ROLE_{role.upper()}"), worker_id, script=script):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_run(*sys.argv[1:]))

@@ -1,0 +1,490 @@
+"""The dispatcher against a real control plane and real gRPC workers that follow a script."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from frontend.dispatch import open_dispatcher
+from planner.server import open_control_plane
+from slipstream.errors import (
+    ContextLengthError,
+    DeadlineError,
+    ModelNotFoundError,
+    NoWorkerError,
+    SlipstreamError,
+    UnavailableError,
+    WorkerDrainingError,
+    WorkerLostError,
+)
+from slipstream.settings import ControlPlaneSettings, Settings
+from slipstream.v1.registry_pb2 import Role, WorkerState
+from slipstream.v1.sampling_pb2 import FinishReason
+from tests.support.scripted_cluster import PROMPT, a_request, scripted_cluster, tokens_of
+from tests.support.scripted_worker import MODEL, Script, ScriptedWorker, expected_answer, until
+
+ANSWER = expected_answer(len(PROMPT), 8)
+
+
+class Counting:
+    """How much a counter grew since this was made."""
+
+    def __init__(self, name: str, **labels: str) -> None:
+        self._name, self._labels = name, labels
+        self._before = self._value()
+
+    def grown(self) -> float:
+        return self._value() - self._before
+
+    def _value(self) -> float:
+        return REGISTRY.get_sample_value(self._name, self._labels) or 0.0
+
+
+def fallbacks(reason: str) -> Counting:
+    return Counting("slipstream_frontend_fallbacks_total", reason=reason)
+
+
+@pytest.fixture(autouse=True)
+def no_request_is_left_open() -> Iterator[None]:
+    yield
+    assert REGISTRY.get_sample_value("slipstream_frontend_dispatched_requests") == 0
+
+
+async def test_prompt_goes_through_prefill_and_the_handoff_reaches_decode() -> None:
+    async with scripted_cluster() as cluster:
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        assert deltas[-1].finish_reason == FinishReason.FINISH_REASON_LENGTH
+        assert cluster.decodes[0].seen.decodes[0].handoff == b"handoff"
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.prefill_worker, account.decode_worker) == ("p0", "d0")
+        assert (account.prompt_tokens, account.prefill_computed_tokens, account.prefill_cached_tokens) == (40, 39, 1)
+        assert (account.decode_computed_tokens, account.kv_blocks_moved, account.transport) == (1, 4, "shm/direct")
+        assert (account.attempts, account.fallback) == (1, "")
+        assert account.prefill_s > 0
+        # The prefill worker may let go of the blocks; the decode worker was not aborted.
+        await cluster.until_idle()
+        assert cluster.prefills[0].seen.cancelled == ["r1"]
+        assert cluster.decodes[0].seen.completed == ["r1"]
+
+
+async def test_only_the_last_delta_has_an_account_and_logprobs_pass_through() -> None:
+    async with scripted_cluster() as cluster:
+        deltas = await cluster.answer(a_request(logprobs=0))
+        assert [delta.account is not None for delta in deltas] == [False] * 7 + [True]
+        assert [delta.logprobs[0].chosen.token_id for delta in deltas] == ANSWER
+
+
+async def test_blocks_are_released_with_the_first_token_not_with_the_last() -> None:
+    async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(hang_at=1)
+        stream = cluster.dispatcher.generate(a_request())
+        await anext(stream)
+        await until(lambda: cluster.prefills[0].seen.cancelled == ["r1"])
+        assert cluster.decodes[0].seen.open_calls == 1
+        await stream.aclose()
+
+
+async def test_a_prompt_of_one_token_goes_to_decode_alone_and_is_no_fallback() -> None:
+    async with scripted_cluster() as cluster:
+        deltas = await cluster.answer(a_request(token_ids=[7]))
+        assert cluster.prefills[0].seen.prefills == []
+        assert deltas[-1].account is not None
+        assert deltas[-1].account.fallback == ""
+
+
+async def test_a_prompt_of_a_hundred_thousand_tokens_passes() -> None:
+    async with scripted_cluster() as cluster:
+        prompt = [151_000] * 150_000
+        assert tokens_of(await cluster.answer(a_request(token_ids=prompt))) == expected_answer(len(prompt), 8)
+
+
+async def test_without_a_prefill_worker_decode_does_it_alone_and_says_so() -> None:
+    counted = fallbacks("no_prefill_worker")
+    async with scripted_cluster(prefill=0) as cluster:
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        assert deltas[-1].account is not None
+        assert deltas[-1].account.fallback == "no_prefill_worker"
+        assert deltas[-1].account.prefill_worker == ""
+        assert cluster.decodes[0].seen.decodes[0].handoff == b""
+    assert counted.grown() == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (Script(refuse=WorkerDrainingError("draining")), "prefill_refused"),
+        (Script(refuse=UnavailableError("256 requests wait", code="queue_full")), "prefill_refused"),
+        (Script(refuse=SlipstreamError("the engine broke")), "prefill_failed"),
+        (Script(crash_at=0), "prefill_failed"),
+        (Script(die_at=0), "prefill_lost"),
+        (Script(hang_at=0), "prefill_timeout"),
+    ],
+    ids=["draining", "queue_full", "internal", "crash", "dies", "hangs"],
+)
+async def test_a_failed_prefill_worker_is_replaced_and_in_the_end_decode_does_it(script: Script, reason: str) -> None:
+    counted = fallbacks(reason)
+    async with scripted_cluster(prefill=2, prefill_timeout_s=0.5) as cluster:
+        first = await cluster.answer(a_request("warm-up"))
+        assert first[-1].account is not None
+        favourite = next(one for one in cluster.prefills if one.worker_id == first[-1].account.prefill_worker)
+        favourite.script = script
+        deltas = await cluster.answer(a_request("one-fails"))
+        assert tokens_of(deltas) == ANSWER
+        account = deltas[-1].account
+        assert account is not None
+        assert account.prefill_worker not in ("", favourite.worker_id)
+        assert (account.attempts, account.fallback) == (2, "")
+        assert counted.grown() == 0
+
+        for worker in cluster.prefills:
+            worker.script = script
+            cluster.dispatcher._watch.view.absolve(worker.worker_id)
+        deltas = await cluster.answer(a_request("both-fail"))
+        assert tokens_of(deltas) == ANSWER
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.prefill_worker, account.attempts, account.fallback) == ("", 3, reason)
+        assert counted.grown() == 1
+
+
+async def test_decode_does_it_alone_when_prefill_uses_up_the_attempts() -> None:
+    async with scripted_cluster(prefill=2, max_attempts=1) as cluster:
+        for worker in cluster.prefills:
+            worker.script = Script(crash_at=0)
+        deltas = await cluster.answer(a_request())
+        assert deltas[-1].account is not None
+        assert (deltas[-1].account.attempts, deltas[-1].account.fallback) == (2, "prefill_failed")
+        assert sum(len(worker.seen.prefills) for worker in cluster.prefills) == 1
+
+
+async def test_a_transfer_that_failed_on_the_decode_side_is_counted() -> None:
+    counted = fallbacks("decode_recomputed")
+    async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(fallback="transfer_timeout")
+        deltas = await cluster.answer(a_request())
+        assert deltas[-1].account is not None
+        assert deltas[-1].account.fallback == "transfer_timeout"
+    assert counted.grown() == 1
+
+
+BEFORE_THE_FIRST_TOKEN = pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (Script(refuse=WorkerDrainingError("draining")), WorkerDrainingError),
+        (Script(refuse=UnavailableError("256 requests wait", code="queue_full")), UnavailableError),
+        (Script(die_at=0), WorkerLostError),
+        (Script(hang_at=0), WorkerLostError),
+        (Script(end_at=0), WorkerLostError),
+        (Script(abort_at=0), WorkerLostError),
+        (Script(crash_at=0), SlipstreamError),
+    ],
+    ids=["draining", "queue_full", "dies", "hangs", "ends", "aborts", "crash"],
+)
+
+
+@BEFORE_THE_FIRST_TOKEN
+async def test_a_decode_worker_that_fails_before_its_first_token_is_replaced(
+    script: Script, error: type[SlipstreamError]
+) -> None:
+    async with scripted_cluster(decode=2, first_token_timeout_s=0.5) as cluster:
+        first = await cluster.answer(a_request("warm-up"))
+        assert first[-1].account is not None
+        favourite = next(one for one in cluster.decodes if one.worker_id == first[-1].account.decode_worker)
+        favourite.script = script
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        account = deltas[-1].account
+        assert account is not None
+        assert account.decode_worker not in ("", favourite.worker_id)
+        assert (account.prefill_worker, account.attempts) == ("p0", 2)
+
+
+@BEFORE_THE_FIRST_TOKEN
+async def test_without_another_decode_worker_the_client_is_told_to_come_back(
+    script: Script, error: type[SlipstreamError]
+) -> None:
+    async with scripted_cluster(first_token_timeout_s=0.5) as cluster:
+        cluster.decodes[0].script = script
+        with pytest.raises(error) as caught:
+            await cluster.answer(a_request())
+        assert caught.value.retry_after_s
+
+
+@pytest.mark.parametrize(
+    "script",
+    [Script(die_at=3), Script(hang_at=3), Script(end_at=3), Script(abort_at=3), Script(crash_at=3)],
+    ids=["dies", "hangs", "ends", "aborts", "crash"],
+)
+async def test_an_answer_goes_on_elsewhere_when_its_decode_worker_is_lost(script: Script) -> None:
+    continued = Counting("slipstream_frontend_continuations_total")
+    async with scripted_cluster(decode=2, token_timeout_s=0.5) as cluster:
+        stream = cluster.dispatcher.generate(a_request())
+        for worker in cluster.decodes:
+            worker.script = Script(interval_s=0.05)
+        deltas = [await anext(stream)]
+        hit = next(one for one in cluster.decodes if one.seen.decodes)
+        other = next(one for one in cluster.decodes if one is not hit)
+        hit.script = Script(
+            die_at=script.die_at,
+            hang_at=script.hang_at,
+            end_at=script.end_at,
+            abort_at=script.abort_at,
+            crash_at=script.crash_at,
+        )
+        async with asyncio.timeout(10):
+            deltas += [delta async for delta in stream]
+        assert tokens_of(deltas) == ANSWER
+        resumed = other.seen.decodes[0]
+        assert list(resumed.token_ids) == [*PROMPT, *ANSWER[:3]]
+        assert resumed.sampling.max_tokens == 5
+        assert deltas[-1].account is not None
+        assert (deltas[-1].account.prompt_tokens, deltas[-1].account.attempts) == (40, 2)
+    assert continued.grown() == 1
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"seed": 1, "temperature": 0.7},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 5},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+async def test_an_answer_that_would_change_is_not_continued(sampling: dict[str, Any]) -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(die_at=3)
+        received: list[int] = []
+
+        async def receive() -> None:
+            async for delta in cluster.dispatcher.generate(a_request(**sampling)):
+                received.extend(delta.token_ids)
+
+        with pytest.raises(WorkerLostError) as caught:
+            await receive()
+        assert received == ANSWER[: len(received)]
+        assert caught.value.retry_after_s
+        assert sum(len(worker.seen.decodes) for worker in cluster.decodes) == 1
+
+
+async def test_min_tokens_that_were_reached_do_not_stop_a_continuation() -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(end_at=3)
+        stream = cluster.dispatcher.generate(a_request(min_tokens=2, max_tokens=5))
+        assert tokens_of([delta async for delta in stream]) == expected_answer(40, 5)
+        asked = [one.seen.decodes[0].sampling for one in cluster.decodes]
+        resumed = [sampling for sampling in asked if sampling.max_tokens < 5]
+        assert [sampling.min_tokens for sampling in resumed] == [0]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason", "stop"),
+    [
+        ({}, FinishReason.FINISH_REASON_LENGTH, ""),
+        ({"max_tokens": 20, "stop_token_ids": [ANSWER[-1]]}, FinishReason.FINISH_REASON_STOP, str(ANSWER[-1])),
+    ],
+    ids=["length", "stop"],
+)
+async def test_an_answer_that_was_complete_but_for_its_end_is_ended_not_continued(
+    sampling: dict[str, Any], reason: int, stop: str
+) -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(say_finish=False, finish_at=8)
+        deltas = await cluster.answer(a_request(**sampling))
+        assert tokens_of(deltas) == ANSWER
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (reason, stop)
+        assert deltas[-1].account is not None
+        assert sum(len(worker.seen.decodes) for worker in cluster.decodes) == 1
+
+
+async def test_attempts_are_limited() -> None:
+    async with scripted_cluster(prefill=0, decode=4, max_attempts=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(crash_at=0)
+        with pytest.raises(SlipstreamError):
+            await cluster.answer(a_request())
+        assert sum(len(worker.seen.decodes) for worker in cluster.decodes) == 2
+
+
+@pytest.mark.parametrize("role", ["prefills", "decodes"])
+async def test_a_request_that_a_worker_finds_wrong_is_not_tried_elsewhere(role: str) -> None:
+    async with scripted_cluster(prefill=2, decode=2) as cluster:
+        workers: list[ScriptedWorker] = getattr(cluster, role)
+        for worker in workers:
+            worker.script = Script(refuse=ContextLengthError("40 + 8 tokens do not fit 32", param="messages"))
+        with pytest.raises(ContextLengthError, match=r"40 \+ 8 tokens do not fit 32") as caught:
+            await cluster.answer(a_request())
+        assert caught.value.param == "messages"
+        assert sum(len(one.seen.prefills if role == "prefills" else one.seen.decodes) for one in workers) == 1
+
+
+async def test_the_whole_request_has_a_deadline() -> None:
+    async with scripted_cluster(request_timeout_s=0.5) as cluster:
+        cluster.decodes[0].script = Script(hang_at=2)
+        with pytest.raises(DeadlineError, match="request_timeout_s"):
+            await cluster.answer(a_request())
+
+
+async def test_unknown_and_unserved_models_are_different_errors() -> None:
+    async with scripted_cluster() as cluster:
+        with pytest.raises(ModelNotFoundError):
+            await cluster.answer(a_request(model="another"))
+        cluster.decodes[0].set_state(WorkerState.DRAINING)
+        await until(lambda: not cluster.dispatcher.ready)
+        assert cluster.dispatcher.models() == []
+        with pytest.raises(NoWorkerError, match="draining") as caught:
+            await cluster.answer(a_request())
+        assert caught.value.retry_after_s
+        cluster.decodes[0].set_state(WorkerState.READY)
+        await cluster.dispatcher.wait_ready(5)
+        assert tokens_of(await cluster.answer(a_request())) == ANSWER
+
+
+async def test_models_name_their_limits_and_workers() -> None:
+    async with scripted_cluster(prefill=1, decode=2) as cluster:
+        (model,) = cluster.dispatcher.models()
+        assert (model.name, model.max_model_len, model.prefill_workers, model.decode_workers) == (MODEL, 4096, 1, 2)
+
+
+async def test_a_frontend_without_a_control_plane_is_unavailable_not_wrong() -> None:
+    settings = Settings(control_plane=ControlPlaneSettings(address="127.0.0.1:1"))
+    async with open_dispatcher(settings) as dispatcher:
+        assert not dispatcher.ready
+        with pytest.raises(NoWorkerError, match="control plane"):
+            await anext(dispatcher.generate(a_request()))
+        with pytest.raises(DeadlineError):
+            await dispatcher.wait_ready(0.2)
+
+
+async def test_an_unreachable_worker_is_avoided_after_its_first_failure() -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        await cluster.decodes[0].die()
+        for index in range(4):
+            assert tokens_of(await cluster.answer(a_request(f"r{index}"))) == ANSWER
+        lost = Counting("slipstream_frontend_worker_failures_total", role="decode", kind="lost")
+        await cluster.answer(a_request("again"))
+        assert lost.grown() == 0
+
+
+async def test_closing_the_stream_while_prefill_computes_aborts_prefill() -> None:
+    async with scripted_cluster() as cluster:
+        cluster.prefills[0].script = Script(hang_at=0)
+        task = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: cluster.prefills[0].seen.open_calls)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: cluster.prefills[0].seen.cancelled == ["r1"], limit_s=1)
+        assert cluster.decodes[0].seen.decodes == []
+
+
+async def test_cancelling_while_decode_is_silent_aborts_both() -> None:
+    async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(hang_at=0)
+        task = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: cluster.decodes[0].seen.open_calls)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: [one.seen.cancelled for one in cluster.workers] == [["r1"], ["r1"]], limit_s=1)
+
+
+@pytest.mark.parametrize("received", [0, 1, 4])
+async def test_closing_the_stream_between_tokens_aborts_decode(received: int) -> None:
+    async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(interval_s=0.05)
+        stream = cluster.dispatcher.generate(a_request())
+        for _ in range(received):
+            await anext(stream)
+        await stream.aclose()
+        await cluster.until_idle()
+        assert cluster.decodes[0].seen.cancelled == (["r1"] if received else [])
+
+
+async def test_many_requests_at_once_are_spread_over_the_workers() -> None:
+    async with scripted_cluster(prefill=2, decode=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(interval_s=0.01)
+        answers = await asyncio.gather(*(cluster.answer(a_request(f"r{index}")) for index in range(20)))
+        assert all(tokens_of(deltas) == ANSWER for deltas in answers)
+        assert [len(one.seen.decodes) for one in cluster.decodes] == [10, 10]
+        assert [len(one.seen.prefills) for one in cluster.prefills] == [10, 10]
+
+
+async def test_a_restart_of_the_control_plane_loses_no_request() -> None:
+    before = asyncio.all_tasks()
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(AsyncExitStack())
+        plane = await first.enter_async_context(open_control_plane(ControlPlaneSettings(port=0, lease_s=1.0)))
+        for role, name in ((Role.ROLE_PREFILL, "p0"), (Role.ROLE_DECODE, "d0")):
+            await stack.enter_async_context(ScriptedWorker(plane.address, role, name, script=Script(interval_s=0.001)))
+        settings = Settings(control_plane=ControlPlaneSettings(address=plane.address))
+        dispatcher = await stack.enter_async_context(open_dispatcher(settings))
+        view = dispatcher._watch.view
+        await until(lambda: [one.prefill_workers for one in dispatcher.models()] == [1])
+        stop, outcomes = asyncio.Event(), list[tuple[list[int], str]]()
+
+        async def keep_asking() -> None:
+            while not stop.is_set():
+                deltas = [delta async for delta in dispatcher.generate(a_request(f"r{len(outcomes)}"))]
+                assert deltas[-1].account is not None
+                outcomes.append((tokens_of(deltas), deltas[-1].account.fallback))
+
+        asking = asyncio.create_task(keep_asking())
+        await until(lambda: len(outcomes) > 3)
+        await first.aclose()
+        asked = len(outcomes)
+        await asyncio.sleep(1.5)  # longer than a lease: nobody renewed
+        assert len(outcomes) > asked
+        port = int(plane.address.rpartition(":")[2])
+        again = await stack.enter_async_context(open_control_plane(ControlPlaneSettings(port=port, lease_s=1.0)))
+        await until(lambda: view.registry_id == again.service.registry_id)
+        assert {record.worker_id for record in view.records()} == {"p0", "d0"}
+        await until(lambda: view.settled)
+        assert {record.worker_id for record in view.records()} == {"p0", "d0"}
+        asked = len(outcomes)
+        await until(lambda: len(outcomes) > asked + 3)
+        stop.set()
+        await asking
+    assert all(outcome == (ANSWER, "") for outcome in outcomes)
+    await until(lambda: not asyncio.all_tasks() - before)
+
+
+async def test_a_killed_decode_worker_costs_no_token() -> None:
+    async with scripted_cluster(decode=1) as cluster:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.support.scripted_worker", cluster.registry_address, "decode", "killed"
+        )
+        try:
+            await until(lambda: cluster.dispatcher.models()[0].decode_workers == 2, limit_s=20)
+            cluster.decodes[0].set_state(WorkerState.DRAINING)
+            await until(lambda: cluster.dispatcher.models()[0].decode_workers == 1)
+            stream = cluster.dispatcher.generate(a_request(max_tokens=20))
+            deltas = [await anext(stream)]
+            cluster.decodes[0].set_state(WorkerState.READY)
+            await until(lambda: cluster.dispatcher.models()[0].decode_workers == 2)
+            process.send_signal(signal.SIGKILL)
+            async with asyncio.timeout(10):
+                deltas += [delta async for delta in stream]
+            assert tokens_of(deltas) == expected_answer(40, 20)
+            assert deltas[-1].account is not None
+            assert (deltas[-1].account.decode_worker, deltas[-1].account.attempts) == ("d0", 2)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
