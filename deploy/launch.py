@@ -25,6 +25,10 @@ T = TypeVar("T")
 
 UntilReady = Callable[[Report], Coroutine[Any, Any, None]]
 
+# One wish to stop can arrive twice: `timeout` and some shells signal a process and then its group. What comes within
+# this time of the first signal is the same wish.
+_SAME_WISH_S = 0.5
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -80,7 +84,8 @@ async def launch(
 ) -> T:
     """Start the components, and run `body` once they are ready; when it returns, fails or is interrupted, stop them.
 
-    Must run on the main thread. A first SIGINT, SIGTERM or SIGHUP stops gracefully, a second one kills.
+    Must run on the main thread. A first SIGINT, SIGTERM or SIGHUP stops gracefully; another one, at least half a
+    second later, kills.
 
     Raises:
         StartupError: a component ended or was not ready in time; or, later, an essential one cannot be kept running.
@@ -138,15 +143,18 @@ async def _end(task: asyncio.Future[Any]) -> None:
 
 @contextmanager
 def _stop_signals(supervisor: Supervisor) -> Iterator[asyncio.Future[int]]:
-    """A future of the first signal that asks for the end; every further one kills all processes."""
+    """A future of the first signal that asks for the end; a later one kills all processes."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
+    first_s = 0.0
 
     def on_signal(signum: int) -> None:
-        if stop.done():
-            supervisor.kill_now()
-        else:
+        nonlocal first_s
+        if not stop.done():
+            first_s = loop.time()
             stop.set_result(signum)
+        elif loop.time() - first_s > _SAME_WISH_S:
+            supervisor.kill_now()
 
     for signum in _STOP_SIGNALS:
         loop.add_signal_handler(signum, on_signal, signum)

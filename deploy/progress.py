@@ -52,7 +52,7 @@ class Progress:
                 row.ready_after_s = self._clock() - self._began_s
         self._reported.add(name)
         shown_soon = state == "starting" and self._console.is_terminal  # in the table that is about to appear
-        if self._live is None and not shown_soon:
+        if self._live is None and not shown_soon and state != "stopped":
             self._print_line(name, state, detail)
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Progress:
 
     def _print_line(self, name: str, state: State, detail: str) -> None:
         line = Text(f"[{self.elapsed_s():6.1f} s] {name}: ")
-        line.append(state, style=_STYLES.get(state, "")).append(f" {detail}" if detail else "")
+        line.append(state, style=_STYLES.get(state, "")).append(f": {detail}" if detail else "")
         # The terminal may be gone (SIGHUP), and a stop has to go on without it.
         with contextlib.suppress(OSError):
             self._console.print(line, soft_wrap=True)
@@ -88,7 +88,7 @@ class Progress:
             done = row.ready_after_s is not None
             seconds = row.ready_after_s if row.ready_after_s is not None else self.elapsed_s()
             mark = Text("✓", style="green") if done else Text("✗", "red") if row.state == "died" else _SPINNER
-            state = Text(f"{row.state} {row.detail}".strip(), style=_STYLES.get(row.state, "cyan"))
+            state = Text(": ".join(filter(None, (row.state, row.detail))), style=_STYLES.get(row.state, "cyan"))
             table.add_row(mark, name, state, Text(f"{seconds:.1f} s", style="dim"))
         return table
 

@@ -73,7 +73,7 @@ async def _watch(
 async def _until_frontend_ready(host: str, port: int, frontend: str, report: Report) -> None:
     while (status := await _http_status(host, port, "/health/ready")) != 200:
         if status is not None:
-            report(frontend, "waiting", "for workers")
+            report(frontend, "waiting for workers")
         await asyncio.sleep(_RETRY_S)
     report(frontend, "ready")
 

@@ -13,7 +13,9 @@ from typing import Any, Literal, Protocol, Self
 from deploy.processes import Component, Process, describe_exit, log_tail
 from slipstream.errors import StartupError
 
-State = Literal["starting", "loading", "waiting", "ready", "died", "restarted", "given up", "stopping", "stopped"]
+State = Literal[
+    "starting", "loading", "waiting for workers", "ready", "died", "restarted", "given up", "stopping", "stopped"
+]
 
 # How long the end of a killed process may take: the kernel has to give back its memory.
 _KILL_TIMEOUT_S = 10.0
@@ -132,9 +134,9 @@ class Supervisor:
             del self._running[component.name]
             delay_s = self._policy.delay_s(restarts_s, self._clock())
             if delay_s is None:
-                message = f"{component.name} {how}, after {len(restarts_s)} restarts; its log is {component.log_path}"
-                self._report(component.name, "given up", message)
-                return StartupError(f"{message}:\n{log_tail(component.log_path)}")
+                how = f"{how}, after {len(restarts_s)} restarts; its log is {component.log_path}"
+                self._report(component.name, "given up", how)
+                return StartupError(f"{component.name} {how}:\n{log_tail(component.log_path)}")
             self._report(component.name, "died", f"{how}; restarting in {delay_s:g} s; its log is {component.log_path}")
             await asyncio.sleep(delay_s)
             restarts_s.append(self._clock())

@@ -216,7 +216,7 @@ def _table(worker_set: WorkerSet, address: str) -> Table:
             f"{row.requests_total:,}",
             f"{row.tokens_total:,}",
             Text(f"{row.fallbacks_total:,}", style="bold red" if row.fallbacks_total else ""),
-            duration(row.uptime_s),
+            duration(row.uptime_s) if row.started_unix_s else "-",
         )
     if not worker_set.workers:
         table.caption = f"The registry at {address} knows no worker."

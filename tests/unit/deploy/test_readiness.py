@@ -73,7 +73,7 @@ async def test_every_step_is_reported_and_the_last_one_ends_the_wait() -> None:
         "control-plane": ["ready"],
         "prefill-0": ["loading", "ready"],
         "decode-0": ["loading", "ready"],
-        "frontend": ["waiting", "ready"],
+        "frontend": ["waiting for workers", "ready"],
     }
 
 
