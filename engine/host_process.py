@@ -21,8 +21,6 @@ import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from slipstream.model_folder import resolve
-from slipstream.registration import Registration
 
 from engine import environment, host_id
 from engine.admission import Admission
@@ -32,6 +30,8 @@ from kv_transfer import board as boards
 from kv_transfer.board import Board
 from slipstream import telemetry
 from slipstream.errors import EngineDeadError, StartupError
+from slipstream.model_folder import resolve
+from slipstream.registration import Registration
 from slipstream.settings import Settings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
