@@ -145,13 +145,13 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("environ", "state"),
     [
-        ({}, "/home/u/.local/state"),
+        ({}, "/u/.local/state"),
         ({"XDG_STATE_HOME": "/state"}, "/state"),
-        ({"XDG_STATE_HOME": "x"}, "/home/u/.local/state"),
+        ({"XDG_STATE_HOME": "x"}, "/u/.local/state"),
     ],
 )
 def test_runs_are_kept_in_the_users_state_folder(environ: dict[str, str], state: str) -> None:
-    folder = default_run_folder(environ, Path("/home/u"), NOW, 77)
+    folder = default_run_folder(environ, Path("/u"), NOW, 77)
     assert folder == Path(state) / "slipstream" / "20260102T030405Z-77"
 
 
