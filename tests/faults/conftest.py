@@ -1,0 +1,48 @@
+"""A real cluster to break: one prefill and two decode workers with the tiny model, and short deadlines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slipstream.v1.registry_pb2 import WorkerState
+from tests.support.cluster import START_TIMEOUT_S, Cluster, wait_for
+from tests.support.tiny_model import make_tiny_model
+
+WORKERS = 3
+FLAGS = (
+    *("--dtype", "float32", "--served-model-name", "tiny", "--decode", str(WORKERS - 1)),
+    *("--prefill-timeout-s", "4", "--first-token-timeout-s", "4", "--token-timeout-s", "4"),
+    *("--control-plane-lease-s", "3"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(400))
+
+
+@pytest.fixture(scope="session")
+def faults_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def running(faults_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(faults_model, tmp_path_factory.mktemp("faults") / "run", *FLAGS) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Cluster:
+    """The cluster with all its workers ready: those that an earlier test broke have been started again."""
+
+    def whole() -> bool:
+        ready = [worker for worker in running.workers() if worker.state == WorkerState.READY]
+        return len(ready) == WORKERS
+
+    wait_for("all workers are ready again", whole, timeout_s=START_TIMEOUT_S, every_s=0.3)
+    return running

@@ -1,0 +1,190 @@
+"""Workers that die or freeze, before a request and in the middle of it.
+
+What is promised: the right tokens, or a clear error within the deadlines; never a hang, never another prompt's
+text. The launcher starts a dead worker again, so each test begins with a whole cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slipstream.client import AsyncClient, Client, Completion
+from slipstream.errors import SlipstreamError, UnavailableError
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
+from tests.support import plain_engine
+from tests.support.cluster import Cluster, wait_for
+from tests.support.tiny_model import VOCAB_SIZE
+
+MAX_TOKENS = 400
+PROMPT_TOKENS = 600
+# Longer than every deadline of the cluster's flags together: what takes longer is a hang.
+NO_HANG_S = 30.0
+
+
+def new_prompt(seed: int, length: int = PROMPT_TOKENS) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def right(faults_model: Path) -> dict[int, list[int]]:
+    """What a plain engine answers to the prompts of seeds 0 to 7."""
+    prompts = [new_prompt(seed) for seed in range(8)]
+    return dict(enumerate(plain_engine.greedy(faults_model, prompts, max_tokens=MAX_TOKENS)))
+
+
+def workers_of(cluster: Cluster, role: Role.ValueType) -> list[WorkerRecord]:
+    return [worker for worker in cluster.workers() if worker.role == role]
+
+
+def engine_of(worker: WorkerRecord) -> psutil.Process:
+    """The engine process of a worker: its child that holds the most memory."""
+    return max(psutil.Process(worker.pid).children(), key=lambda child: child.memory_info().rss)
+
+
+def busy_decode_worker(cluster: Cluster) -> WorkerRecord:
+    def find() -> WorkerRecord | None:
+        return next((w for w in workers_of(cluster, Role.ROLE_DECODE) if w.load.running > 0), None)
+
+    return wait_for("a decode worker has the request", find, timeout_s=10, every_s=0.02)
+
+
+@contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """Freeze processes while the block runs."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+async def ask(client: AsyncClient, seed: int) -> Completion:
+    async with asyncio.timeout(NO_HANG_S):
+        return await client.complete(new_prompt(seed), max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
+
+
+async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
+    cluster: Cluster, right: dict[int, list[int]]
+) -> None:
+    async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
+        tokens: list[int] = []
+        account = None
+        stream = client.generate(new_prompt(0), max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
+        async for piece in stream:
+            tokens += piece.token_ids
+            account = piece.account or account
+            if len(tokens) == 20:
+                victim = await asyncio.to_thread(busy_decode_worker, cluster)
+                os.kill(victim.pid, signal.SIGKILL)
+    assert tokens == right[0]
+    assert account is not None
+    assert account.attempts == 2
+
+
+async def test_a_killed_engine_process_is_a_lost_worker(cluster: Cluster, right: dict[int, list[int]]) -> None:
+    async with AsyncClient(cluster.grpc_target) as client:
+        asking = asyncio.create_task(ask(client, 1))
+        victim = await asyncio.to_thread(busy_decode_worker, cluster)
+        engine_of(victim).kill()
+        assert list((await asking).token_ids) == right[1]
+
+
+async def test_a_request_that_cannot_go_on_elsewhere_ends_in_a_clear_503(cluster: Cluster) -> None:
+    async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
+        stream = client.generate(new_prompt(2), max_tokens=MAX_TOKENS, temperature=1.0, seed=5, ignore_eos=True)
+        with pytest.raises(UnavailableError) as caught:
+            async for _ in stream:
+                victim = await asyncio.to_thread(busy_decode_worker, cluster)
+                if psutil.pid_exists(victim.pid):
+                    os.kill(victim.pid, signal.SIGKILL)
+                    break
+            async for _ in stream:
+                pass
+    assert caught.value.code == "worker_lost"
+    assert caught.value.http_status == 503
+
+
+async def test_decode_computes_the_prompt_when_the_prefill_worker_is_killed_before(
+    cluster: Cluster, right: dict[int, list[int]]
+) -> None:
+    (prefill,) = workers_of(cluster, Role.ROLE_PREFILL)
+    os.kill(prefill.pid, signal.SIGKILL)
+    async with AsyncClient(cluster.grpc_target) as client:
+        answer = await ask(client, 3)
+    assert list(answer.token_ids) == right[3]
+    assert answer.account is not None
+    assert answer.account.fallback != ""
+    assert answer.account.decode_computed_tokens == PROMPT_TOKENS
+
+
+async def test_decode_computes_the_prompt_when_the_prefill_worker_is_killed_while_computing_it(
+    cluster: Cluster, right: dict[int, list[int]]
+) -> None:
+    (prefill,) = workers_of(cluster, Role.ROLE_PREFILL)
+    engine = engine_of(prefill)
+    async with AsyncClient(cluster.grpc_target) as client:
+        with stopped(engine):  # so that the kill finds it at work
+            asking = asyncio.create_task(ask(client, 4))
+            await asyncio.sleep(0.3)
+            os.kill(prefill.pid, signal.SIGKILL)
+            answer = await asking
+    assert list(answer.token_ids) == right[4]
+    assert answer.account is not None
+    assert answer.account.fallback != ""
+
+
+async def test_a_frozen_prefill_worker_costs_its_deadline_and_no_more(
+    cluster: Cluster, right: dict[int, list[int]]
+) -> None:
+    (prefill,) = workers_of(cluster, Role.ROLE_PREFILL)
+    async with AsyncClient(cluster.grpc_target) as client:
+        with stopped(psutil.Process(prefill.pid), engine_of(prefill)):
+            answer = await ask(client, 5)
+    assert list(answer.token_ids) == right[5]
+    assert answer.account is not None
+    assert answer.account.fallback != ""
+
+
+async def test_a_frozen_decode_worker_is_left_for_another_one(cluster: Cluster, right: dict[int, list[int]]) -> None:
+    async with AsyncClient(cluster.grpc_target) as client:
+        asking = asyncio.create_task(ask(client, 6))
+        victim = await asyncio.to_thread(busy_decode_worker, cluster)
+        with stopped(psutil.Process(victim.pid), engine_of(victim)):
+            assert list((await asking).token_ids) == right[6]
+
+
+async def test_with_no_decode_worker_left_every_request_gets_its_error_at_once(cluster: Cluster) -> None:
+    for worker in workers_of(cluster, Role.ROLE_DECODE):
+        os.kill(worker.pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    async with AsyncClient(cluster.grpc_target) as client:
+        answers = await asyncio.gather(*(ask(client, seed) for seed in range(4)), return_exceptions=True)
+    assert all(isinstance(answer, SlipstreamError) and answer.http_status in (503, 504) for answer in answers), answers
+    assert time.monotonic() - began_s < NO_HANG_S
+
+
+def test_whatever_was_lost_the_cluster_comes_back_whole_and_holds_nothing(
+    cluster: Cluster, right: dict[int, list[int]]
+) -> None:
+    with Client(cluster.grpc_target) as client:
+        for _ in range(2):
+            answer = client.complete(new_prompt(7), max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
+            assert list(answer.token_ids) == right[7]
+    wait_for(
+        "all blocks are free",
+        lambda: all(worker.load.blocks_used == 0 for worker in cluster.workers()),
+        timeout_s=5,
+    )
