@@ -91,6 +91,7 @@ class Seen:
     decodes: list[DecodeRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     completed: list[str] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)
     open_calls: int = 0
 
 
@@ -165,6 +166,7 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
 
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:  # noqa: N802
         self.seen.decodes.append(request)
+        self.seen.peers.append(context.peer())
         async for event in self._watched(request.request_id, self._decode(request, context)):
             yield event
 

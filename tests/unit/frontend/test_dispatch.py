@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -14,6 +15,7 @@ from prometheus_client import REGISTRY
 
 from frontend.dispatch import open_dispatcher
 from planner.server import open_control_plane
+from slipstream import grpc_channels
 from slipstream.errors import (
     ContextLengthError,
     DeadlineError,
@@ -465,10 +467,16 @@ async def test_a_restart_of_the_control_plane_loses_no_request() -> None:
     await until(lambda: not asyncio.all_tasks() - before)
 
 
-async def test_a_killed_decode_worker_costs_no_token() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_a_decode_worker_that_is_killed_or_stopped_costs_no_token(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stopped process keeps its connections: only unanswered pings tell.
+    monkeypatch.setattr(grpc_channels, "KEEPALIVE_TIME_S", 1.0)
+    monkeypatch.setattr(grpc_channels, "KEEPALIVE_TIMEOUT_S", 0.5)
     async with scripted_cluster(decode=1) as cluster:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.support.scripted_worker", cluster.registry_address, "decode", "killed"
+            sys.executable, "-m", "tests.support.scripted_worker", cluster.registry_address, "decode", "victim"
         )
         try:
             await until(lambda: cluster.dispatcher.models()[0].decode_workers == 2, limit_s=20)
@@ -478,8 +486,8 @@ async def test_a_killed_decode_worker_costs_no_token() -> None:
             deltas = [await anext(stream)]
             cluster.decodes[0].set_state(WorkerState.READY)
             await until(lambda: cluster.dispatcher.models()[0].decode_workers == 2)
-            process.send_signal(signal.SIGKILL)
-            async with asyncio.timeout(10):
+            process.send_signal(number)
+            async with asyncio.timeout(15):
                 deltas += [delta async for delta in stream]
             assert tokens_of(deltas) == expected_answer(40, 20)
             assert deltas[-1].account is not None
@@ -488,3 +496,30 @@ async def test_a_killed_decode_worker_costs_no_token() -> None:
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+
+async def test_a_long_silence_on_a_healthy_call_does_not_cost_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_channels, "KEEPALIVE_TIME_S", 0.5)
+    async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(delay_s=6)
+        await cluster.answer(a_request("silent"))
+        cluster.decodes[0].script = Script()
+        await cluster.answer(a_request("after"))
+        first, second = cluster.decodes[0].seen.peers
+        assert first == second, "the worker threw the frontend out for its pings"
+
+
+async def test_a_peer_that_accepts_connections_but_never_answers_is_lost_within_the_connect_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grpc_channels, "CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with scripted_cluster(prefill=0) as cluster:
+            address = cluster.decodes[0].record.address
+            cluster.decodes[0].record.address = f"127.0.0.1:{silent.getsockname()[1]}"
+            cluster.decodes[0].registration.push()
+            view = cluster.dispatcher._watch.view
+            await until(lambda: view.records()[0].address != address)
+            with pytest.raises(WorkerLostError):
+                async with asyncio.timeout(5):
+                    await cluster.answer(a_request())
