@@ -30,6 +30,7 @@ from kv_transfer import board as boards
 from kv_transfer.board import Board
 from slipstream import telemetry
 from slipstream.errors import EngineDeadError, StartupError
+from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.registration import Registration
 from slipstream.settings import Settings
@@ -38,8 +39,6 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
 
-# A prompt of a million tokens is 5 MB on the wire.
-_MAX_MESSAGE_BYTES = 64 << 20
 _ENGINE_CHECK_S = 0.5
 _SHM = Path("/dev/shm")
 
@@ -103,15 +102,7 @@ class _Host:
         self._model = settings.served_model_name or folder.served_name
         admission = Admission(limit=worker.max_running + worker.max_waiting)
         async with AsyncExitStack() as owned:
-            server = grpc.aio.server(
-                options=[
-                    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-                    ("grpc.so_reuseport", 0),
-                    # Frontends ping idle connections to notice a dead host; do not take that for abuse.
-                    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-                    ("grpc.keepalive_permit_without_calls", 1),
-                ]
-            )
+            server = grpc.aio.server(options=server_options())
             self._address = f"{worker.host}:{_bind(server, worker.host, worker.port)}"
             board = owned.enter_context(_own_board(settings.transfer.board_slots))
             metrics = owned.enter_context(MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id))

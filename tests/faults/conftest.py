@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from slipstream.v1.registry_pb2 import WorkerState
@@ -41,8 +42,11 @@ def cluster(running: Cluster) -> Cluster:
     """The cluster with all its workers ready: those that an earlier test broke have been started again."""
 
     def whole() -> bool:
-        ready = [worker for worker in running.workers() if worker.state == WorkerState.READY]
-        return len(ready) == WORKERS
+        try:
+            now = [running.ask_worker(worker) for worker in running.workers()]
+        except grpc.RpcError:  # one is dead, and the registry does not know it yet
+            return False
+        return [worker.state for worker in now] == [WorkerState.READY] * WORKERS
 
     wait_for("all workers are ready again", whole, timeout_s=START_TIMEOUT_S, every_s=0.3)
     return running

@@ -32,8 +32,10 @@ def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new(cluster: C
     asking = threading.Thread(target=generate)
     asking.start()
 
+    decoders = [worker for worker in cluster.workers() if worker.role == Role.ROLE_DECODE]
+
     def busy() -> int | None:
-        running = (w for w in cluster.workers() if w.role == Role.ROLE_DECODE and w.load.running > 0)
+        running = (worker for worker in decoders if cluster.ask_worker(worker).load.running > 0)
         return next((worker.pid for worker in running), None)
 
     pid = wait_for("a decode worker has the request", busy, timeout_s=10, every_s=0.02)

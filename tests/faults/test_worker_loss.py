@@ -25,7 +25,7 @@ from tests.support import plain_engine
 from tests.support.cluster import Cluster, wait_for
 from tests.support.tiny_model import VOCAB_SIZE
 
-MAX_TOKENS = 400
+MAX_TOKENS = 1500
 PROMPT_TOKENS = 600
 # Longer than every deadline of the cluster's flags together: what takes longer is a hang.
 NO_HANG_S = 30.0
@@ -53,8 +53,10 @@ def engine_of(worker: WorkerRecord) -> psutil.Process:
 
 
 def busy_decode_worker(cluster: Cluster) -> WorkerRecord:
+    workers = workers_of(cluster, Role.ROLE_DECODE)
+
     def find() -> WorkerRecord | None:
-        return next((w for w in workers_of(cluster, Role.ROLE_DECODE) if w.load.running > 0), None)
+        return next((worker for worker in workers if cluster.ask_worker(worker).load.running > 0), None)
 
     return wait_for("a decode worker has the request", find, timeout_s=10, every_s=0.02)
 
@@ -68,7 +70,8 @@ def stopped(*processes: psutil.Process) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.resume()
+            if process.is_running():
+                process.resume()
 
 
 async def ask(client: AsyncClient, seed: int) -> Completion:
@@ -105,14 +108,10 @@ async def test_a_killed_engine_process_is_a_lost_worker(cluster: Cluster, right:
 async def test_a_request_that_cannot_go_on_elsewhere_ends_in_a_clear_503(cluster: Cluster) -> None:
     async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
         stream = client.generate(new_prompt(2), max_tokens=MAX_TOKENS, temperature=1.0, seed=5, ignore_eos=True)
+        await anext(stream)
+        os.kill((await asyncio.to_thread(busy_decode_worker, cluster)).pid, signal.SIGKILL)
         with pytest.raises(UnavailableError) as caught:
-            async for _ in stream:
-                victim = await asyncio.to_thread(busy_decode_worker, cluster)
-                if psutil.pid_exists(victim.pid):
-                    os.kill(victim.pid, signal.SIGKILL)
-                    break
-            async for _ in stream:
-                pass
+            await stream.collect()
     assert caught.value.code == "worker_lost"
     assert caught.value.http_status == 503
 

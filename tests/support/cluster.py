@@ -23,7 +23,7 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from slipstream.v1 import registry_pb2, registry_pb2_grpc
+from slipstream.v1 import registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 
 START_TIMEOUT_S = 180.0
@@ -125,6 +125,11 @@ class Cluster:
             return next(ready, None)
 
         return wait_for(f"a ready worker of role {role}", find, timeout_s=START_TIMEOUT_S, every_s=0.2)
+
+    def ask_worker(self, worker: WorkerRecord) -> WorkerRecord:
+        """A worker's own record as it is now; the registry's is up to a second old."""
+        with grpc.insecure_channel(worker.address) as channel:
+            return worker_pb2_grpc.WorkerStub(channel).GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
 
     def metrics(self, role: Role.ValueType) -> dict[str, float]:
         """A worker's /metrics now: sample name, with the values of labels other than role and worker, to value."""
