@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from frontend.face_metrics import REQUESTS, Where, in_flight
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService

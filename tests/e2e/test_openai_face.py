@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.support.cluster import Cluster, scrape, status_of
 from tests.support.tiny_model import MAX_MODEL_LEN
@@ -17,7 +18,7 @@ async def client(cluster: Cluster) -> AsyncIterator[AsyncOpenAI]:
         yield made
 
 
-MESSAGES = [{"role": "user", "content": "How many stars are there?"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How many stars are there?"}]
 
 
 async def ask(client: AsyncOpenAI, **options: object) -> str:
@@ -32,13 +33,13 @@ async def test_chat_streamed_and_whole_say_the_same_and_count_the_same(client: A
         model="tiny",
         messages=MESSAGES,
         max_completion_tokens=12,
-        temperature=0,  # type: ignore[arg-type]
+        temperature=0,
     )
     chunks = [
         chunk
         async for chunk in await client.chat.completions.create(
             model="tiny",
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             max_completion_tokens=12,
             temperature=0,
             stream=True,
@@ -86,7 +87,7 @@ async def test_a_biased_token_is_said_and_a_banned_one_is_not(client: AsyncOpenA
 async def test_log_probabilities_come_for_every_token_best_first(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="tiny",
-        messages=MESSAGES,  # type: ignore[arg-type]
+        messages=MESSAGES,
         max_completion_tokens=6,
         temperature=0,
         logprobs=True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import planner.service
 from planner.server import ControlPlane, open_control_plane
