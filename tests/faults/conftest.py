@@ -10,7 +10,6 @@ import pytest
 
 from slipstream.v1.registry_pb2 import WorkerState
 from tests.support.cluster import START_TIMEOUT_S, Cluster, wait_for
-from tests.support.tiny_model import make_tiny_model
 
 WORKERS = 3
 FLAGS = (
@@ -20,20 +19,9 @@ FLAGS = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(400))
-
-
 @pytest.fixture(scope="session")
-def faults_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def running(faults_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(faults_model, tmp_path_factory.mktemp("faults") / "run", *FLAGS) as cluster:
+def running(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tiny_model, tmp_path_factory.mktemp("faults") / "run", *FLAGS) as cluster:
         yield cluster
 
 

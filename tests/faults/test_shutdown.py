@@ -56,9 +56,9 @@ def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new(cluster: C
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_no_process_and_no_shared_memory(
-    faults_model: Path, tmp_path: Path, number: signal.Signals
+    tiny_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with Cluster(faults_model, tmp_path / "run", "--dtype", "float32") as cluster:
+    with Cluster(tiny_model, tmp_path / "run", "--dtype", "float32") as cluster:
         family = cluster.processes()
         assert len(family) >= 7  # launcher, control plane, frontend, two workers and their engines
         shared = {Path(mapped.path) for process in family for mapped in process.memory_maps() if SHM in mapped.path}
@@ -68,8 +68,8 @@ def test_ctrl_c_leaves_no_process_and_no_shared_memory(
         assert not [path for path in shared if path.exists()]
 
 
-def test_not_even_a_killed_launcher_leaves_anything(faults_model: Path, tmp_path: Path) -> None:
-    with Cluster(faults_model, tmp_path / "run", "--dtype", "float32") as cluster:
+def test_not_even_a_killed_launcher_leaves_anything(tiny_model: Path, tmp_path: Path) -> None:
+    with Cluster(tiny_model, tmp_path / "run", "--dtype", "float32") as cluster:
         family = cluster.processes()
         assert cluster.process is not None
         cluster.process.kill()

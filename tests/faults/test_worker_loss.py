@@ -37,10 +37,10 @@ def new_prompt(seed: int, length: int = PROMPT_TOKENS) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def right(faults_model: Path) -> dict[int, list[int]]:
+def right(tiny_model: Path) -> dict[int, list[int]]:
     """What a plain engine answers to the prompts of seeds 0 to 7."""
     prompts = [new_prompt(seed) for seed in range(8)]
-    return dict(enumerate(plain_engine.greedy(faults_model, prompts, max_tokens=MAX_TOKENS)))
+    return dict(enumerate(plain_engine.greedy(tiny_model, prompts, max_tokens=MAX_TOKENS)))
 
 
 def workers_of(cluster: Cluster, role: Role.ValueType) -> list[WorkerRecord]:

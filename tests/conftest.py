@@ -1,0 +1,24 @@
+"""What tests of every kind share: the tiny model, and time for those that start a real cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_model import make_tiny_model
+
+_CLUSTER_TESTS = tuple(Path(__file__).parent / name for name in ("e2e", "faults"))
+_CLUSTER_TEST_TIMEOUT_S = 400
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(folder in item.path.parents for folder in _CLUSTER_TESTS):
+            item.add_marker(pytest.mark.timeout(_CLUSTER_TEST_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model; needs torch."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
