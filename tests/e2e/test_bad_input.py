@@ -14,7 +14,7 @@ import pytest
 from slipstream.client import Client
 from slipstream.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from slipstream.v1.registry_pb2 import Role
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, wait_for
 from tests.support.tiny_model import MAX_MODEL_LEN, VOCAB_SIZE
 
 
@@ -89,5 +89,9 @@ def test_grpc_tells_the_same_mistakes_with_the_same_types(cluster: Cluster) -> N
 
 def test_after_all_that_nothing_is_held_and_the_next_answer_comes(cluster: Cluster, client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="hello", max_tokens=3).usage is not None
-    for role in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
-        assert cluster.metrics(role)["slipstream_worker_requests_open"] == 0
+
+    def nothing_open() -> bool:
+        roles = (Role.ROLE_PREFILL, Role.ROLE_DECODE)
+        return all(cluster.metrics(role)["slipstream_worker_requests_open"] == 0 for role in roles)
+
+    wait_for("no call is open", nothing_open, timeout_s=2)
