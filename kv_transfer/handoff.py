@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -35,9 +36,8 @@ class Handoff(msgspec.Struct, frozen=True, array_like=True):
 
 
 def digest_tokens(token_ids: Sequence[int]) -> int:
-    """A 64-bit digest of a token sequence (xxh3 over little-endian 32-bit ids)."""
-    raw = b"".join(token.to_bytes(4, "little") for token in token_ids)
-    return xxhash.xxh3_64_intdigest(raw)
+    """A 64-bit digest of a token sequence (xxh3 over 32-bit ids in this host's byte order)."""
+    return xxhash.xxh3_64_intdigest(array("I", token_ids).tobytes())
 
 
 def encode(handoff: Handoff) -> bytes:

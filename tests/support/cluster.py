@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -49,11 +49,22 @@ class Cluster:
 
     Args:
         run_folder: of the logs; made by the cluster.
+        wrapper: a command that runs the rest of its command line.
     """
 
-    def __init__(self, model: Path | str, run_folder: Path, *flags: str) -> None:
+    def __init__(self, model: Path | str, run_folder: Path, *flags: str, wrapper: Sequence[str] = ()) -> None:
         self.run_folder = run_folder
-        self._argv = [sys.executable, "-m", "slipstream", "up", "--model", str(model), "--log-dir", str(run_folder)]
+        self._argv = [
+            *wrapper,
+            sys.executable,
+            "-m",
+            "slipstream",
+            "up",
+            "--model",
+            str(model),
+            "--log-dir",
+            str(run_folder),
+        ]
         self._argv += ["--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0", *flags]
         self._output = run_folder.with_suffix(".out")
         self.process: subprocess.Popen[bytes] | None = None

@@ -24,6 +24,20 @@ from slipstream.errors import TransferError
 from tests.support import kv_peer
 
 TIMEOUT_S = 1.0
+FORBIDDEN_READER = """
+import json, sys
+from pathlib import Path
+from kv_transfer import handoff
+from slipstream.errors import TransferError
+from tests.unit.kv_transfer.test_shm import Ours
+facts = json.loads(sys.argv[1])
+asked = handoff.decode(bytes.fromhex(facts["handoff"]))
+print("auto", Ours(Path(facts["folder"]), "auto").receiver.receive(asked, 0, [1]).path)
+try:
+    Ours(Path(facts["folder"]), "direct").receiver.receive(asked, 0, [1])
+except TransferError as error:
+    print("direct", error.code)
+"""
 
 
 class Peer:
@@ -201,6 +215,20 @@ def test_auto_reads_directly_where_it_can_and_asks_for_staging_where_it_cannot(
     ours = Ours(tmp_path, "auto")
     assert ours.receiver.receive(start().handoff(0), 0, [1]).path == "shm/direct"
     assert ours.receiver.receive(start("--elsewhere").handoff(0), 0, [1]).path == "shm/staged"
+
+
+def test_auto_asks_for_staging_where_the_kernel_forbids_direct_reads(
+    start: Callable[..., Peer], tmp_path: Path
+) -> None:
+    peer = start()
+    facts = json.dumps({"folder": str(tmp_path), "handoff": handoffs.encode(peer.handoff(0)).hex()})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.forbid_memory_reads", sys.executable, "-c", FORBIDDEN_READER, facts],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == ["auto shm/staged", "direct not_permitted"], done.stderr
 
 
 def test_staging_without_room_ends_in_an_error_not_in_a_wait(tmp_path: Path) -> None:
