@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import grpc.aio
 import pytest
 
+from frontend import http_exchange
+from frontend.face_metrics import IN_FLIGHT
 from frontend.tokenizer import TextModel
+from slipstream.settings import FrontendSettings
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.scripted_dispatcher import ScriptedDispatcher, tokens
 from tests.unit.frontend.conftest import Faces
@@ -78,3 +82,33 @@ async def test_a_grpc_deadline_aborts_the_call(channel: grpc.aio.Channel, dispat
         [response async for response in call]
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await dispatcher.until_running(0)
+
+
+class TestAClientThatDoesNotRead:
+    @pytest.fixture
+    def frontend_settings(self) -> FrontendSettings:
+        return FrontendSettings(http_port=0, grpc_port=0, request_timeout_s=0.3, drain_timeout_s=1)
+
+    async def test_holds_its_request_no_longer_than_the_deadline_and_a_last_try(
+        self,
+        faces: Faces,
+        dispatcher: ScriptedDispatcher,
+        text_model: TextModel,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(http_exchange, "_LAST_WRITE_TIMEOUT_S", 0.2)
+        a = text_model.encode_now("a" * 64, add_special_tokens=False)
+        # More than fits into the buffers of two sockets.
+        dispatcher.script = lambda request: [tokens(*a) for _ in range(100_000)]
+        in_flight = IN_FLIGHT.labels("http", "completions")
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", int(faces.http.rpartition(":")[2])))
+            content = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            deaf.sendall(head.encode() + content)
+            async with asyncio.timeout(10):
+                while not dispatcher.requests:
+                    await asyncio.sleep(0.01)
+                while in_flight._value.get():
+                    await asyncio.sleep(0.01)
