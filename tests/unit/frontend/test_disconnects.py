@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from typing import Any
 
 import grpc.aio
 import pytest
 
 from frontend import http_exchange
-from frontend.face_metrics import IN_FLIGHT
+from frontend.http_face import create_app
+from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
-from slipstream.settings import FrontendSettings
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
-from tests.support.scripted_dispatcher import ScriptedDispatcher, tokens
+from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.unit.frontend.conftest import Faces
 
 
@@ -84,31 +83,29 @@ async def test_a_grpc_deadline_aborts_the_call(channel: grpc.aio.Channel, dispat
     await dispatcher.until_running(0)
 
 
-class TestAClientThatDoesNotRead:
-    @pytest.fixture
-    def frontend_settings(self) -> FrontendSettings:
-        return FrontendSettings(http_port=0, grpc_port=0, request_timeout_s=0.3, drain_timeout_s=1)
+async def test_a_client_that_does_not_read_holds_its_request_until_the_deadline_and_one_last_try(
+    dispatcher: ScriptedDispatcher, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_exchange, "_LAST_WRITE_TIMEOUT_S", 0.1)
+    a = text_model.encode_now("a", add_special_tokens=False)
+    dispatcher.script = lambda request: [tokens(*a), last()]
+    service = InferenceService(dispatcher, text_model, model_name="tiny", request_timeout_s=0.1, max_n=1)
+    app = create_app(service, max_body_bytes=1000)
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    tried: list[str] = []
 
-    async def test_holds_its_request_no_longer_than_the_deadline_and_a_last_try(
-        self,
-        faces: Faces,
-        dispatcher: ScriptedDispatcher,
-        text_model: TextModel,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(http_exchange, "_LAST_WRITE_TIMEOUT_S", 0.2)
-        a = text_model.encode_now("a" * 64, add_special_tokens=False)
-        # More than fits into the buffers of two sockets.
-        dispatcher.script = lambda request: [tokens(*a) for _ in range(100_000)]
-        in_flight = IN_FLIGHT.labels("http", "completions")
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", int(faces.http.rpartition(":")[2])))
-            content = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-            deaf.sendall(head.encode() + content)
-            async with asyncio.timeout(10):
-                while not dispatcher.requests:
-                    await asyncio.sleep(0.01)
-                while in_flight._value.get():
-                    await asyncio.sleep(0.01)
+    async def receive() -> Any:
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def deaf(message: Any) -> None:
+        """As the server's `send` while the buffers of the connection are full."""
+        tried.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    async with asyncio.timeout(10):
+        await app(scope, receive, deaf)
+    assert tried == ["http.response.start", "http.response.body", "http.response.body"]
+    await dispatcher.until_running(0)
