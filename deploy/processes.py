@@ -21,6 +21,9 @@ import psutil
 
 from slipstream.errors import StartupError
 
+# What a process has started may end with it by itself, and clean up (multiprocessing's resource tracker removes the
+# semaphores of a killed engine from /dev/shm), before it is killed.
+_GROUP_GRACE_S = 1.0
 # Longest the killed members of a process's group may take to be gone, and how often that is looked at.
 _GROUP_TIMEOUT_S = 5.0
 _GROUP_POLL_S = 0.02
@@ -109,12 +112,17 @@ class Process:
 
     async def _finish(self) -> None:
         """End what is left of the group, then reap. SIGKILL takes a moment: an engine has memory to give back."""
-        self._kill_group()
-        for _ in range(round(_GROUP_TIMEOUT_S / _GROUP_POLL_S)):
-            if not _others_in_group(self.pid):
-                break
-            await asyncio.sleep(_GROUP_POLL_S)
+        if not await self._group_gone(_GROUP_GRACE_S):
+            self._kill_group()
+            await self._group_gone(_GROUP_TIMEOUT_S)
         self._exit.set_result(self._popen.wait())
+
+    async def _group_gone(self, limit_s: float) -> bool:
+        for _ in range(round(limit_s / _GROUP_POLL_S)):
+            if not _others_in_group(self.pid):
+                return True
+            await asyncio.sleep(_GROUP_POLL_S)
+        return False
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -8,14 +8,17 @@ DRAINING, refuse new requests, let open ones finish until `worker.drain_timeout_
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn, TypeVar, cast
 
 import grpc.aio
 import uvloop
@@ -39,6 +42,8 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
 
+T = TypeVar("T")
+
 _ENGINE_CHECK_S = 0.5
 _SHM = Path("/dev/shm")
 
@@ -57,7 +62,23 @@ def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> No
     name = "prefill" if role == Role.ROLE_PREFILL else "decode"
     worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
     telemetry.configure(settings.log, component=worker_id)
-    uvloop.run(_Host(settings, role, worker_id).serve(add_service))
+    host = _Host(settings, role, worker_id)
+    try:
+        uvloop.run(host.serve(add_service))
+    except StartupError as error:
+        if not host.load_abandoned:
+            raise
+        log.error("worker_failed", error=error.message)
+        _end_despite_load(1)
+    if host.load_abandoned:
+        _end_despite_load(0)
+
+
+def _end_despite_load(status: int) -> NoReturn:
+    """End a process in which an engine still loads: neither its thread nor its process can be asked to stop."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 class _Host:
@@ -74,6 +95,7 @@ class _Host:
         self._device = ""
         self._engine: Engine | None = None
         self._stop = asyncio.Event()
+        self.load_abandoned = False
 
     def record(self) -> WorkerRecord:
         """This worker as it is now."""
@@ -134,11 +156,30 @@ class _Host:
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
         """The engine, loaded in a thread so that the registration goes on; None when stopped meanwhile."""
+        limit_s = self._settings.worker.start_timeout_s
+        loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({loading, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if not loading.done():
+            self.load_abandoned = True
+            log.warning("load_abandoned", stopped=self._stop.is_set())
+            if not self._stop.is_set():
+                raise StartupError(f"the engine did not load within {limit_s:g} s (worker.start_timeout_s)")
+            yield None
+            return
+        engine = loading.result()
+        try:
+            yield engine
+        finally:
+            await asyncio.to_thread(engine.shutdown)
+
+    def _load_engine(self, model_path: Path, board: Board) -> Engine:
         from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
 
-        limit_s = self._settings.worker.start_timeout_s
-        engine = await asyncio.to_thread(
-            VllmEngine,
+        engine = VllmEngine(
             self._settings,
             model_path=model_path,
             served_name=self._model,
@@ -146,25 +187,8 @@ class _Host:
             prefill=self._role == Role.ROLE_PREFILL,
         )
         self._device = engine.device
-        loading = asyncio.create_task(asyncio.to_thread(engine.start))
-        stopped = asyncio.create_task(self._stop.wait())
-        try:
-            done, _ = await asyncio.wait({loading, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                raise StartupError(f"the engine did not load within {limit_s:g} s (worker.start_timeout_s)")
-            if loading in done:
-                await loading
-                yield engine
-            else:
-                yield None
-        finally:
-            stopped.cancel()
-            if loading.done():
-                await asyncio.to_thread(engine.shutdown)
-            else:
-                # A load cannot be interrupted; the engine core ends itself when this process has ended.
-                log.warning("stopped_while_loading")
-                os._exit(1)
+        engine.start()
+        return engine
 
     async def _until_stopped(self, engine: Engine) -> None:
         while not self._stop.is_set():
@@ -207,6 +231,30 @@ def _add_standard_services(
     names = (role_service, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return health_service
+
+
+def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Its outcome. Unlike a thread of the event loop's executor, this one holds up nobody's end."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(cast("T", result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            failure = error
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="engine-load", daemon=True).start()
+    return outcome
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:

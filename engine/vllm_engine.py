@@ -36,6 +36,8 @@ from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
 
 log = telemetry.get_logger(__name__)
 
+# An idle engine core needs about two seconds on a slow CPU; one that is killed leaves a semaphore and warnings behind.
+_ENGINE_END_S = 5.0
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -126,7 +128,7 @@ class VllmEngine:
             # Compiling costs a CPU worker more start-up time than it gains; a GPU captures graphs.
             enforce_eager=self.device == "cpu",
             enable_prefix_caching=True,
-            generation_config="vllm",  # the frontend applies the model's defaults, the engine none
+            generation_config="vllm",  # sampling defaults are the API's, the same whatever the model's files say
             disable_log_stats=False,  # the queue lengths come with them
             kv_transfer_config=KVTransferConfig(
                 kv_connector="SlipstreamConnector",
@@ -247,12 +249,12 @@ class VllmEngine:
     def shutdown(self) -> None:
         """End the engine core; requests still in it are lost.
 
-        A short grace: its state is only memory, and the process is killed when it takes longer.
+        It is killed when it takes longer than it should: its state is only memory.
         """
         llm, self._llm = self._llm, None
         if llm is not None:
             with contextlib.suppress(VllmEngineDeadError):
-                llm.shutdown(timeout=1.0)
+                llm.shutdown(timeout=_ENGINE_END_S)
 
 
 def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:

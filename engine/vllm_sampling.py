@@ -41,6 +41,7 @@ def to_vllm(sampling: SamplingParams, *, transfer: Mapping[str, Any]) -> VllmSam
     if sampling.stop:
         raise InvalidRequestError("stop: workers match token ids only, send stop strings to a frontend", param="stop")
     values: dict[str, Any] = {name: getattr(sampling, name) for name in _OPTIONAL if _is_set(sampling, name)}
+    values.setdefault("max_tokens", None)  # up to the context length; vLLM's own default is 16
     if sampling.logit_bias:
         values["logit_bias"] = dict(sampling.logit_bias)
     if sampling.stop_token_ids:

@@ -16,6 +16,8 @@ from slipstream.errors import CancelledByClientError, DeadlineError, RequestTooL
 BODY_TIMEOUT_S = 60.0
 # A refused body is read on for a while: a connection closed in the middle of it loses the refusal.
 _REFUSED_BODY_TIMEOUT_S = 5.0
+# Longest wait for a client to read what was written before the end of its answer: no other deadline holds by then.
+_LAST_WRITE_TIMEOUT_S = 30.0
 
 _SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -33,18 +35,23 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         DeadlineError: it did not come within a minute.
         CancelledByClientError: the client left before its end.
     """
+    too_large = RequestTooLargeError(
+        f"The request body is larger than the {max_bytes} bytes allowed (frontend.max_body_bytes)."
+    )
+    declared = request.headers.get("content-length", "")
     parts: list[bytes] = []
     length = 0
     stream = request.stream()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
+            if declared.isdecimal() and int(declared) > max_bytes:
+                await _discard(request)
+                raise too_large
             async for part in stream:
                 length += len(part)
                 if length > max_bytes:
                     await _discard(request)
-                    raise RequestTooLargeError(
-                        f"The request body is larger than the {max_bytes} bytes allowed (frontend.max_body_bytes)."
-                    )
+                    raise too_large
                 parts.append(part)
     except TimeoutError as error:
         raise DeadlineError(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from error
@@ -89,6 +96,19 @@ async def _raise_on_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     raise CancelledByClientError("The client left before the answer was complete.")
+
+
+async def send_last(send: Send, message: Message) -> None:
+    """Send the end of a streamed answer.
+
+    Raises:
+        CancelledByClientError: the client does not read.
+    """
+    try:
+        async with asyncio.timeout(_LAST_WRITE_TIMEOUT_S):
+            await send(message)
+    except TimeoutError as error:
+        raise CancelledByClientError("The client stopped reading its answer.") from error
 
 
 def start_message(headers: Mapping[str, str] = _SSE_HEADERS, status: int = 200) -> Message:

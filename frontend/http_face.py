@@ -26,6 +26,7 @@ from frontend.http_exchange import (
     ConnectedResponse,
     body_message,
     read_body,
+    send_last,
     sse_event,
     sse_events,
     start_message,
@@ -178,7 +179,7 @@ class HttpFace:
             typed = as_typed(error)
             BROKEN_STREAMS.labels(asked.where.face, asked.where.endpoint, typed.code).inc()
             ending = sse_event(error_body(typed))
-        await send(body_message(ending, more=False))
+        await send_last(send, body_message(ending, more=False))
 
 
 def _worker_headers(answer: Answer) -> dict[str, str]:

@@ -126,7 +126,7 @@ def invalid_request(error: ValidationError) -> InvalidRequestError:
             f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
         )
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    subject = f"'{param}'" if param else "the request body"
+    subject = f"'{param}'" if param else "request body"
     return InvalidRequestError(f"Invalid {subject}: {_reason(first)}.", param=param, code=code)
 
 

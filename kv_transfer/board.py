@@ -121,18 +121,26 @@ class Board:
         """
         epoch = secrets.randbits(63)
         path = directory / f"{PREFIX}{epoch:016x}{SUFFIX}"
+        unfinished = path.with_suffix(".new")
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartupError(f"cannot create the lease board in {directory}: {error.strerror}") from error
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        size = _layout_offset(slots) + LAYOUT_BYTES
-        os.ftruncate(fd, size)
-        view = mmap.mmap(fd, size)
-        words = memoryview(view).cast("Q")
-        words[Head.EPOCH], words[Head.SLOTS] = epoch, slots
-        words[Head.MAGIC] = MAGIC
-        words.release()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            size = _layout_offset(slots) + LAYOUT_BYTES
+            os.posix_fallocate(fd, 0, size)  # or the first write to a full tmpfs would be a SIGBUS
+            view = mmap.mmap(fd, size)
+            words = memoryview(view).cast("Q")
+            words[Head.EPOCH], words[Head.SLOTS] = epoch, slots
+            words[Head.MAGIC] = MAGIC
+            words.release()
+            # Only now under its name: another worker's `remove_stale` would take an unlocked board for a dead one's.
+            unfinished.rename(path)
+        except OSError as error:
+            os.close(fd)
+            unfinished.unlink(missing_ok=True)
+            raise StartupError(f"cannot create the lease board in {directory}: {error.strerror}") from error
         return cls(path, view, fd)
 
     @classmethod

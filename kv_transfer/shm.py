@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ Mode = Literal["auto", "direct", "staged"]
 
 # Between two looks at the board while prefill stages a copy: short beside the copy itself (4 ms for 16 MiB).
 _STAGE_POLL_S = 0.0005
+# In front of a staged copy: the lease and the blocks (Word.WANTED) it was made for. Two decode workers may have got the
+# same handoff, and a slow one may still write to a slot that has a new lease: the words on the board are not enough.
+_HEADER = struct.Struct("=QQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,8 @@ class Receiver:
             raise TransferError("the two workers' KV layouts differ (model, dtype, block size or CPU)", code="layout")
         _wanted(handoff, first, len(targets))
         board, slot = peer.board, handoff.slot
-        board.put(slot, Word.WANTED, first << 32 | len(targets))
+        wanted = first << 32 | len(targets)
+        board.put(slot, Word.WANTED, wanted)
         board.put(slot, Word.ASKED, handoff.nonce)
         while board.get(slot, Word.STAGED) != handoff.nonce:
             self._check_lease(peer, handoff)
@@ -160,6 +165,8 @@ class Receiver:
             time.sleep(_STAGE_POLL_S)
         try:
             with board.segment_path(slot).open("r+b") as file, mmap.mmap(file.fileno(), 0) as segment:
+                if _HEADER.unpack_from(segment) != (handoff.nonce, wanted):
+                    raise TransferError("the staged copy is one that another worker asked for", code="bad_handoff")
                 _scatter(segment, self._views, targets)
         except (OSError, ValueError) as error:
             raise TransferError(f"staged copy cannot be read: {error}", code="worker_gone") from error
@@ -186,12 +193,13 @@ class Stager:
         blocks = block_ids[first : first + count]
         if len(blocks) != count or not blocks:
             return False
-        size = count * sum(view.shape[1] for view in self._views)
+        size = _HEADER.size + count * sum(view.shape[1] for view in self._views)
         try:
             fd = os.open(board.segment_path(slot), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, size)  # or writing to a full tmpfs would be a SIGBUS
                 with mmap.mmap(fd, size) as segment:
+                    _HEADER.pack_into(segment, 0, nonce, wanted)
                     _gather(segment, self._views, blocks)
             finally:
                 os.close(fd)
@@ -228,13 +236,13 @@ def _check_deadline(deadline: float, timeout_s: float) -> None:
         raise TransferError(f"transfer took longer than {timeout_s:g} s", code="timeout")
 
 
-# A segment holds region after region, and in each the blocks in prompt order.
+# A segment holds its header, then region after region, and in each the blocks in prompt order.
 
 
 def _gather(segment: mmap.mmap, views: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
     import torch
 
-    offset = 0
+    offset = _HEADER.size
     for view in views:
         index = torch.tensor(blocks, device=view.device)
         piece = torch.frombuffer(segment, dtype=torch.uint8, count=len(blocks) * view.shape[1], offset=offset)
@@ -246,7 +254,7 @@ def _gather(segment: mmap.mmap, views: Sequence[torch.Tensor], blocks: Sequence[
 def _scatter(segment: mmap.mmap, views: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
     import torch
 
-    offset = 0
+    offset = _HEADER.size
     for view in views:
         index = torch.tensor(blocks, device=view.device)
         piece = torch.frombuffer(segment, dtype=torch.uint8, count=len(blocks) * view.shape[1], offset=offset)

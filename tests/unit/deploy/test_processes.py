@@ -34,6 +34,15 @@ async def test_nothing_of_its_group_is_left_once_it_has_ended(tmp_path: Path) ->
     assert not any(runs(pid) for pid in pids_of("decode-0", tmp_path))
 
 
+async def test_what_it_has_started_may_end_in_order_after_it(tmp_path: Path) -> None:
+    note = tmp_path / "cleaned"
+    tidy = f"import sys, time; sys.stdin.read(); time.sleep(0.2); open({str(note)!r}, 'w')"
+    source = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {tidy!r}], stdin=subprocess.PIPE)"
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await Process.spawn(script("parent", tmp_path, f"{source}; os._exit(0)")).wait() == 0
+    assert note.exists()
+
+
 async def test_giving_up_a_wait_does_not_disturb_the_process(tmp_path: Path) -> None:
     process = Process.spawn(script("sleeper", tmp_path, "import time; time.sleep(600)"))
     with pytest.raises(TimeoutError):

@@ -39,6 +39,7 @@ def test_what_is_absent_takes_the_engines_neutral_value() -> None:
     params = to_vllm(SamplingParams(), transfer={})
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.seed, params.logprobs, params.extra_args) == (None, None, None)
+    assert params.max_tokens is None  # up to the context length
 
 
 def test_a_temperature_of_zero_is_greedy_and_not_absent() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from frontend import http_exchange
+from frontend.http_face import create_app
+from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
-from tests.support.scripted_dispatcher import ScriptedDispatcher, tokens
+from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.unit.frontend.conftest import Faces
 
 
@@ -77,4 +80,32 @@ async def test_a_grpc_deadline_aborts_the_call(channel: grpc.aio.Channel, dispat
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [response async for response in call]
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await dispatcher.until_running(0)
+
+
+async def test_a_client_that_does_not_read_holds_its_request_until_the_deadline_and_one_last_try(
+    dispatcher: ScriptedDispatcher, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_exchange, "_LAST_WRITE_TIMEOUT_S", 0.1)
+    a = text_model.encode_now("a", add_special_tokens=False)
+    dispatcher.script = lambda request: [tokens(*a), last()]
+    service = InferenceService(dispatcher, text_model, model_name="tiny", request_timeout_s=0.1, max_n=1)
+    app = create_app(service, max_body_bytes=1000)
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    tried: list[str] = []
+
+    async def receive() -> Any:
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def deaf(message: Any) -> None:
+        """As the server's `send` while the buffers of the connection are full."""
+        tried.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    async with asyncio.timeout(10):
+        await app(scope, receive, deaf)
+    assert tried == ["http.response.start", "http.response.body", "http.response.body"]
     await dispatcher.until_running(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -9,9 +10,11 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from frontend import http_exchange
 from frontend.tokenizer import TextModel
 from slipstream.v1.sampling_pb2 import RequestAccount
 from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
+from tests.unit.frontend.conftest import Faces
 
 
 @pytest.fixture
@@ -157,3 +160,14 @@ async def test_a_body_over_the_limit_is_a_413(http: httpx.AsyncClient, chunked: 
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
     assert "65536" in response.json()["error"]["message"]
+
+
+async def test_a_body_declared_over_the_limit_is_refused_before_it_came(
+    faces: Faces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_exchange, "_REFUSED_BODY_TIMEOUT_S", 0.1)
+    reader, writer = await asyncio.open_connection(*faces.http.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{")
+    async with asyncio.timeout(10):
+        assert b"413" in await reader.readline()
+    writer.close()

@@ -1,5 +1,6 @@
 """The lease board: shared words with one writer each, and a file that no crash leaves behind."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -102,3 +103,19 @@ def test_unlink_removes_the_board_and_its_staged_copies(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     board.put(0, Word.HELD, 8)  # mapped views stay valid until they are closed
     board.close()
+
+
+def test_a_board_that_is_just_being_made_is_not_taken_for_a_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers that start together: one sweeps while the other has its file, but not yet the lock on it."""
+    lock = fcntl.flock
+
+    def sweep_and_lock(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert remove_stale(tmp_path) == []
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_and_lock)
+    board = Board.create(tmp_path, slots=2)
+    assert Board.open(board.path).epoch == board.epoch

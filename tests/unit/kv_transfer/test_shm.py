@@ -201,6 +201,21 @@ def test_more_blocks_than_the_handoff_has_are_refused(start: Callable[..., Peer]
     assert caught.value.code == "bad_handoff"
 
 
+def test_two_workers_with_the_same_handoff_get_their_own_blocks_or_an_error(
+    start: Callable[..., Peer], tmp_path: Path, mode: Mode
+) -> None:
+    peer, first, second = start(), Ours(tmp_path, mode), Ours(tmp_path, mode)
+    first.receiver.receive(peer.handoff(0), 0, [1, 2, 3, 4, 5, 6])
+    if mode == "staged":  # one copy is staged, once
+        with pytest.raises(TransferError) as caught:
+            second.receiver.receive(peer.handoff(0), 2, [1, 2, 3, 4])
+        assert caught.value.code == "bad_handoff"
+        return
+    second.receiver.receive(peer.handoff(0), 2, [1, 2, 3, 4])
+    theirs = layouts.block_views(kv_peer.caches(1), kv_peer.BLOCKS)
+    assert blocks_of(second.views, [1, 2, 3, 4]) == blocks_of(theirs, kv_peer.BLOCK_IDS[2:])
+
+
 @pytest.mark.parametrize("name", ["../slipstream-1.board", "/etc/passwd", "slipstream-1.kv", ""])
 def test_a_handoff_cannot_name_a_file_of_its_choice(tmp_path: Path, name: str) -> None:
     handoff = Handoff(handoffs.VERSION, name, 1, 0, 8, 10, 0, [1])
