@@ -13,7 +13,7 @@ from benchmarks.phases import Interference, InterferencePlan, Sequential
 from benchmarks.prompts import Prompts, mixed_lengths
 from benchmarks.report import Machine, Target, below, equals, ratio
 from benchmarks.samples import Spread, spread
-from benchmarks.server import Server
+from benchmarks.server import CpuUse, Server
 
 # The promises, word for word.
 REQUESTS_TARGET = (
@@ -74,7 +74,7 @@ class Disturbed:
         itl_quiet: of the same streams otherwise.
         prefill_ttft: the long prompts' own TTFT.
         came_together: share of tokens that came in one network read with the one before; their latency is 0.
-        cpu_cores, client_cpu_cores: CPU seconds a second of the server, and of this client.
+        cpu_cores, client_cpu_cores, others_cores: CPU seconds a second of the server, this client, and all else.
     """
 
     streams: int
@@ -86,6 +86,7 @@ class Disturbed:
     came_together: float
     cpu_cores: float
     client_cpu_cores: float
+    others_cores: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class SystemResult:
     """One system.
 
     Attributes:
-        others_cores: what everything else on the machine took meanwhile; the figures are only good when it is near 0.
+        others_cores: what everything else on the machine took during the requests one after another; figures are
+            only good when it is near 0. The interference phase has its own.
         tokens_without_event: answer tokens that had no SSE event of their own (no text yet).
         same_answers: requests answered word for word like the first system's.
     """
@@ -200,7 +202,7 @@ def _system(seen: Seen, reference: Seen, settings: Settings) -> SystemResult:
         description=seen.description,
         start_s=round(seen.server.start_s, 2),
         idle_cores=round(seen.idle_cores, 4),
-        others_cores=round(_others_cores(seen), 3),
+        others_cores=_others_cores(sequential.cpu),
         cpu_s_per_request=round(sequential.cpu.server_s / len(answers), 4),
         tokens_without_event=sum(answer.completion_tokens - len(answer.arrivals_s) for answer in answers),
         same_answers=_same(answers, reference.sequential.answers),
@@ -210,9 +212,8 @@ def _system(seen: Seen, reference: Seen, settings: Settings) -> SystemResult:
     )
 
 
-def _others_cores(seen: Seen) -> float:
-    used = (seen.sequential.cpu, seen.interference.cpu)
-    return sum(one.others_s for one in used) / sum(one.wall_s for one in used)
+def _others_cores(used: CpuUse) -> float:
+    return round(used.others_s / used.wall_s, 3)
 
 
 def _same(answers: Sequence[Answer], others: Sequence[Answer]) -> int:
@@ -260,4 +261,5 @@ def disturbed(seen: Interference, streams: int) -> Disturbed:
         came_together=round(1 - seen.reads / seen.arrivals, 4) if seen.arrivals else 0.0,
         cpu_cores=round(seen.cpu.server_s / seen.cpu.wall_s, 3),
         client_cpu_cores=round(seen.cpu.client_s / seen.cpu.wall_s, 3),
+        others_cores=_others_cores(seen.cpu),
     )

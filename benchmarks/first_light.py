@@ -121,7 +121,7 @@ def _print(console: Console, result: Report) -> None:
     console.print(targets_table(result.comparisons, "Not promised, but worth knowing"))
     facts = result.machine
     console.print(f"{facts.cpu}, {facts.cores} cores, {facts.date}")
-    others = max(system.others_cores for system in result.systems)
+    others = max(max(one.others_cores, one.interference.others_cores) for one in result.systems)
     if others > _QUIET_CORES:
         console.print(
             f"[yellow]Other processes took up to {others:.2f} cores meanwhile: measure on a quiet machine.[/]"

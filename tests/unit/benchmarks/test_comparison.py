@@ -71,7 +71,7 @@ def test_latencies_speed_and_cpu_are_worked_out() -> None:
     assert latencies.itl is not None
     assert (latencies.ttft.p50_ms, latencies.itl.p50_ms, latencies.itl.samples) == (1000.0, 500.0, 4)
     assert latencies.tokens_per_s == 1.5
-    assert (system.cpu_s_per_request, system.others_cores) == (2.5, 0.2)
+    assert (system.cpu_s_per_request, system.others_cores, system.interference.others_cores) == (2.5, 0.2, 0.2)
     assert (system.interference.came_together, system.interference.tokens_per_s_under_prefill) == (0.1, 5.0)
 
 
