@@ -195,7 +195,8 @@ class Stager:
             return False
         size = _HEADER.size + count * sum(view.shape[1] for view in self._views)
         try:
-            fd = os.open(board.segment_path(slot), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self.drop(slot)  # a new file, always: a reader of an older one would be killed if it shrank
+            fd = os.open(board.segment_path(slot), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, size)  # or writing to a full tmpfs would be a SIGBUS
                 with mmap.mmap(fd, size) as segment:
