@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc.aio
 import uvloop
@@ -160,8 +160,9 @@ class _Host:
         limit_s = self._settings.worker.start_timeout_s
         loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
         stopped = asyncio.create_task(self._stop.wait())
+        awaited: set[asyncio.Future[Any]] = {loading, stopped}
         try:
-            await asyncio.wait({loading, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(awaited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
         if not loading.done():
