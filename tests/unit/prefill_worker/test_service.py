@@ -29,19 +29,19 @@ class FailingEngine:
         raise self.error
 
 
-class EndedCall(Exception):
+class EndedCallError(Exception):
     """What gRPC raises in `abort`."""
 
 
 class Context:
     async def abort(self, *status: Any) -> None:
-        raise EndedCall
+        raise EndedCallError
 
 
 async def call(service: PrefillService) -> None:
-    with pytest.raises(EndedCall):
-        async for _ in service.Prefill(PrefillRequest(token_ids=[1, 2]), Context()):  # type: ignore[arg-type]
-            pytest.fail("the call answered")
+    events = service.Prefill(PrefillRequest(token_ids=[1, 2]), Context())  # type: ignore[arg-type]
+    with pytest.raises(EndedCallError):
+        await anext(aiter(events))
 
 
 def serving(board: Board, error: SlipstreamError) -> tuple[PrefillService, FailingEngine, LeaseTable]:
