@@ -36,6 +36,8 @@ from slipstream.settings import DEFAULT_MODEL, WorkerSettings
 # Above what a whole run takes; past it something hangs that has no deadline of its own.
 _RUN_TIMEOUT_S = 1500.0
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # What a machine does on its own; with more, somebody else was computing.
 _QUIET_CORES = 0.1
 
@@ -67,8 +69,11 @@ def first_light(
     except SlipstreamError as error:
         messages.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    except asyncio.CancelledError:
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    except TimeoutError:
+        messages.print(f"error: not done within {_RUN_TIMEOUT_S:g} s; everything was stopped", style="red")
+        raise typer.Exit(1) from None
+    except _Stopped as stopped:
+        raise typer.Exit(128 + stopped.signum) from None
     if as_json:
         sys.stdout.write(to_json(result) + "\n")
     else:
@@ -76,15 +81,48 @@ def first_light(
 
 
 async def _run(settings: Settings, machine: Machine, say: Callable[[str], None]) -> Report:
-    this = asyncio.current_task()
-    assert this is not None
-    # Like Ctrl-C: everything that was started is stopped first.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     folder = await asyncio.to_thread(model_folder.resolve, settings.model)
     with tempfile.TemporaryDirectory(prefix="slipstream-benchmark-", ignore_cleanup_errors=True) as logs:
-        async with asyncio.timeout(_RUN_TIMEOUT_S):
+        async with _until_signalled(), asyncio.timeout(_RUN_TIMEOUT_S):
             seen = await _all(settings, folder.path, Path(logs), say)
     return report(settings, machine, seen)
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error: somebody asked
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@asynccontextmanager
+async def _until_signalled() -> AsyncIterator[None]:
+    """The block ends at the first signal that asks for it, after all that it has started; also in a shell's
+    background, where Python itself would not listen to SIGINT.
+
+    Raises:
+        _Stopped: a signal came.
+    """
+    loop, this = asyncio.get_running_loop(), asyncio.current_task()
+    assert this is not None
+    received: list[int] = []
+
+    def on_signal(signum: int) -> None:
+        # Once: a second one would cut the stopping short and leave processes behind.
+        if not received:
+            received.append(signum)
+            this.cancel()
+
+    for signum in _STOP_SIGNALS:
+        loop.add_signal_handler(signum, on_signal, signum)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        raise _Stopped(received[0]) from None
+    finally:
+        for signum in _STOP_SIGNALS:
+            loop.remove_signal_handler(signum)
 
 
 async def _all(settings: Settings, model: Path, logs: Path, say: Callable[[str], None]) -> list[Seen]:
