@@ -1,7 +1,8 @@
 """The half of the connector that lives in vLLM's worker: runs the transfers and watches the leases.
 
 Every engine step passes through here, also empty ones; while something is outstanding vLLM keeps stepping with
-pauses of a millisecond. Copies run on a few transfer threads, so a step never waits for one.
+pauses of a millisecond. Received blocks are copied on a few transfer threads, so a step never waits for them; only the
+staging of a copy for a decode worker that cannot read memory directly happens in the step itself.
 """
 
 from __future__ import annotations
