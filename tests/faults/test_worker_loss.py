@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ from tests.support import plain_engine
 from tests.support.cluster import Cluster, wait_for
 from tests.support.tiny_model import VOCAB_SIZE
 
-MAX_TOKENS = 1500
+MAX_TOKENS = 400
 PROMPT_TOKENS = 600
 # Longer than every deadline of the cluster's flags together: what takes longer is a hang.
 NO_HANG_S = 30.0
@@ -52,13 +53,37 @@ def engine_of(worker: WorkerRecord) -> psutil.Process:
     return max(psutil.Process(worker.pid).children(), key=lambda child: child.memory_info().rss)
 
 
-def busy_decode_worker(cluster: Cluster) -> WorkerRecord:
-    workers = workers_of(cluster, Role.ROLE_DECODE)
+@dataclass(frozen=True)
+class Caught:
+    """A decode worker found at work on a request, its engine frozen in the middle of it."""
 
-    def find() -> WorkerRecord | None:
-        return next((worker for worker in workers if cluster.ask_worker(worker).load.running > 0), None)
+    worker: WorkerRecord
+    engine: psutil.Process
 
-    return wait_for("a decode worker has the request", find, timeout_s=10, every_s=0.02)
+    def kill(self) -> None:
+        os.kill(self.worker.pid, signal.SIGKILL)
+
+
+class Decoders:
+    """The decode workers before a request, to catch the one that works on it however fast it is."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._all = [Caught(worker, engine_of(worker)) for worker in workers_of(cluster, Role.ROLE_DECODE)]
+
+    def catch(self) -> Caught:
+        """Freeze every engine, look which one has the request, let the others go."""
+
+        def find() -> Caught | None:
+            for one in self._all:
+                one.engine.suspend()
+            found = next((one for one in self._all if self._cluster.ask_worker(one.worker).load.running > 0), None)
+            for one in self._all:
+                if one is not found:
+                    one.engine.resume()
+            return found
+
+        return wait_for("a decode worker has the request", find, timeout_s=10, every_s=0.01)
 
 
 @contextmanager
@@ -85,13 +110,13 @@ async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
     async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
         tokens: list[int] = []
         account = None
+        decoders = Decoders(cluster)
         stream = client.generate(new_prompt(0), max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
         async for piece in stream:
+            if not tokens:
+                (await asyncio.to_thread(decoders.catch)).kill()
             tokens += piece.token_ids
             account = piece.account or account
-            if len(tokens) == 20:
-                victim = await asyncio.to_thread(busy_decode_worker, cluster)
-                os.kill(victim.pid, signal.SIGKILL)
     assert tokens == right[0]
     assert account is not None
     assert account.attempts == 2
@@ -99,17 +124,18 @@ async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
 
 async def test_a_killed_engine_process_is_a_lost_worker(cluster: Cluster, right: dict[int, list[int]]) -> None:
     async with AsyncClient(cluster.grpc_target) as client:
+        decoders = Decoders(cluster)
         asking = asyncio.create_task(ask(client, 1))
-        victim = await asyncio.to_thread(busy_decode_worker, cluster)
-        engine_of(victim).kill()
+        (await asyncio.to_thread(decoders.catch)).engine.kill()
         assert list((await asking).token_ids) == right[1]
 
 
 async def test_a_request_that_cannot_go_on_elsewhere_ends_in_a_clear_503(cluster: Cluster) -> None:
     async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
+        decoders = Decoders(cluster)
         stream = client.generate(new_prompt(2), max_tokens=MAX_TOKENS, temperature=1.0, seed=5, ignore_eos=True)
         await anext(stream)
-        os.kill((await asyncio.to_thread(busy_decode_worker, cluster)).pid, signal.SIGKILL)
+        (await asyncio.to_thread(decoders.catch)).kill()
         with pytest.raises(UnavailableError) as caught:
             await stream.collect()
     assert caught.value.code == "worker_lost"
@@ -159,9 +185,10 @@ async def test_a_frozen_prefill_worker_costs_its_deadline_and_no_more(
 
 async def test_a_frozen_decode_worker_is_left_for_another_one(cluster: Cluster, right: dict[int, list[int]]) -> None:
     async with AsyncClient(cluster.grpc_target) as client:
+        decoders = Decoders(cluster)
         asking = asyncio.create_task(ask(client, 6))
-        victim = await asyncio.to_thread(busy_decode_worker, cluster)
-        with stopped(psutil.Process(victim.pid), engine_of(victim)):
+        caught = await asyncio.to_thread(decoders.catch)
+        with stopped(psutil.Process(caught.worker.pid), caught.engine):
             assert list((await asking).token_ids) == right[6]
 
 
