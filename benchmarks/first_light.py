@@ -7,11 +7,7 @@ latency of steady streams while a long prompt is computed: the aggregated engine
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
@@ -20,20 +16,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.cluster_server import WorkerFacts, cluster
+from benchmarks.command import Say
 from benchmarks.comparison import Report, Seen, Settings, SystemResult, measure, report
 from benchmarks.phases import InterferencePlan
 from benchmarks.prompts import word_ids
-from benchmarks.report import Machine, machine, targets_table, to_json
+from benchmarks.report import Machine, machine, targets_table
 from benchmarks.samples import Spread
 from benchmarks.server import Server
 from benchmarks.vllm_server import aggregated
 from engine import device as devices
 from slipstream import model_folder
-from slipstream.errors import SlipstreamError
 from slipstream.settings import DEFAULT_MODEL, WorkerSettings
 
-# Above what a whole run takes; past it something hangs that has no deadline of its own.
 _RUN_TIMEOUT_S = 1500.0
 
 # What a machine does on its own; with more, somebody else was computing.
@@ -52,42 +48,21 @@ def first_light(
     seed: Annotated[int, typer.Option("--seed", help="Of the prompts and their order.")] = 2,
 ) -> None:
     """Measure TTFT, ITL and tokens/s of a cluster and of one aggregated engine. Takes some minutes."""
-    messages = Console(stderr=True, highlight=False)
-    began_s = time.monotonic()
-
-    def say(what: str) -> None:
-        messages.print(f"[dim]{time.monotonic() - began_s:6.1f} s[/]  {what}")
-
     dtype = devices.choose_dtype("auto", "cpu", devices.cpu_flags())
     settings = Settings(model=model, dtype=dtype, seed=seed)
     if quick:
         settings = Settings(model=model, dtype=dtype, seed=seed, requests=6, interference=_QUICK)
-    try:
-        result = asyncio.run(_run(settings, machine(), say))
-    except SlipstreamError as error:
-        messages.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-    except asyncio.CancelledError:
-        raise typer.Exit(128 + signal.SIGTERM) from None
-    if as_json:
-        sys.stdout.write(to_json(result) + "\n")
-    else:
-        _print(Console(width=None if sys.stdout.isatty() else 160, highlight=False), result)
+    facts = machine()
+    result = command.run(lambda logs, say: _run(settings, facts, logs, say), _RUN_TIMEOUT_S)
+    command.show(result, as_json, _print)
 
 
-async def _run(settings: Settings, machine: Machine, say: Callable[[str], None]) -> Report:
-    this = asyncio.current_task()
-    assert this is not None
-    # Like Ctrl-C: everything that was started is stopped first.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+async def _run(settings: Settings, machine: Machine, logs: Path, say: Say) -> Report:
     folder = await asyncio.to_thread(model_folder.resolve, settings.model)
-    with tempfile.TemporaryDirectory(prefix="slipstream-benchmark-", ignore_cleanup_errors=True) as logs:
-        async with asyncio.timeout(_RUN_TIMEOUT_S):
-            seen = await _all(settings, folder.path, Path(logs), say)
-    return report(settings, machine, seen)
+    return report(settings, machine, await _all(settings, folder.path, logs, say))
 
 
-async def _all(settings: Settings, model: Path, logs: Path, say: Callable[[str], None]) -> list[Seen]:
+async def _all(settings: Settings, model: Path, logs: Path, say: Say) -> list[Seen]:
     words = word_ids(model)
     facts: list[WorkerFacts] = []
 
