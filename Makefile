@@ -15,7 +15,7 @@ $(GOALS):
 	@exec $(MAKE) -C "$(dir $(abspath $(lastword $(MAKEFILE_LIST))))" $@
 else
 
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 # Passed on to the command: make up ARGS="--prefill 2"
 ARGS ?=
 # Where the CPU build of torch is found when pip has no place configured (PIP_FIND_LINKS, pip.conf). This page
