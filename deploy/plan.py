@@ -18,6 +18,7 @@ from pathlib import Path
 from deploy import cores
 from deploy.processes import Component
 from slipstream import config_file
+from slipstream.addresses import host_port, reachable
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import ConfigError, StartupError
 from slipstream.settings import Settings
@@ -50,11 +51,11 @@ class LocalCluster:
 
     @property
     def http_url(self) -> str:
-        return f"http://{_bracketed(_reachable(self.settings.frontend.host))}:{self.settings.frontend.http_port}"
+        return f"http://{host_port(reachable(self.settings.frontend.host), self.settings.frontend.http_port)}"
 
     @property
     def grpc_target(self) -> str:
-        return f"{_bracketed(_reachable(self.settings.frontend.host))}:{self.settings.frontend.grpc_port}"
+        return host_port(reachable(self.settings.frontend.host), self.settings.frontend.grpc_port)
 
 
 def plan(
@@ -167,7 +168,7 @@ def _resolve_ports(settings: Settings) -> Settings:
     control_port = _port(
         control.host, control.port, "control_plane.port", "--control-plane-port", taken={http_port, grpc_port}
     )
-    address = f"{_bracketed(_reachable(control.host))}:{control_port}"
+    address = host_port(reachable(control.host), control_port)
     return settings.model_copy(
         update={
             "frontend": face.model_copy(update={"http_port": http_port, "grpc_port": grpc_port}),
@@ -203,15 +204,6 @@ def _listen_once(host: str, port: int, setting: str, flag: str) -> int:
             raise ConfigError(message, param=setting) from None
         chosen: int = probe.getsockname()[1]
         return chosen
-
-
-def _reachable(host: str) -> str:
-    """The address under which this machine reaches what listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _runs_folder(environ: Mapping[str, str], home: Path) -> Path:

@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc.aio
 import uvloop
@@ -32,6 +32,7 @@ from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
 from slipstream import telemetry
+from slipstream.addresses import host_port
 from slipstream.errors import EngineDeadError, StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
@@ -125,7 +126,7 @@ class _Host:
         admission = Admission(limit=worker.max_running + worker.max_waiting)
         async with AsyncExitStack() as owned:
             server = grpc.aio.server(options=server_options())
-            self._address = f"{worker.host}:{_bind(server, worker.host, worker.port)}"
+            self._address = host_port(worker.host, _bind(server, worker.host, worker.port))
             board = owned.enter_context(_own_board(settings.transfer.board_slots))
             metrics = owned.enter_context(MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id))
             self._metrics_url = metrics.url
@@ -159,8 +160,9 @@ class _Host:
         limit_s = self._settings.worker.start_timeout_s
         loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
         stopped = asyncio.create_task(self._stop.wait())
+        awaited: set[asyncio.Future[Any]] = {loading, stopped}
         try:
-            await asyncio.wait({loading, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(awaited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
         if not loading.done():
@@ -259,7 +261,7 @@ def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(host_port(host, port))
     except RuntimeError as error:
         raise StartupError(f"worker.port: cannot listen on {host}:{port}: {error}") from error
     if bound == 0:

@@ -17,6 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 from engine.admission import Admission
 from engine.protocol import Engine
 from kv_transfer.board import Board, Counter
+from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 from slipstream.v1.registry_pb2 import Role
 
@@ -127,7 +128,7 @@ class MetricsServer:
             self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
             raise StartupError(f"worker.metrics_port: cannot listen on {host}:{port}: {error.strerror}") from error
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
+        self.url = f"http://{host_port(host, self._server.server_port)}/metrics"
 
     def watch(self, engine: Engine, board: Board, admission: Admission) -> None:
         """Report these from now on."""

@@ -267,6 +267,7 @@ class InferenceService:
         params = SamplingParams()
         params.CopyFrom(request.sampling)
         params.ClearField("stop")
+        self._apply_defaults(params)
         asked = params.max_tokens if params.HasField("max_tokens") else None
         room = model.max_model_len - prompt_tokens
         if room < 1 or (asked is not None and asked > room):
@@ -283,6 +284,12 @@ class InferenceService:
             stop_ids |= self.text_model.eos_token_ids
         params.stop_token_ids[:] = sorted(stop_ids)
         return params
+
+    def _apply_defaults(self, params: SamplingParams) -> None:
+        said = {field.name for field, _ in params.ListFields()}
+        for name, value in self.text_model.sampling_defaults.items():
+            if name not in said:
+                setattr(params, name, int(value) if name == "top_k" else value)
 
     async def _generate(
         self, index: int, request: TokenRequest, asked: SamplingParams, times: TokenTimes

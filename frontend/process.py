@@ -21,6 +21,7 @@ from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
 from slipstream import telemetry
+from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 from slipstream.settings import FrontendSettings, Settings
 
@@ -90,8 +91,8 @@ async def run_faces(
         async with asyncio.TaskGroup() as tasks:
             http_task = tasks.create_task(http_server.serve([http_socket]), name="http face")
             health_task = tasks.create_task(grpc_face.watch_readiness(), name="grpc health")
-            http_address = _address(settings.host, http_socket.getsockname()[1])
-            grpc_address = _address(settings.host, grpc_port)
+            http_address = host_port(settings.host, http_socket.getsockname()[1])
+            grpc_address = host_port(settings.host, grpc_port)
             log.info("frontend_listening", http=http_address, grpc=grpc_address, model=model_name)
             listening(http_address, grpc_address)
             await stop.wait()
@@ -147,20 +148,16 @@ def bound_socket(settings: FrontendSettings) -> Iterator[socket.socket]:
 
 def _bind_grpc(face: GrpcFace, settings: FrontendSettings) -> int:
     try:
-        return face.server.add_insecure_port(_address(settings.host, settings.grpc_port))
+        return face.server.add_insecure_port(host_port(settings.host, settings.grpc_port))
     except RuntimeError as error:
         raise _port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
 
 
 def _port_error(setting: str, host: str, port: int, reason: str) -> StartupError:
     return StartupError(
-        f"Cannot listen on {_address(host, port)}: {reason}. Set frontend.{setting} to another port, or to 0 for a "
+        f"Cannot listen on {host_port(host, port)}: {reason}. Set frontend.{setting} to another port, or to 0 for a "
         "free one, or end the process that holds it."
     )
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class _Server(uvicorn.Server):

@@ -67,9 +67,10 @@ class Progress:
             worker = attempt.route.decode
             aborted = WorkerLostError(f"decode worker {worker.worker_id} aborted the request")
             raise WorkerFailure(worker, FailureKind.FAILED, aborted)
-        # An answer that a stop string ends has no last event: its account is what the first one knew.
-        tells = event.finish_reason or not self.generated
-        account = self._account(event.account, attempt) if tells else None
+        account = self._account(event.account, attempt) if event.finish_reason or not self.generated else None
+        if account is not None and not event.finish_reason:
+            # All that is known now, for an answer that a stop string ends: it has no last event.
+            account.partial = True
         self.generated.extend(event.token_ids)
         return TokenDelta(event.token_ids, event.logprobs, event.finish_reason, event.stop_reason, account)
 

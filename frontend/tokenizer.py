@@ -22,6 +22,7 @@ from slipstream.errors import StartupError
 _INLINE_CHARACTERS = 4096
 # tokenizer_config.json says "no limit" as 1e30.
 _LARGEST_LENGTH = 1 << 31
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class TextModel:
@@ -33,6 +34,7 @@ class TextModel:
         special_token_ids: ids that never appear in the text.
         vocab_size: ids are below this.
         max_length: the longest sequence the model's own files allow in tokens, None where they don't say.
+        sampling_defaults: fields of SamplingParams that the model's authors recommend where a request is silent.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TextModel:
         eos_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
         max_length: int | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
     ) -> None:
         # A tokenizer.json saved after training may cut or pad; a prompt must be neither.
         tokenizer.no_truncation()
@@ -55,6 +58,7 @@ class TextModel:
         )
         self.vocab_size = vocab_size or tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_length = max_length
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._byte_rule = byte_rule(json.loads(tokenizer.to_str())["decoder"])
         self._text_bytes: dict[int, bytes] = {}
 
@@ -87,6 +91,7 @@ class TextModel:
             eos_token_ids=_eos_ids(tokenizer, specials, generation, text_config),
             vocab_size=text_config.get("vocab_size"),
             max_length=_max_length(own, text_config),
+            sampling_defaults=_sampling_defaults(generation),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -169,6 +174,12 @@ def _eos_ids(
     ids = declared if isinstance(declared, list) else [declared]
     own = tokenizer.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
     return frozenset(token_id for token_id in (*ids, own) if isinstance(token_id, int))
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, float]:
+    """What the model's authors recommend where a request says nothing, as vLLM's own server applies it."""
+    found = {name: generation.get(name) for name in _SAMPLING_DEFAULTS}
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and value is not True}
 
 
 def _max_length(tokenizer_config: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:

@@ -1,7 +1,8 @@
 """The lease board: a page of shared memory on which two workers agree who may read which KV blocks.
 
 A prefill worker has one board. Its engine, its service and the decode workers on the host map it. Every
-word has one writer, so no lock is needed; a word is 8 aligned bytes, which every 64-bit CPU writes whole.
+word has one writer, so no lock is needed; a word is 8 aligned bytes, which every 64-bit CPU writes whole. That
+words written later are not seen earlier is x86's memory order, which the reasoning below relies on.
 
 A lease is a slot and a nonce (random, its low three bits zero). Words of a slot, and who writes them:
 

@@ -33,6 +33,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import RequestStatus
 
 from kv_transfer.board import Board
+from kv_transfer.model_identity import weights_digest
 from kv_transfer.scheduler_side import Hold, Load, SchedulerSide, TransferReport
 from kv_transfer.worker_side import WorkerSide
 from slipstream.errors import StartupError
@@ -187,7 +188,8 @@ def _facts(vllm_config: VllmConfig) -> dict[str, object]:
     model = vllm_config.model_config
     return {
         "architecture": model.hf_config.to_json_string(use_diff=False),
-        "served_name": model.served_model_name,
+        "name": model.served_model_name,
+        "weights": weights_digest(Path(model.model)),
         "dtype": str(model.dtype),
         "kv_dtype": vllm_config.cache_config.cache_dtype,
         "block_tokens": vllm_config.cache_config.block_size,

@@ -1,7 +1,8 @@
 """The half of the connector that lives in vLLM's worker: runs the transfers and watches the leases.
 
 Every engine step passes through here, also empty ones; while something is outstanding vLLM keeps stepping with
-pauses of a millisecond. Copies run on a few transfer threads, so a step never waits for one.
+pauses of a millisecond. Received blocks are copied on a few transfer threads, so a step never waits for them; only the
+staging of a copy for a decode worker that cannot read memory directly happens in the step itself.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class WorkerSide:
         self._stager: Stager | None = None
         self._loading: dict[str, Future[TransferReport]] = {}
         self._holding: dict[str, Hold] = {}
+        self._staging: dict[str, Future[bool]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learn where the KV memory is, and publish it to the workers of this host."""
@@ -120,11 +122,19 @@ class WorkerSide:
         now_ns = time.monotonic_ns()
         for request_id, hold in list(self._holding.items()):
             outcome = self._outcome(hold, now_ns)
-            if outcome is not None:
+            if outcome is not None and self._is_staged(request_id):
                 self._end(hold, outcome)
                 del self._holding[request_id]
                 results.sent.add(request_id)
         return results
+
+    def _is_staged(self, request_id: str) -> bool:
+        """No thread is reading this request's blocks (any more)."""
+        staging = self._staging.get(request_id)
+        if staging is not None and not staging.done():
+            return False
+        self._staging.pop(request_id, None)
+        return True
 
     def shutdown(self) -> None:
         """Stop the transfer threads; a running copy ends first, waiting ones are dropped."""
@@ -153,16 +163,31 @@ class WorkerSide:
         if now_ns > max(hold.until_ns, board.get(slot, Word.DEADLINE)):
             log.warning("lease_expired", request_id=hold.request_id)
             return Outcome.EXPIRED
+        return self._stage_if_asked(hold)
+
+    def _stage_if_asked(self, hold: Hold) -> Outcome | None:
+        """Copy in a transfer thread: a step of the engine does not wait for it."""
         assert self._stager is not None
-        if not self._stager.serve(slot, nonce, hold.block_ids):
+        staging = self._staging.get(hold.request_id)
+        if staging is None:
+            if self._board.get(hold.slot, Word.ASKED) == hold.nonce:
+                self._staging[hold.request_id] = self._threads.submit(self._stage, hold, self._stager)
+        elif staging.done() and not staging.result():
             log.warning("staging_failed", request_id=hold.request_id, remedy="is /dev/shm full?")
             return Outcome.RELEASED
         return None
 
+    def _stage(self, hold: Hold, stager: Stager) -> bool:
+        try:
+            return stager.serve(hold.slot, hold.nonce, hold.block_ids)
+        except Exception:  # an unforeseen failure must still end the lease: decode computes the prompt
+            log.exception("staging_crashed", request_id=hold.request_id)
+            return False
+
     def _end(self, hold: Hold, outcome: Outcome) -> None:
         board = self._board
         board.put(hold.slot, Word.HELD, 0)  # before the blocks can be reused: readers look at this last
-        if board.get(hold.slot, Word.STAGED) == hold.nonce and self._stager is not None:
+        if board.get(hold.slot, Word.ASKED) == hold.nonce and self._stager is not None:
             self._stager.drop(hold.slot)
         board.put(hold.slot, Word.OUTCOME, hold.nonce | outcome)
         board.add(_COUNTERS[outcome])

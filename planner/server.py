@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from planner.service import RegistryService
 from slipstream import telemetry
+from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.grpc_channels import server_options
@@ -82,7 +83,7 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    address = f"{settings.host}:{_listen(server, settings)}"
+    address = host_port(settings.host, _listen(server, settings))
     async with background(service.run(), name="registry_publishing") as publishing:
         await server.start()
         try:
@@ -97,7 +98,7 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
 
 
 def _listen(server: grpc.aio.Server, settings: ControlPlaneSettings) -> int:
-    wanted = f"{settings.host}:{settings.port}"
+    wanted = host_port(settings.host, settings.port)
     try:
         return server.add_insecure_port(wanted)
     except RuntimeError as error:

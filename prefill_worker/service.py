@@ -18,7 +18,7 @@ from engine.protocol import Engine, PromptComputed
 from kv_transfer.board import Outcome
 from kv_transfer.leases import Lease, LeaseTable
 from slipstream import grpc_errors, telemetry
-from slipstream.errors import ModelNotFoundError, SlipstreamError
+from slipstream.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, SlipstreamError
 from slipstream.v1.worker_pb2 import HandoffClosed, HandoffReady, PrefillEvent, PrefillRequest
 from slipstream.v1.worker_pb2_grpc import PrefillWorkerServicer
 
@@ -74,7 +74,7 @@ class PrefillService(PrefillWorkerServicer):
         lease.seen_by_engine = True
         try:
             return await self._engine.prefill(request.request_id, request.token_ids, (lease.slot, lease.nonce))
-        except SlipstreamError:
+        except (InvalidRequestError, EngineDeadError):
             lease.seen_by_engine = False  # refused before it got there, or there is no engine any more
             raise
 

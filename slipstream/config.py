@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from slipstream.addresses import host_port, reachable
 from slipstream.config_layer import (
     ENV_PREFIX,
     Layer,
@@ -204,7 +205,6 @@ def _derive_address(layers: list[Layer], origins: dict[str, Origin]) -> None:
     for layer in reversed(layers):
         given.update(layer.values)
     listens_on = str(given.get(host, defaults.host))
-    reached_at = "127.0.0.1" if listens_on in ("0.0.0.0", "::", "") else listens_on
-    bracketed = f"[{reached_at}]" if ":" in reached_at else reached_at
-    layers[-1].give(address, f"{bracketed}:{given.get(port, defaults.port)}", Origin("derived", moved[0]))
+    reached_at = host_port(reachable(listens_on), str(given.get(port, defaults.port)))
+    layers[-1].give(address, reached_at, Origin("derived", moved[0]))
     origins[address] = layers[-1].origins[address]

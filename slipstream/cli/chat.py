@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from slipstream.addresses import host_port, reachable
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -51,8 +52,7 @@ def chat(
     from slipstream.client import Client
 
     face = loaded.settings.frontend
-    host = f"[{face.host}]" if ":" in face.host else face.host
-    with Client(f"{host}:{face.grpc_port}") as client:
+    with Client(host_port(reachable(face.host), face.grpc_port)) as client:
         if not model:
             model = _only_model(client)
         options: SamplingOptions = {"max_tokens": max_tokens, "temperature": temperature}

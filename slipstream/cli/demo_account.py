@@ -78,13 +78,16 @@ def _account_rows(account: Account | None) -> list[tuple[str, str]]:
     decode = f"{account.decode_computed_tokens} computed, {account.decode_cached_tokens} cached"
     rate = account.kv_bytes_moved / account.transfer_s / 1e9 if account.transfer_s > 0 else 0.0
     moved = f"{account.kv_blocks_moved} blocks, {account.kv_bytes_moved:,} bytes"
+    transfer = f"{account.transfer_s * 1e3:.2f} ms, {rate:.2f} GB/s, {account.transport or 'nothing moved'}"
+    if account.partial:
+        decode = moved = transfer = "not told: a stop string ended the answer"
     return [
         ("prompt", f"{account.prompt_tokens} tokens"),
         ("prefill", f"{prefill} on {account.prefill_worker} in {account.prefill_s * 1e3:.1f} ms")
         if account.prefill_worker
         else ("prefill", "none: the decode worker computed the prompt"),
         ("KV moved", moved),
-        ("transfer", f"{account.transfer_s * 1e3:.2f} ms, {rate:.2f} GB/s, {account.transport or 'nothing moved'}"),
+        ("transfer", transfer),
         ("decode", f"prompt tokens {decode} on {account.decode_worker}"),
         ("fallback", account.fallback or "none"),
         ("attempts", str(account.attempts)),

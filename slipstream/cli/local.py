@@ -145,7 +145,12 @@ async def _served_model(cluster: LocalCluster) -> str:
 def _print_endpoints(console: Console, cluster: LocalCluster, model: str, seconds: float) -> None:
     from rich.text import Text
 
-    question = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    question = {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "stream": True,
+    }
     grpc_flag = _unless_default(cluster, "--grpc-port", "frontend", "grpc_port")
     registry = cluster.settings.control_plane
     registry_flag = "" if registry.port == 7600 else f" --control-plane {registry.address}"
@@ -162,7 +167,7 @@ def _print_endpoints(console: Console, cluster: LocalCluster, model: str, second
         ("In Python:\n", "bold"),
         "  from slipstream.client import Client\n",
         f'  with Client("{cluster.grpc_target}") as client:\n',
-        f'      print(client.chat([{{"role": "user", "content": "{QUESTION}"}}]).collect().text)\n\n',
+        f'      print(client.chat([{{"role": "user", "content": "{QUESTION}"}}], temperature=0).collect().text)\n\n',
         ("In the terminal:\n", "bold"),
         f"  slipstream chat{grpc_flag}\n  slipstream status{registry_flag}\n\n",
         ("Ctrl-C stops everything.", "dim"),

@@ -61,6 +61,7 @@ class Account:
     transport: str
     fallback: str
     attempts: int
+    partial: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,7 @@ class RequestAccount(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty when decode computed the prompt alone"""
     decode_worker: _builtins.str
@@ -290,6 +291,10 @@ class RequestAccount(_message.Message):
     """why the slow road was taken; empty when it was not"""
     attempts: _builtins.int
     """dispatches, 1 when nothing went wrong"""
+    partial: _builtins.bool
+    """The answer ended before the decode worker told its part (a stop string ended it): the decode, KV and transfer
+    figures are unknown, not 0.
+    """
     def __init__(
         self,
         *,
@@ -307,10 +312,11 @@ class RequestAccount(_message.Message):
         transport: _builtins.str = ...,
         fallback: _builtins.str = ...,
         attempts: _builtins.int = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "partial", b"partial", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,11 @@ from engine import host_process
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
 
-host_process._Host._load_engine = lambda self, model_path, board: print("loading", board.path, flush=True) or time.sleep(60)
+def load(self, model_path, board):
+    print("loading", board.path, flush=True)
+    time.sleep(60)
+
+host_process._Host._load_engine = load
 settings = Settings(model=sys.argv[1], worker={"start_timeout_s": float(sys.argv[2])})
 host_process.run(settings, Role.ROLE_DECODE, lambda *service: "")
 """

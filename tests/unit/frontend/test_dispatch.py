@@ -78,10 +78,10 @@ async def test_prompt_goes_through_prefill_and_the_handoff_reaches_decode() -> N
         assert cluster.decodes[0].seen.completed == ["r1"]
 
 
-async def test_only_the_last_delta_has_an_account_and_logprobs_pass_through() -> None:
+async def test_the_first_and_the_last_delta_have_an_account_and_logprobs_pass_through() -> None:
     async with scripted_cluster() as cluster:
         deltas = await cluster.answer(a_request(logprobs=0))
-        assert [delta.account is not None for delta in deltas] == [False] * 7 + [True]
+        assert [delta.account is not None for delta in deltas] == [True] + [False] * 6 + [True]
         assert [delta.logprobs[0].chosen.token_id for delta in deltas] == ANSWER
 
 

@@ -96,6 +96,17 @@ async def test_max_tokens_defaults_to_the_rest_of_the_context_for_chat_and_sixte
     assert crowded.max_tokens == 6
 
 
+async def test_the_models_recommendations_fill_in_what_a_request_leaves_open(
+    http: httpx.AsyncClient, dispatcher: ScriptedDispatcher, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_model, "sampling_defaults", {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1})
+    silent = await sampling_of(http, dispatcher, CHAT)
+    assert (silent.temperature, silent.top_k, silent.repetition_penalty) == (0.6, 20, 1.1)
+    explicit = await sampling_of(http, dispatcher, CHAT, temperature=0, top_k=-1)
+    assert (explicit.temperature, explicit.top_k) == (0, -1)
+    assert not silent.HasField("top_p")
+
+
 async def test_max_completion_tokens_is_the_newer_name_and_wins(
     http: httpx.AsyncClient, dispatcher: ScriptedDispatcher
 ) -> None:

@@ -105,6 +105,12 @@ def test_the_tokenizers_own_end_of_sequence_counts_too(tmp_path: Path) -> None:
     assert model.eos_token_ids == {id_of(tmp_path, EOS), id_of(tmp_path, IM_END)}
 
 
+def test_what_the_models_authors_recommend_is_read_and_nothing_else(tmp_path: Path) -> None:
+    generation = {"temperature": 0.6, "top_k": 20, "do_sample": True, "max_new_tokens": 5, "top_p": None, "min_p": True}
+    model = TextModel.load(write_model_folder(tmp_path, generation_config=generation))
+    assert model.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+
 def test_truncation_and_padding_saved_with_a_tokenizer_are_turned_off(tmp_path: Path) -> None:
     write_model_folder(tmp_path)
     saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
