@@ -21,6 +21,8 @@ class Load:
     Attributes:
         rate_per_s: they come with, on average.
         max_tokens: of each answer, which has exactly as many.
+        busy: it asks for more tokens a second than some systems can give. At other loads every system that keeps up
+            has the same tokens a second, those that are asked for.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Load:
     rate_per_s: float
     requests: int
     max_tokens: int
+    busy: bool
 
 
 @dataclass(frozen=True, slots=True)

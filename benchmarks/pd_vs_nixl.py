@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +37,14 @@ _RUN_TIMEOUT_S = 1500.0
 # What a machine does on its own; with more, somebody else was computing.
 _QUIET_CORES = 0.1
 
-LOADS = (Load("short_prompts", 100, 0.5, 24, 64), Load("long_prompts", 500, 0.5, 24, 64))
-_QUICK_LOADS = (Load("short_prompts", 100, 0.5, 3, 16), Load("long_prompts", 500, 0.5, 3, 16))
+# The first is what all of them can hold. The others are near what two cores can do with such prompts; the pair's
+# tokens a second are only its own where it is asked for more than it can give.
+LOADS = (
+    Load("calm", 100, 0.5, 20, 64, busy=False),
+    Load("busy", 100, 4.0, 60, 64, busy=True),
+    Load("busy_long_prompts", 500, 1.25, 24, 64, busy=True),
+)
+_QUICK_LOADS = tuple(replace(load, requests=3, max_tokens=16) for load in LOADS)
 
 app = typer.Typer(add_completion=False)
 

@@ -21,7 +21,7 @@ WORDS = range(1000)
 
 @given(st.integers(), st.integers(min_value=1, max_value=50))
 def test_a_seed_draws_the_same_arrivals_again(seed: int, requests: int) -> None:
-    load = Load("any", 7, 0.5, requests, 64)
+    load = Load("any", 7, 0.5, requests, 64, busy=False)
 
     arrivals = draw(load, WORDS, seed)
 
@@ -33,7 +33,7 @@ def test_a_seed_draws_the_same_arrivals_again(seed: int, requests: int) -> None:
 
 
 def test_arrivals_come_at_the_rate_that_was_asked_for() -> None:
-    arrivals = draw(Load("any", 1, 4.0, 4001, 1), WORDS, seed=1)
+    arrivals = draw(Load("any", 1, 4.0, 4001, 1, busy=True), WORDS, seed=1)
 
     gaps_s = [after.at_s - before.at_s for before, after in pairwise(arrivals)]
     assert 0.23 < mean(gaps_s) < 0.27

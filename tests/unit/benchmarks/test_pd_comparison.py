@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from benchmarks.report import Machine, to_json
 from benchmarks.server import CpuUse, Server
 
 MACHINE = Machine("2026-01-01", "a CPU", 2, 8.0, "6.1", "3.11", 0.0, {})
-SETTINGS = Settings("a-model", "auto", 3, (Load("short", 100, 0.5, 2, 3),))
+SETTINGS = Settings("a-model", "auto", 3, (Load("short", 100, 0.5, 2, 3, busy=True),))
 CPU = CpuUse(wall_s=10.0, server_s=12.0, client_s=1.0, others_s=2.0)
 
 
@@ -57,6 +58,15 @@ def test_as_good_as_the_rivals_is_not_enough() -> None:
         "short_tokens_per_s_of_nixl": (1.0, False),
         "short_itl_p99_of_aggregated": (1.0, False),
     }
+
+
+def test_a_load_that_everybody_can_hold_is_not_what_the_promise_is_judged_by() -> None:
+    calm = replace(SETTINGS, loads=(replace(SETTINGS.loads[0], busy=False),))
+
+    found = report(calm, MACHINE, {SLIPSTREAM: fast(), NIXL: slow(), AGGREGATED: slow()}, {})
+
+    assert found.targets == []
+    assert [one.name for one in found.comparisons][:2] == ["short_ttft_p50_of_nixl", "short_tokens_per_s_of_nixl"]
 
 
 def test_what_could_not_be_measured_is_not_met_and_says_why() -> None:
