@@ -28,6 +28,9 @@ DESCRIPTIONS = {
     SLIPSTREAM: "(d) slipstream up: one prefill and one decode worker, default settings",
 }
 
+# What a machine does on its own; with more, somebody else was computing.
+QUIET_CORES = 0.1
+
 # Above what the slowest of them takes for an answer when it has fallen far behind.
 _ANSWER_TIMEOUT_S = 240.0
 _WARM_STREAMS = 4
@@ -100,6 +103,8 @@ class Report:
 
     Attributes:
         skipped: systems that could not be measured here, and why.
+        disturbed: loads during which other programs took more than `QUIET_CORES`, as `system load`, and how many
+            cores those took. Where there are any, systems were not compared under the same conditions.
     """
 
     benchmark: str
@@ -109,6 +114,7 @@ class Report:
     settings: Settings
     systems: list[SystemResult]
     skipped: dict[str, str] = field(default_factory=dict)
+    disturbed: dict[str, float] = field(default_factory=dict)
 
 
 async def measure(
@@ -166,7 +172,13 @@ def report(settings: Settings, machine: Machine, seen: Mapping[str, Seen], skipp
             at_least(f"{begin}_tokens_per_s_of_aggregated", _speed(ours, aggregated), 1.0, AGGREGATED_COMPARISON),
         ]
     ordered = [systems[name] for name in DESCRIPTIONS if name in systems]
-    return Report("pd_vs_nixl", targets, comparisons, machine, settings, ordered, dict(skipped))
+    disturbed = {
+        f"{system.name} {load}": result.others_cores
+        for system in ordered
+        for load, result in system.loads.items()
+        if result.others_cores > QUIET_CORES
+    }
+    return Report("pd_vs_nixl", targets, comparisons, machine, settings, ordered, dict(skipped), disturbed)
 
 
 def _ttft(ours: LoadResult, theirs: LoadResult | None) -> float | None:

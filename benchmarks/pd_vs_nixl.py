@@ -34,8 +34,6 @@ from slipstream.errors import UnavailableError
 from slipstream.settings import DEFAULT_MODEL
 
 _RUN_TIMEOUT_S = 1500.0
-# What a machine does on its own; with more, somebody else was computing.
-_QUIET_CORES = 0.1
 
 # The first is what all of them can hold. The others are near what two cores can do with such prompts; the pair's
 # tokens a second are only its own where it is asked for more than it can give.
@@ -109,11 +107,9 @@ def _print(console: Console, result: Report) -> None:
         console.print(f"{name} was not measured: {reason}", style="yellow", markup=False)
     facts = result.machine
     console.print(f"{facts.cpu}, {facts.cores} cores, {facts.date}")
-    others = max(load.others_cores for system in result.systems for load in system.loads.values())
-    if others > _QUIET_CORES:
-        console.print(
-            f"[yellow]Other processes took up to {others:.2f} cores meanwhile: measure on a quiet machine.[/]"
-        )
+    if result.disturbed:
+        words = ", ".join(f"{others:.2f} during {which}" for which, others in result.disturbed.items())
+        console.print(f"[yellow]Other programs took cores, so these figures do not compare: {words}.[/]")
 
 
 def _load_table(result: Report, load: Load) -> Table:

@@ -106,6 +106,12 @@ def test_speed_cpu_and_agreement_are_worked_out() -> None:
     assert (load.client_cores, load.others_cores, load.sent_late_ms) == (0.1, 0.2, 2.0)
 
 
+def test_a_load_that_other_programs_disturbed_is_named() -> None:
+    found = report(SETTINGS, MACHINE, {SLIPSTREAM: fast()}, {})
+
+    assert found.disturbed == {"slipstream short": 0.2}
+
+
 def test_the_json_has_the_systems_in_the_promises_order_and_where_their_threads_ran() -> None:
     placement = Placement("prefill", "0", {"0": 4, "1": 1}, {"0": 5}, [])
     pair = seen([answered(1.0, 0.75), answered(1.0, 0.75, sent_s=1.5)], [placement])
