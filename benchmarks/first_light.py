@@ -7,11 +7,7 @@ latency of steady streams while a long prompt is computed: the aggregated engine
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
@@ -20,23 +16,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.cluster_server import WorkerFacts, cluster
+from benchmarks.command import Say
 from benchmarks.comparison import Report, Seen, Settings, SystemResult, measure, report
 from benchmarks.phases import InterferencePlan
 from benchmarks.prompts import word_ids
-from benchmarks.report import Machine, machine, targets_table, to_json
+from benchmarks.report import Machine, machine, targets_table
 from benchmarks.samples import Spread
 from benchmarks.server import Server
 from benchmarks.vllm_server import aggregated
 from engine import device as devices
 from slipstream import model_folder
-from slipstream.errors import SlipstreamError
 from slipstream.settings import DEFAULT_MODEL, WorkerSettings
 
-# Above what a whole run takes; past it something hangs that has no deadline of its own.
 _RUN_TIMEOUT_S = 1500.0
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # What a machine does on its own; with more, somebody else was computing.
 _QUIET_CORES = 0.1
@@ -54,78 +48,21 @@ def first_light(
     seed: Annotated[int, typer.Option("--seed", help="Of the prompts and their order.")] = 2,
 ) -> None:
     """Measure TTFT, ITL and tokens/s of a cluster and of one aggregated engine. Takes some minutes."""
-    messages = Console(stderr=True, highlight=False)
-    began_s = time.monotonic()
-
-    def say(what: str) -> None:
-        messages.print(f"[dim]{time.monotonic() - began_s:6.1f} s[/]  {what}")
-
     dtype = devices.choose_dtype("auto", "cpu", devices.cpu_flags())
     settings = Settings(model=model, dtype=dtype, seed=seed)
     if quick:
         settings = Settings(model=model, dtype=dtype, seed=seed, requests=6, interference=_QUICK)
-    try:
-        result = asyncio.run(_run(settings, machine(), say))
-    except SlipstreamError as error:
-        messages.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-    except TimeoutError:
-        messages.print(f"error: not done within {_RUN_TIMEOUT_S:g} s; everything was stopped", style="red")
-        raise typer.Exit(1) from None
-    except _Stopped as stopped:
-        raise typer.Exit(128 + stopped.signum) from None
-    if as_json:
-        sys.stdout.write(to_json(result) + "\n")
-    else:
-        _print(Console(width=None if sys.stdout.isatty() else 160, highlight=False), result)
+    facts = machine()
+    result = command.run(lambda logs, say: _run(settings, facts, logs, say), _RUN_TIMEOUT_S)
+    command.show(result, as_json, _print)
 
 
-async def _run(settings: Settings, machine: Machine, say: Callable[[str], None]) -> Report:
+async def _run(settings: Settings, machine: Machine, logs: Path, say: Say) -> Report:
     folder = await asyncio.to_thread(model_folder.resolve, settings.model)
-    with tempfile.TemporaryDirectory(prefix="slipstream-benchmark-", ignore_cleanup_errors=True) as logs:
-        async with _until_signalled(), asyncio.timeout(_RUN_TIMEOUT_S):
-            seen = await _all(settings, folder.path, Path(logs), say)
-    return report(settings, machine, seen)
+    return report(settings, machine, await _all(settings, folder.path, logs, say))
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: somebody asked
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-@asynccontextmanager
-async def _until_signalled() -> AsyncIterator[None]:
-    """The block ends at the first signal that asks for it, after all that it has started; also in a shell's
-    background, where Python itself would not listen to SIGINT.
-
-    Raises:
-        _Stopped: a signal came.
-    """
-    loop, this = asyncio.get_running_loop(), asyncio.current_task()
-    assert this is not None
-    received: list[int] = []
-
-    def on_signal(signum: int) -> None:
-        # Once: a second one would cut the stopping short and leave processes behind.
-        if not received:
-            received.append(signum)
-            this.cancel()
-
-    for signum in _STOP_SIGNALS:
-        loop.add_signal_handler(signum, on_signal, signum)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        raise _Stopped(received[0]) from None
-    finally:
-        for signum in _STOP_SIGNALS:
-            loop.remove_signal_handler(signum)
-
-
-async def _all(settings: Settings, model: Path, logs: Path, say: Callable[[str], None]) -> list[Seen]:
+async def _all(settings: Settings, model: Path, logs: Path, say: Say) -> list[Seen]:
     words = word_ids(model)
     facts: list[WorkerFacts] = []
 

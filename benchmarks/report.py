@@ -38,6 +38,16 @@ def below(name: str, value: float | None, limit: float, target: str) -> Target:
     return Target(name, value, target, met=value is not None and value < limit)
 
 
+def at_most(name: str, value: float | None, limit: float, target: str) -> Target:
+    """A target that is met by `limit` and everything below."""
+    return Target(name, value, target, met=value is not None and value <= limit)
+
+
+def at_least(name: str, value: float | None, limit: float, target: str) -> Target:
+    """A target that is met by `limit` and everything above."""
+    return Target(name, value, target, met=value is not None and value >= limit)
+
+
 def equals(name: str, value: float | None, wanted: float, target: str) -> Target:
     """A target that is met by exactly `wanted`."""
     return Target(name, value, target, met=value is not None and value == wanted)

@@ -29,6 +29,7 @@ class Server:
         url: of its HTTP face, without `/v1`.
         has_account: whether it tells what a request cost when asked (`Question.with_account`).
         start_s: from its start until it was ready.
+        more_pids: of processes that belong to it and were not started by `pid`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Server:
     pid: int
     has_account: bool
     start_s: float
+    more_pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class CpuMeter:
     """Measures from when it is made."""
 
     def __init__(self, server: Server) -> None:
-        self._pid = server.pid
+        self._pids = (server.pid, *server.more_pids)
         self._start_s = self._clocks()
 
     def read(self) -> CpuUse:
@@ -63,7 +65,7 @@ class CpuMeter:
         return CpuUse(wall_s, server_s, client_s, max(0.0, machine_s - server_s - client_s))
 
     def _clocks(self) -> tuple[float, float, float, float]:
-        return time.monotonic(), tree_cpu_s(self._pid), time.process_time(), _machine_cpu_s()
+        return time.monotonic(), sum(map(tree_cpu_s, self._pids)), time.process_time(), _machine_cpu_s()
 
 
 def _machine_cpu_s() -> float:
