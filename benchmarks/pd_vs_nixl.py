@@ -39,8 +39,8 @@ _RUN_TIMEOUT_S = 1500.0
 # tokens a second are only its own where it is asked for more than it can give.
 LOADS = (
     Load("calm", 100, 0.5, 20, 64, busy=False),
-    Load("busy", 100, 4.0, 60, 64, busy=True),
-    Load("busy_long_prompts", 500, 1.25, 24, 64, busy=True),
+    Load("busy", 100, 8.0, 96, 64, busy=True),
+    Load("busy_long_prompts", 500, 2.0, 32, 64, busy=True),
 )
 _QUICK_LOADS = tuple(replace(load, requests=3, max_tokens=16) for load in LOADS)
 
