@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc.aio
 
-from engine.admission import Admission
+from engine.admission import Admission, check_model
 from engine.protocol import Engine, TokensGenerated
 from slipstream import grpc_errors
-from slipstream.errors import ModelNotFoundError, SlipstreamError
+from slipstream.errors import SlipstreamError
 from slipstream.v1.worker_pb2 import DecodeEvent, DecodeRequest
 from slipstream.v1.worker_pb2_grpc import DecodeWorkerServicer
 
@@ -29,8 +29,7 @@ class DecodeService(DecodeWorkerServicer):
     ) -> AsyncIterator[DecodeEvent]:
         try:
             with self._admission.admitted():
-                if request.model and request.model != self._model:
-                    raise ModelNotFoundError(f"this worker serves {self._model}, not {request.model}", param="model")
+                check_model(request.model, self._model)
                 stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, request.handoff)
                 async with aclosing(stream):
                     async for tokens in stream:

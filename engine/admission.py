@@ -1,4 +1,4 @@
-"""How many requests a worker has open, and whether it takes more."""
+"""Whether a worker takes a request: how many it has open, and whether it serves the model asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from slipstream.errors import UnavailableError, WorkerDrainingError
+from slipstream.errors import ModelNotFoundError, UnavailableError, WorkerDrainingError
 
 
 class Admission:
@@ -57,3 +57,13 @@ class Admission:
     async def idle(self) -> None:
         """Return when no request is open."""
         await self._idle.wait()
+
+
+def check_model(asked: str, served: str) -> None:
+    """Refuse a request for another model; one that names none takes what is served.
+
+    Raises:
+        ModelNotFoundError: this worker serves something else.
+    """
+    if asked and asked != served:
+        raise ModelNotFoundError(f"this worker serves {served}, not {asked}", param="model")

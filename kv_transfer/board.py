@@ -67,7 +67,6 @@ class Counter(enum.IntEnum):
     HANDOFFS_TAKEN = 18
     HANDOFFS_RELEASED = 19
     HANDOFFS_EXPIRED = 20
-    REQUESTS_RECEIVED = 21
     HANDOFFS_HELD = 32  # gauge
     BLOCKS_TOTAL = 33  # gauge
     BLOCKS_FREE = 34  # gauge

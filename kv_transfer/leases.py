@@ -7,9 +7,9 @@ whatever the engine is doing when the caller goes away, it finds the release and
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kv_transfer.board import Board, Counter, Outcome, Word, new_nonce
+from kv_transfer.board import Board, Outcome, Word, new_nonce
 from slipstream.errors import UnavailableError
 
 # Well after this the engine has certainly closed a lease that it ever saw.
@@ -24,7 +24,7 @@ class Lease:
     nonce: int
     opened_s: float
     seen_by_engine: bool = False
-    closed: bool = field(default=False)
+    closed: bool = False
 
 
 class LeaseTable:
@@ -83,10 +83,6 @@ class LeaseTable:
         self._board.put(lease.slot, Word.RELEASED, lease.nonce)
         self._closing.append(lease)
         self._reclaim()
-
-    def held(self) -> int:
-        """Leases whose blocks the engine holds now."""
-        return self._board.counter(Counter.HANDOFFS_HELD)
 
     def _reclaim(self) -> None:
         """Take back slots whose leases have ended on both sides."""

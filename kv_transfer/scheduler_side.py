@@ -181,7 +181,6 @@ class SchedulerSide:
             board.add(Counter.BLOCKS_RECEIVED, report.blocks)
             board.add(Counter.BYTES_RECEIVED, report.bytes_moved)
             board.add(Counter.TRANSFER_NS, int(report.seconds * 1e9))
-            board.add(Counter.REQUESTS_RECEIVED)
             if account is not None:
                 board.add(Counter.PROMPT_TOKENS_RECEIVED, account.received_tokens)
             if report.path.endswith("staged"):

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_transfer import layout as layouts
@@ -95,9 +94,7 @@ class WorkerSide:
             regions=layouts.regions_of(views),
         )
         allow_readers()
-        self._receiver = Receiver(
-            Path(self._board.path.parent), layout, views, mode=self._mode, timeout_s=self._timeout_s
-        )
+        self._receiver = Receiver(self._board.path.parent, layout, views, mode=self._mode, timeout_s=self._timeout_s)
         self._stager = Stager(self._board, views)
         self._board.set_gauge(Counter.BLOCK_TOKENS, self._block_tokens)
         self._board.set_gauge(Counter.BLOCK_BYTES, layout.block_bytes)

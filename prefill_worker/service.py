@@ -13,16 +13,14 @@ from typing import Any
 
 import grpc.aio
 
-from engine.admission import Admission
+from engine.admission import Admission, check_model
 from engine.protocol import Engine, PromptComputed
 from kv_transfer.board import Outcome
 from kv_transfer.leases import Lease, LeaseTable
-from slipstream import grpc_errors, telemetry
-from slipstream.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, SlipstreamError
+from slipstream import grpc_errors
+from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError
 from slipstream.v1.worker_pb2 import HandoffClosed, HandoffReady, PrefillEvent, PrefillRequest
 from slipstream.v1.worker_pb2_grpc import PrefillWorkerServicer
-
-log = telemetry.get_logger(__name__)
 
 # How often an open call looks whether its lease has ended: the caller does not wait for this.
 _OUTCOME_POLL_S = 0.02
@@ -54,8 +52,7 @@ class PrefillService(PrefillWorkerServicer):
     ) -> AsyncIterator[PrefillEvent]:
         try:
             with self._admission.admitted(), self._leased() as lease:
-                if request.model and request.model != self._model:
-                    raise ModelNotFoundError(f"this worker serves {self._model}, not {request.model}", param="model")
+                check_model(request.model, self._model)
                 computed = await self._compute(request, lease)
                 yield PrefillEvent(
                     ready=HandoffReady(

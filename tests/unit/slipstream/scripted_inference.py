@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ import grpc
 
 from slipstream.v1 import inference_pb2, sampling_pb2
 from slipstream.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+from tests.unit.slipstream.serving import serving
 
 FINAL = inference_pb2.GenerateResponse(
     request_id="r-1",
@@ -89,12 +89,6 @@ class ScriptedInference(InferenceServicer):
 @contextmanager
 def serve(script: Script) -> Iterator[str]:
     """Serve `script` on a free port; yields the address."""
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        server = grpc.server(threads)
-        add_InferenceServicer_to_server(ScriptedInference(script), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.stop(grace=None).wait(5)
+    service = ScriptedInference(script)
+    with serving(lambda server: add_InferenceServicer_to_server(service, server), threads=8) as address:
+        yield address

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
 
 from slipstream.v1 import registry_pb2
 from slipstream.v1.registry_pb2_grpc import RegistryServicer, add_RegistryServicer_to_server
+from tests.unit.slipstream.serving import serving
 
 
 class ScriptedRegistry(RegistryServicer):
@@ -41,15 +41,9 @@ class ScriptedRegistry(RegistryServicer):
 @contextmanager
 def serve(sets: list[registry_pb2.WorkerSet]) -> Iterator[str]:
     """Serve on a free port; yields the address."""
-    with ThreadPoolExecutor(max_workers=4) as threads:
-        server = grpc.server(threads)
-        add_RegistryServicer_to_server(ScriptedRegistry(sets), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.stop(grace=None).wait(5)
+    service = ScriptedRegistry(sets)
+    with serving(lambda server: add_RegistryServicer_to_server(service, server), threads=4) as address:
+        yield address
 
 
 def record(
