@@ -85,14 +85,42 @@ class WorkerSettings(Section):
 class TransferSettings(Section):
     """How KV blocks move from prefill to decode."""
 
+    transport: Literal["auto", "shm", "ucx", "nixl"] = Field(
+        "auto",
+        description="`shm` within one host, `ucx` or `nixl` between hosts; `auto` takes shm where two workers share a "
+        "host, else nixl where both have it and an RDMA or EFA device, else ucx",
+    )
     mode: Literal["auto", "direct", "staged"] = Field(
         "auto",
-        description="shm transport: `direct` reads the prefill worker's memory (process_vm_readv), "
+        description="shm transport: `direct` reads the sender's memory (process_vm_readv), "
         "`staged` goes through a shared-memory segment, `auto` takes direct where the kernel allows it",
     )
+    nixl_backend: Literal["UCX", "LIBFABRIC"] = Field(
+        "UCX", description="NIXL backend; LIBFABRIC is the one for AWS EFA"
+    )
+    compression: Literal["none", "int8", "fp8"] = Field(
+        "none",
+        description="quantize KV blocks on the wire (ucx and nixl only), for slow links; changes the output a little",
+    )
+    host: str | None = Field(
+        None, description="address the transfer agent listens on, as other workers reach it; worker.host when absent"
+    )
+    port: int = Field(0, ge=0, le=65535, description="port of the transfer agent; 0 takes a free one")
     lease_s: float = Field(30.0, ge=1, le=600, description="longest blocks are held for a decode worker")
-    timeout_s: float = Field(10.0, gt=0, le=600, description="longest a transfer may take before decode recomputes")
-    board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a prefill worker can hold at the same time")
+    timeout_s: float = Field(
+        10.0, gt=0, le=600, description="longest wait for blocks that are computed before decode recomputes"
+    )
+    silence_s: float = Field(
+        5.0, ge=0.2, le=600, description="a peer from which nothing came for this long is taken for dead"
+    )
+    resend_budget: int = Field(
+        8, ge=0, le=1024, description="spans of one handoff that may be sent again before decode recomputes"
+    )
+    landing_bytes: int = Field(
+        64 << 20, ge=1 << 20, le=16 << 30, description="memory in which blocks land before they are checked"
+    )
+    board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a worker can hold at the same time")
+    probe: bool = Field(True, description="measure the path to each new peer at registration")
 
 
 class LogSettings(Section):

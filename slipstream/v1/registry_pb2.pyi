@@ -77,6 +77,8 @@ class WorkerRecord(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     RENEWALS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -100,6 +102,14 @@ class WorkerRecord(_message.Message):
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
     def load(self) -> Global___Load: ...
+    @_builtins.property
+    def transfer(self) -> Global___TransferEndpoint:
+        """where its KV blocks are sent from and received at; absent until it is ready"""
+
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferPath]:
+        """measured ways of KV blocks from other workers to this one"""
+
     def __init__(
         self,
         *,
@@ -117,14 +127,100 @@ class WorkerRecord(_message.Message):
         capacity: Global___Capacity | None = ...,
         load: Global___Load | None = ...,
         renewals: _builtins.int = ...,
+        transfer: Global___TransferEndpoint | None = ...,
+        paths: _abc.Iterable[Global___TransferPath] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "paths", b"paths", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "transfer", b"transfer", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerRecord: _TypeAlias = WorkerRecord  # noqa: Y015
+
+@_typing.final
+class TransferEndpoint(_message.Message):
+    """A worker's transfer agent, which lives in its engine process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of its control connections"""
+    epoch: _builtins.int
+    """of the engine process; a restarted one has another"""
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """that it can use: shm, ucx, nixl"""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "transports", b"transports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferEndpoint: _TypeAlias = TransferEndpoint  # noqa: Y015
+
+@_typing.final
+class TransferPath(_message.Message):
+    """The way from one worker to another, as measured when the second met the first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_WORKER_ID_FIELD_NUMBER: _builtins.int
+    PEER_EPOCH_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    MEASURED_UNIX_S_FIELD_NUMBER: _builtins.int
+    peer_worker_id: _builtins.str
+    """the sender"""
+    peer_epoch: _builtins.int
+    """TransferEndpoint.epoch of the sender that was measured"""
+    transport: _builtins.str
+    """shm, ucx or nixl"""
+    detail: _builtins.str
+    """what was really picked: direct, staged, tcp/eth0, rc_mlx5/mlx5_0:1, efa..."""
+    bytes_per_s: _builtins.float
+    latency_s: _builtins.float
+    """of one small block, there and its arrival known"""
+    warning: _builtins.str
+    """a slow road where a faster one exists, and the setting to change"""
+    error: _builtins.str
+    """why there is no way; the other fields are then empty"""
+    measured_unix_s: _builtins.int
+    def __init__(
+        self,
+        *,
+        peer_worker_id: _builtins.str = ...,
+        peer_epoch: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+        latency_s: _builtins.float = ...,
+        warning: _builtins.str = ...,
+        error: _builtins.str = ...,
+        measured_unix_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "detail", b"detail", "error", b"error", "latency_s", b"latency_s", "measured_unix_s", b"measured_unix_s", "peer_epoch", b"peer_epoch", "peer_worker_id", b"peer_worker_id", "transport", b"transport", "warning", b"warning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferPath: _TypeAlias = TransferPath  # noqa: Y015
 
 @_typing.final
 class Capacity(_message.Message):

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from slipstream.v1 import registry_pb2 as _registry_pb2
 from slipstream.v1 import sampling_pb2 as _sampling_pb2
 import builtins as _builtins
 import sys
@@ -36,26 +37,98 @@ class GetStatusRequest(_message.Message):
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
+class ProbePathRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """of the peer"""
+    transport: _builtins.str
+    """shm, ucx or nixl; empty: the one that would be chosen"""
+    @_builtins.property
+    def peer(self) -> _registry_pb2.TransferEndpoint: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        peer: _registry_pb2.TransferEndpoint | None = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePathRequest: _TypeAlias = ProbePathRequest  # noqa: Y015
+
+@_typing.final
+class Handoff(_message.Message):
+    """One prompt's transfer: which worker sends it, and under which name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    id: _builtins.bytes
+    """16 random bytes, made for one pair of calls"""
+    worker_id: _builtins.str
+    """the sender"""
+    @_builtins.property
+    def sender(self) -> _registry_pb2.TransferEndpoint: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.bytes = ...,
+        worker_id: _builtins.str = ...,
+        sender: _registry_pb2.TransferEndpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sender", b"sender", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Handoff: _TypeAlias = Handoff  # noqa: Y015
+
+@_typing.final
 class PrefillRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CACHED_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
+    handoff_id: _builtins.bytes
+    """the id of the Handoff that the decode worker gets"""
+    cached_only: _builtins.bool
+    """hand over what the prefix cache has, compute nothing; refused when it has nothing"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def source(self) -> Global___Handoff:
+        """where blocks of this prompt can be received from instead of computed, if set"""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         model: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        handoff_id: _builtins.bytes = ...,
+        source: Global___Handoff | None = ...,
+        cached_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -65,53 +138,59 @@ Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 class PrefillEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    READY_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def ready(self) -> Global___HandoffReady: ...
+    def computed(self) -> Global___PromptComputed:
+        """once, when the whole prompt is in the KV cache"""
+
     @_builtins.property
-    def closed(self) -> Global___HandoffClosed: ...
+    def closed(self) -> Global___HandoffClosed:
+        """the last event"""
+
     def __init__(
         self,
         *,
-        ready: Global___HandoffReady | None = ...,
+        computed: Global___PromptComputed | None = ...,
         closed: Global___HandoffClosed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "event", b"event", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "computed", b"computed", "event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "event", b"event", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "computed", b"computed", "event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "closed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["computed", "closed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PrefillEvent: _TypeAlias = PrefillEvent  # noqa: Y015
 
 @_typing.final
-class HandoffReady(_message.Message):
+class PromptComputed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    HANDOFF_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    handoff: _builtins.bytes
-    """opaque to the frontend; hand it to the decode worker unchanged. Empty: nothing to move"""
+    RECEIVED_TOKENS_FIELD_NUMBER: _builtins.int
     computed_tokens: _builtins.int
+    """went through the model"""
     cached_tokens: _builtins.int
+    """were in the prefix cache"""
+    received_tokens: _builtins.int
+    """came from `source`"""
     def __init__(
         self,
         *,
-        handoff: _builtins.bytes = ...,
         computed_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        received_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff", b"handoff"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "received_tokens", b"received_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HandoffReady: _TypeAlias = HandoffReady  # noqa: Y015
+Global___PromptComputed: _TypeAlias = PromptComputed  # noqa: Y015
 
 @_typing.final
 class HandoffClosed(_message.Message):
@@ -125,20 +204,24 @@ class HandoffClosed(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: HandoffClosed._Outcome.ValueType  # 0
         TAKEN: HandoffClosed._Outcome.ValueType  # 1
-        """decode has a verified copy"""
+        """decode has a verified copy of all it asked for"""
         RELEASED: HandoffClosed._Outcome.ValueType  # 2
         """given up by its owner"""
         EXPIRED: HandoffClosed._Outcome.ValueType  # 3
         """the lease ran out"""
+        NOT_CACHED: HandoffClosed._Outcome.ValueType  # 4
+        """`cached_only`, and too little of the prompt was in the cache"""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
     OUTCOME_UNSPECIFIED: HandoffClosed.Outcome.ValueType  # 0
     TAKEN: HandoffClosed.Outcome.ValueType  # 1
-    """decode has a verified copy"""
+    """decode has a verified copy of all it asked for"""
     RELEASED: HandoffClosed.Outcome.ValueType  # 2
     """given up by its owner"""
     EXPIRED: HandoffClosed.Outcome.ValueType  # 3
     """the lease ran out"""
+    NOT_CACHED: HandoffClosed.Outcome.ValueType  # 4
+    """`cached_only`, and too little of the prompt was in the cache"""
 
     OUTCOME_FIELD_NUMBER: _builtins.int
     outcome: Global___HandoffClosed.Outcome.ValueType
@@ -166,11 +249,12 @@ class DecodeRequest(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
-    handoff: _builtins.bytes
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams: ...
+    @_builtins.property
+    def handoff(self) -> Global___Handoff: ...
     def __init__(
         self,
         *,
@@ -178,9 +262,9 @@ class DecodeRequest(_message.Message):
         model: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
-        handoff: _builtins.bytes = ...,
+        handoff: Global___Handoff | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...

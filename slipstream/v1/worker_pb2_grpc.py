@@ -31,6 +31,7 @@ class PrefillWorkerStub(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     def __init__(self, channel):
@@ -51,12 +52,13 @@ class PrefillWorkerServicer(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     def Prefill(self, request, context):
-        """Computes the prompt and holds its KV blocks for one decode worker. The first event is `ready`. The call
-        stays open while the blocks are held: it ends by itself once they were taken, released or their lease
-        ran out; cancelling it releases them at once.
+        """Computes the prompt, and pushes its KV blocks, while it computes, to the decode worker that announces itself
+        under the same handoff id. The call stays open until that worker has all it asked for (`closed`); the
+        blocks are held under a lease while it is open, and cancelling it releases them at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +85,7 @@ class PrefillWorker(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     @staticmethod
@@ -133,8 +136,9 @@ class DecodeWorkerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Generates. With a handoff, prompt blocks that are not in the local prefix cache are read from the
-        prefill worker; without one, or when the read fails, the prompt is computed here.
+        """Generates. With a handoff, the prompt's blocks that are not in the local prefix cache are received from the
+        worker that it names, while that one computes them; without one, or when the transfer fails, the prompt is
+        computed here. Call it together with Prefill: it takes no blocks before the prompt's computation has begun.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +206,11 @@ class WorkerStub(object):
                 request_serializer=slipstream_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
                 _registered_method=True)
+        self.ProbePath = channel.unary_unary(
+                '/slipstream.v1.Worker/ProbePath',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_registry__pb2.TransferPath.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -215,6 +224,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbePath(self, request, context):
+        """Measures the way on which KV blocks would come from `peer` to this worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -222,6 +238,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=slipstream_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.SerializeToString,
+            ),
+            'ProbePath': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbePath,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_registry__pb2.TransferPath.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -252,6 +273,33 @@ class Worker(object):
             '/slipstream.v1.Worker/GetStatus',
             slipstream_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbePath(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Worker/ProbePath',
+            slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.SerializeToString,
+            slipstream_dot_v1_dot_registry__pb2.TransferPath.FromString,
             options,
             channel_credentials,
             insecure,

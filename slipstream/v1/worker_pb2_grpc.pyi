@@ -31,6 +31,8 @@ class PrefillWorkerStub:
     """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
+
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     @_typing.overload
@@ -38,9 +40,9 @@ class PrefillWorkerStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillWorkerAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillEvent]
-    """Computes the prompt and holds its KV blocks for one decode worker. The first event is `ready`. The call
-    stays open while the blocks are held: it ends by itself once they were taken, released or their lease
-    ran out; cancelling it releases them at once.
+    """Computes the prompt, and pushes its KV blocks, while it computes, to the decode worker that announces itself
+    under the same handoff id. The call stays open until that worker has all it asked for (`closed`); the
+    blocks are held under a lease while it is open, and cancelling it releases them at once.
     """
 
 @_typing.type_check_only
@@ -48,19 +50,23 @@ class PrefillWorkerAsyncStub(PrefillWorkerStub):
     """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
+
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillEvent]  # type: ignore[assignment]
-    """Computes the prompt and holds its KV blocks for one decode worker. The first event is `ready`. The call
-    stays open while the blocks are held: it ends by itself once they were taken, released or their lease
-    ran out; cancelling it releases them at once.
+    """Computes the prompt, and pushes its KV blocks, while it computes, to the decode worker that announces itself
+    under the same handoff id. The call stays open until that worker has all it asked for (`closed`); the
+    blocks are held under a lease while it is open, and cancelling it releases them at once.
     """
 
 class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
     """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
+
+    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
     """
 
     @_abc_1.abstractmethod
@@ -69,9 +75,9 @@ class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.PrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillEvent], _abc.AsyncIterator[_worker_pb2.PrefillEvent]]:
-        """Computes the prompt and holds its KV blocks for one decode worker. The first event is `ready`. The call
-        stays open while the blocks are held: it ends by itself once they were taken, released or their lease
-        ran out; cancelling it releases them at once.
+        """Computes the prompt, and pushes its KV blocks, while it computes, to the decode worker that announces itself
+        under the same handoff id. The call stays open until that worker has all it asked for (`closed`); the
+        blocks are held under a lease while it is open, and cancelling it releases them at once.
         """
 
 def add_PrefillWorkerServicer_to_server(servicer: PrefillWorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
@@ -82,16 +88,18 @@ class DecodeWorkerStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeWorkerAsyncStub: ...
     Decode: _grpc.UnaryStreamMultiCallable[_worker_pb2.DecodeRequest, _worker_pb2.DecodeEvent]
-    """Generates. With a handoff, prompt blocks that are not in the local prefix cache are read from the
-    prefill worker; without one, or when the read fails, the prompt is computed here.
+    """Generates. With a handoff, the prompt's blocks that are not in the local prefix cache are received from the
+    worker that it names, while that one computes them; without one, or when the transfer fails, the prompt is
+    computed here. Call it together with Prefill: it takes no blocks before the prompt's computation has begun.
     """
 
 @_typing.type_check_only
 class DecodeWorkerAsyncStub(DecodeWorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.UnaryStreamMultiCallable[_worker_pb2.DecodeRequest, _worker_pb2.DecodeEvent]  # type: ignore[assignment]
-    """Generates. With a handoff, prompt blocks that are not in the local prefix cache are read from the
-    prefill worker; without one, or when the read fails, the prompt is computed here.
+    """Generates. With a handoff, the prompt's blocks that are not in the local prefix cache are received from the
+    worker that it names, while that one computes them; without one, or when the transfer fails, the prompt is
+    computed here. Call it together with Prefill: it takes no blocks before the prompt's computation has begun.
     """
 
 class DecodeWorkerServicer(metaclass=_abc_1.ABCMeta):
@@ -101,8 +109,9 @@ class DecodeWorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.DecodeEvent], _abc.AsyncIterator[_worker_pb2.DecodeEvent]]:
-        """Generates. With a handoff, prompt blocks that are not in the local prefix cache are read from the
-        prefill worker; without one, or when the read fails, the prompt is computed here.
+        """Generates. With a handoff, the prompt's blocks that are not in the local prefix cache are received from the
+        worker that it names, while that one computes them; without one, or when the transfer fails, the prompt is
+        computed here. Call it together with Prefill: it takes no blocks before the prompt's computation has begun.
         """
 
 def add_DecodeWorkerServicer_to_server(servicer: DecodeWorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
@@ -116,6 +125,8 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _registry_pb2.WorkerRecord]
     """as it is now, not as last registered"""
+    ProbePath: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ProbePathRequest, _registry_pb2.TransferPath]
+    """Measures the way on which KV blocks would come from `peer` to this worker."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -124,6 +135,8 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _registry_pb2.WorkerRecord]  # type: ignore[assignment]
     """as it is now, not as last registered"""
+    ProbePath: _aio.UnaryUnaryMultiCallable[_worker_pb2.ProbePathRequest, _registry_pb2.TransferPath]  # type: ignore[assignment]
+    """Measures the way on which KV blocks would come from `peer` to this worker."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """Served by workers of either role."""
@@ -135,5 +148,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.WorkerRecord, _abc.Awaitable[_registry_pb2.WorkerRecord]]:
         """as it is now, not as last registered"""
+
+    @_abc_1.abstractmethod
+    def ProbePath(
+        self,
+        request: _worker_pb2.ProbePathRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.TransferPath, _abc.Awaitable[_registry_pb2.TransferPath]]:
+        """Measures the way on which KV blocks would come from `peer` to this worker."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

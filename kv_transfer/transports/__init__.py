@@ -1,0 +1,1 @@
+"""Ways of moving KV blocks between two workers, behind the interface in `base`."""
