@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from frontend.outstanding import FOREIGN_PROMPT_TOKENS, Outstanding, OutstandingWork
 from frontend.router import Ask, Candidate, Fallback, choose
 from slipstream.errors import ModelNotFoundError, NoWorkerError
-from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Capacity,
+    Load,
+    Role,
+    TransferEndpoint,
+    TransferPath,
+    WorkerRecord,
+    WorkerState,
+)
 
 PREFILL, DECODE = Role.ROLE_PREFILL, Role.ROLE_DECODE
 ASK = Ask("m", prompt_tokens=100, max_tokens=50)
@@ -35,6 +43,8 @@ def worker(
         host_id=fields.get("host_id", "h"),
         capacity=Capacity(max_model_len=fields.get("max_model_len", 1000), block_tokens=16, blocks=100),
         load=Load(blocks_used=used),
+        transfer=fields.get("transfer", TransferEndpoint(address="h:1", epoch=7, transports=["shm"])),
+        paths=fields.get("paths", ()),
     )
     return Candidate(record, suspect, Outstanding(requests, prompt_tokens))
 
@@ -73,12 +83,12 @@ def test_without_prefill_workers_decode_does_it_alone_with_the_reason() -> None:
 @pytest.mark.parametrize("host_id", ["elsewhere", ""])
 def test_a_prefill_worker_on_another_host_is_not_eligible(host_id: str) -> None:
     route = choose(ASK, [worker("p", PREFILL, host_id=host_id), worker("d", DECODE)])
-    assert (route.prefill, route.fallback) == (None, Fallback.NO_PREFILL_WORKER_ON_HOST)
+    assert (route.prefill, route.fallback) == (None, Fallback.NO_PATH)
 
 
 def test_workers_that_do_not_tell_their_host_are_never_a_pair() -> None:
     route = choose(ASK, [worker("p", PREFILL, host_id=""), worker("d", DECODE, host_id="")])
-    assert route.fallback is Fallback.NO_PREFILL_WORKER_ON_HOST
+    assert route.fallback is Fallback.NO_PATH
 
 
 def test_a_busier_decode_worker_beside_a_prefill_worker_is_preferred_to_the_slow_road() -> None:
