@@ -147,6 +147,7 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         handoffs: Handoffs | None = None,
     ) -> None:
         self.script = script or Script()
+        self.prefill_script: Script | None = None  # for its prefill calls, if they shall not follow `script`
         self.handoffs = handoffs
         self.seen = Seen()
         self.record = WorkerRecord(
@@ -209,16 +210,17 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             yield event
 
     async def _prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:
+        script = self.prefill_script or self.script
         try:
-            if request.cached_only and not self.script.cached:
+            if request.cached_only and not script.cached:
                 yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.NOT_CACHED))
                 return
-            await self._misbehave(0, context)
+            await self._misbehave(0, context, script)
             computed = await self._computed(request)
             await self._settle(request.handoff_id, len(request.token_ids))
-            await asyncio.sleep(self.script.say_after_s)
+            await asyncio.sleep(script.say_after_s)
             yield PrefillEvent(computed=computed)
-            if self.script.die_computed:
+            if script.die_computed:
                 self._dying = asyncio.create_task(self.die())
             await asyncio.sleep(30)
             yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.EXPIRED))
@@ -261,8 +263,8 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             await asyncio.sleep(self.script.interval_s)
         await self._misbehave(count, context)
 
-    async def _misbehave(self, position: int, context: Context) -> None:
-        script = self.script
+    async def _misbehave(self, position: int, context: Context, script: Script | None = None) -> None:
+        script = script or self.script
         if position == 0:
             await asyncio.sleep(script.delay_s)
         if script.refuse is not None:
