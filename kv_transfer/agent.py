@@ -168,9 +168,7 @@ class TransferAgent:
         buffers = [SendBuffer(self._limits.span_bytes) for _ in range(_SEND_BUFFERS if encoded else 0)]
         runs = [*self._memory.runs(), *(buffer.run for buffer in buffers)]
         transports = Transports(self._factories, runs, self._terms.setup_s)
-        exchange = Exchange(
-            self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers
-        )
+        exchange = Exchange(self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers)
         self._stopping = asyncio.Event()
         server = await asyncio.start_server(exchange.welcome, self._host, self._port)
         port = server.sockets[0].getsockname()[1]

@@ -1,7 +1,7 @@
 """A control connection between two agents: framed messages, and signs of life in both directions.
 
-A peer that died is noticed when its connection breaks; one that is frozen, or cut off, when nothing has come from it for
-`silence_s`. Each side pings four times as often.
+A peer that died is noticed when its connection breaks; one that is frozen, or cut off, when nothing has come from it
+for `silence_s`. Each side pings four times as often.
 """
 
 from __future__ import annotations

@@ -314,11 +314,15 @@ class Inbound:
         sizes = self.memory.piece_bytes
         inside = want.first <= first and first + count <= want.first + len(want.targets)
         if not inside or not 0 <= region <= region + regions <= len(sizes):
-            raise TransferError(f"a span outside of what was announced: {span.blocks} {span.regions}", code="bad_message")
+            raise TransferError(
+                f"a span outside of what was announced: {span.blocks} {span.regions}", code="bad_message"
+            )
         if len(span.digests) != count * regions or len(span.block_ids) != count:
             raise TransferError(f"a span of {count} blocks has {len(span.digests)} digests", code="bad_message")
         pieces, offset = [], 0
-        for number, (of_region, index) in enumerate((r, i) for r in range(region, region + regions) for i in range(count)):
+        for number, (of_region, index) in enumerate(
+            (r, i) for r in range(region, region + regions) for i in range(count)
+        ):
             length = sizes[of_region] if self._codec is None else self._codec.encoded_bytes(sizes[of_region])
             target = want.targets[first + index - want.first]
             pieces.append(

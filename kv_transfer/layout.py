@@ -8,7 +8,7 @@ ISA-specific packing): two workers can exchange blocks when their fingerprints a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -65,7 +65,7 @@ def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torc
         StartupError: a cache has a shape in which blocks cannot be told apart, or a block has gaps.
     """
     views: list[torch.Tensor] = []
-    for name in sorted(kv_caches, key=_layer_order):
+    for name in in_order(kv_caches):
         cache = kv_caches[name]
         if cache.shape[0] == blocks:
             views.append(_bytes_of(name, cache))
@@ -104,6 +104,6 @@ def fingerprint(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _layer_order(name: str) -> tuple[list[int], str]:
+def in_order(names: Iterable[str]) -> list[str]:
     """Layer names in numeric order: `model.layers.10.attn` after `model.layers.9.attn`."""
-    return [int(part) for part in name.split(".") if part.isdigit()], name
+    return sorted(names, key=lambda name: ([int(part) for part in name.split(".") if part.isdigit()], name))

@@ -51,7 +51,8 @@ async def probe(sender: Sender, answers: asyncio.Queue[wire.ProbeSent], timeout_
 
 
 async def _probe_reads(sender: Sender, link: ReadLink, answers: asyncio.Queue[wire.ProbeSent]) -> tuple[float, float]:
-    own = ProbeMemory().run
+    landed = ProbeMemory()
+    own = landed.run
     latencies = []
     there = own
     for _ in range(_SMALL_ROUNDS):

@@ -31,9 +31,7 @@ def has_rdma(devices: Path = Path("/sys/class/infiniband")) -> bool:
     return devices.is_dir() and any(devices.iterdir())
 
 
-def to_try(
-    asked: str, mode: str, *, same_host: bool, rdma: bool, own: Sequence[str], peer: Sequence[str]
-) -> list[str]:
+def to_try(asked: str, mode: str, *, same_host: bool, rdma: bool, own: Sequence[str], peer: Sequence[str]) -> list[str]:
     """Ways in the order of preference: `shm/direct`, `shm/staged`, `nixl`, `ucx`.
 
     Args:

@@ -1,7 +1,7 @@
 """The transport for workers on one host, in two ways.
 
-- `ShmDirect`: the receiver reads the blocks out of the sender's memory (`process_vm_readv`). One copy, straight to where
-  the bytes belong, and the sender does nothing.
+- `ShmDirect`: the receiver reads the blocks out of the sender's memory (`process_vm_readv`). One copy, straight to
+  where the bytes belong, and the sender does nothing.
 - `ShmStaged`: the sender copies into a landing area of the receiver in `/dev/shm`, the receiver copies out of it. For
   kernels and containers that forbid the first way, and for KV memory on a GPU.
 """
@@ -23,7 +23,6 @@ from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.process_memory import Copy, allow_readers, merge, read_process
 from slipstream.errors import TransferError
-
 
 T = TypeVar("T")
 
