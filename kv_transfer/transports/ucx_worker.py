@@ -137,12 +137,12 @@ class UcxWorker:
             self._library.discard(endpoint.ucx.handle)
             self._soon()
             return
-        closed = asyncio.get_running_loop().create_future()
-        self._running[endpoint.ucx.close()] = _Running(
-            lambda _: closed.done() or closed.set_result(None), self._bin[:0]
-        )
+        closed = asyncio.Event()
+        self._running[endpoint.ucx.close()] = _Running(lambda _: closed.set(), self._bin[:0])
         self._soon()
-        await asyncio.wait({closed}, timeout=_CLOSE_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await closed.wait()
 
     async def stop(self) -> None:
         """Give everything back. Nothing else may be called afterwards."""
