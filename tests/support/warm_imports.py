@@ -22,7 +22,8 @@ import engine.vllm_engine  # noqa: E402
 import kv_transfer.connector  # noqa: E402
 import planner.server  # noqa: E402
 import prefill_worker.process  # noqa: E402, F401
-from tests.support import plain_engine, warm_processes  # noqa: E402, F401
+from tests.support import fault_cluster, plain_engine, warm_processes  # noqa: E402, F401
 
+fault_cluster.cut_small()
 vllm.v1.engine.utils.get_mp_context = warm_processes.engine_context
 warm_processes.check_forkable()
