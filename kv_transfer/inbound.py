@@ -110,6 +110,8 @@ class Inbound:
     _seal: Seal = field(init=False)
     _want: Want | None = None
     _missing: set[tuple[int, int]] = field(default_factory=set)
+    _under_way: set[tuple[int, int]] = field(default_factory=set)
+    _landed: asyncio.Event = field(default_factory=asyncio.Event)
     _spans: asyncio.Queue[wire.Sent] = field(default_factory=asyncio.Queue)
     _post: Callable[[wire.Message], None] | None = None
     _link: ReadLink | LandingLink | None = None
@@ -284,6 +286,20 @@ class Inbound:
     async def _take(self, span: wire.Sent, want: Want, link: ReadLink | LandingLink) -> bool:
         """Bring the span's pieces to where they belong. False when one is not intact."""
         pieces = self._pieces(span, want)
+        places = {(piece.region, piece.block) for piece in pieces}
+        # A sender whose blocks were taken away sends them again from elsewhere. Both copies may be here: what has been
+        # overwritten meanwhile must not be written over what has just been checked.
+        while not self._under_way.isdisjoint(places):
+            self._landed.clear()
+            await self._landed.wait()
+        self._under_way |= places
+        try:
+            return await self._take_wanted(span, pieces, link)
+        finally:
+            self._under_way -= places
+            self._landed.set()
+
+    async def _take_wanted(self, span: wire.Sent, pieces: list[_Piece], link: ReadLink | LandingLink) -> bool:
         wanted = [piece for piece in pieces if (piece.region, piece.block) in self._missing]
         if not wanted:
             return True
@@ -299,7 +315,7 @@ class Inbound:
                 raise TransferError(
                     f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"
                 ) from error
-            intact = await self.in_thread(lambda: self._unpack(data, pieces), span.length)
+            intact = await self.in_thread(lambda: self._unpack(data, wanted), span.length)
         if intact:
             self._missing.difference_update((piece.region, piece.block) for piece in wanted)
         return intact
@@ -345,14 +361,21 @@ class Inbound:
         )
 
     def _unpack(self, data: memoryview, pieces: list[_Piece]) -> bool:
-        """In a thread: look at the landed bytes, then copy them to where they belong."""
+        """In a thread: copy the landed bytes to where they belong.
+
+        What is looked at is the copy. A sender that was given up, but was frozen in the middle of writing, may go on
+        at any moment, and the landing place is another handoff's by then.
+        """
         memory, codec = self.memory, self._codec
         for piece in pieces:
-            landed = data[piece.offset : piece.offset + piece.length]
-            if self._seal.digest(landed, piece.block, piece.region) != piece.digest:
-                return False
+            copy = data[piece.offset : piece.offset + piece.length]
             if codec is None:
-                memory.fill(piece.region, piece.target, landed)
+                memory.fill(piece.region, piece.target, copy)
+                copy = memory.piece(piece.region, piece.target)
             else:
-                codec.decode(tensor_of(landed), [memory.tensor(piece.region, piece.target)])
+                copy = memoryview(bytearray(copy))
+            if self._seal.digest(copy, piece.block, piece.region) != piece.digest:
+                return False
+            if codec is not None:
+                codec.decode(tensor_of(copy), [memory.tensor(piece.region, piece.target)])
         return True
