@@ -38,9 +38,9 @@ _GROWTH_EVERY = 20
 def make_prompts(seed: int) -> list[list[int]]:
     """Families with shared beginnings, from shorter than a block to most of a context."""
     rng = random.Random(f"{seed}:prompts")
-    stems = [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.choice((40, 64, 200, 330)))] for _ in range(5)]
+    stems = [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.choice((40, 64, 200, 500)))] for _ in range(5)]
     return [
-        rng.choice(stems) + [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(1, 450))]
+        rng.choice(stems) + [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(1, 400))]
         for _ in range(_PROMPTS)
     ]
 

@@ -110,7 +110,7 @@ def draw(seed: int, number: int, *, prompts: int, members: int, landing: bool) -
         landing: whether blocks come through a landing area, where bits can be flipped.
     """
     rng = random.Random(f"{seed}:{number}")
-    requests = tuple(_request(rng, prompts) for _ in range(rng.choice((1, 2, 3, 4, 6, 8))))
+    requests = tuple(_request(rng, prompts) for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 12))))
     kinds = [kind for kind in _WEIGHTS if landing or kind is not Kind.FLIP]
     weights = [_WEIGHTS[kind] for kind in kinds]
     count = 2 if rng.random() < 0.2 else 1
@@ -134,6 +134,8 @@ def _fault(rng: random.Random, kind: Kind, members: int) -> Fault:
         Kind.STOP_LONG: rng.uniform(1.3, 2.5),
         Kind.STOP_ENGINE: rng.uniform(0.8, 2.5),
         Kind.STOP_SERVICE: rng.uniform(1.3, 2.5),
-        Kind.FLIP: rng.uniform(0.05, 0.5),
+        Kind.FLIP: rng.uniform(0.05, 0.6),
     }.get(kind, 0.0)
-    return Fault(kind, rng.randrange(members), rng.choice(tuple(Stage)), rng.uniform(0, 0.08), hold_s)
+    # Bytes lie in a landing area for a moment only, while they travel.
+    stages = (Stage.QUEUED, Stage.OPENED, Stage.STREAMING) if kind is Kind.FLIP else tuple(Stage)
+    return Fault(kind, rng.randrange(members), rng.choice(stages), rng.uniform(0, 0.08), hold_s)

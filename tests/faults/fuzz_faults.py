@@ -26,16 +26,16 @@ _FLIP_EVERY_S = 0.001
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> None:
-    """Do it; returns when it is done, and what was stopped runs again."""
+async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> bool:
+    """Do it; returns when it is done, and what was stopped runs again. True when the worker's process will end of it."""
     member = cluster.members[fault.member]
     match fault.kind:
         case Kind.NOTHING:
             pass
         case Kind.KILL_SERVICE:
-            member.signal(signal.SIGKILL, engine=False)
+            return member.signal(signal.SIGKILL, engine=False)
         case Kind.KILL_ENGINE:
-            member.signal(signal.SIGKILL, service=False)
+            return member.signal(signal.SIGKILL, service=False)
         case Kind.STOP_SHORT | Kind.STOP_LONG:
             await _stop(member, fault.hold_s, service=True, engine=True)
         case Kind.STOP_ENGINE:
@@ -43,7 +43,7 @@ async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> No
         case Kind.STOP_SERVICE:
             await _stop(member, fault.hold_s, service=True, engine=False)
         case Kind.DRAIN:
-            member.signal(signal.SIGTERM, engine=False)
+            return member.signal(signal.SIGTERM, engine=False)
         case Kind.CUT:
             cut_connections(member, {one.settings.transfer.port for one in cluster.members})
         case Kind.GARBAGE:
@@ -53,6 +53,7 @@ async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> No
         case Kind.LOSE_PLANE:
             if cluster.plane is not None:
                 cluster.plane.kill()
+    return False
 
 
 async def _stop(member: Member, hold_s: float, *, service: bool, engine: bool) -> None:
@@ -131,8 +132,9 @@ async def _flip(member: Member, hold_s: float, rng: random.Random) -> None:
     if path is None:
         return
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as area:
+        stride = rng.choice((1 << 10, 4 << 10, 16 << 10, 64 << 10))
         end_s = asyncio.get_running_loop().time() + hold_s
         while asyncio.get_running_loop().time() < end_s:
-            for _ in range(64):
-                area[rng.randrange(len(area))] ^= 1 << rng.randrange(8)
+            for start in range(0, len(area) - stride, stride):
+                area[start + rng.randrange(stride)] ^= 1 << rng.randrange(8)
             await asyncio.sleep(_FLIP_EVERY_S)

@@ -30,6 +30,7 @@ READY_S = 120.0
 QUIET_S = 15.0
 _STAGE_S = 1.5
 _POLL_S = 0.002
+_COUNTED = ("HANDOFFS_", "FAILED_", "SPANS_", "TRANSFERS_", "PREEMPTIONS")
 _GROWTH = {"files": 24, "threads": 12, "rss_mib": 128}
 
 
@@ -103,6 +104,7 @@ class Fuzzer:
         self._dispatcher = dispatcher
         self._pool = pool
         self._say = say
+        self._ending: dict[int, int] = {}  # by member, its starts when it was given the end
         self._sizes: dict[int, dict[str, float]] = {}
         self.report = Report()
 
@@ -122,8 +124,8 @@ class Fuzzer:
                     group.create_task(self._request(name, planned, case, progress, wrong))
                 for fault in case.faults:
                     group.create_task(self._fault(fault, progress, rng))
-        self._cluster.revive()
         wrong += await self._quiet()
+        self._ending.clear()
         self._note_counters()
         self.report.cases += 1
         self.report.failures += [f"{case.title}: {line}" for line in wrong]
@@ -135,7 +137,10 @@ class Fuzzer:
         await progress.until(fault.stage)
         await asyncio.sleep(fault.delay_s)
         self.report.faults[f"{fault.kind} {self._cluster.members[fault.member].kind} {fault.stage}"] += 1
-        await inflict(fault, self._cluster, rng)
+        member = self._cluster.members[fault.member]
+        starts = member.starts
+        if await inflict(fault, self._cluster, rng):
+            self._ending.setdefault(fault.member, starts)
 
     async def _request(self, name: str, planned: Planned, case: Case, progress: _Progress, wrong: list[str]) -> None:
         await asyncio.sleep(planned.delay_s)
@@ -203,7 +208,6 @@ class Fuzzer:
         noted["with blocks from prefill"] += bool(account.kv_blocks_moved)
         noted["spans resent"] += account.kv_spans_resent
         noted["dispatched again"] += account.attempts > 1
-        noted["blocks written back to prefill"] += 0
         if account.fallback:
             noted[f"recomputed: {account.fallback}"] += 1
 
@@ -218,7 +222,8 @@ class Fuzzer:
             states = await asyncio.gather(*(member.status() for member in self._cluster.members))
             up = [record is not None and record.state == WorkerState.READY for record in states]
             known = sum(one.prefill_workers + one.decode_workers for one in self._dispatcher.models())
-            if all(up) and (known == len(up) or (known and time.monotonic() > soon_s)):
+            up += [self._cluster.members[index].starts > starts for index, starts in self._ending.items()]
+            if all(up) and (known == len(states) or (known and time.monotonic() > soon_s)):
                 return
             if time.monotonic() > end_s:
                 raise AssertionError(f"not all workers came back in {READY_S:g} s: {up}, {known} known")
@@ -278,7 +283,7 @@ class Fuzzer:
         for member in self._cluster.members:
             board = member.board()
             if board is not None:
-                names = [one for one in Counter if one.name.startswith(("HANDOFFS_", "FAILED_", "SPANS", "TRANSFERS"))]
+                names = [one for one in Counter if one.name.startswith(_COUNTED)]
                 self.report.boards[board.path.name] = {
                     one.name.lower(): board.counter(one) for one in names if one is not Counter.HANDOFFS_HELD
                 }

@@ -126,13 +126,14 @@ class Member:
             return Board.open(_SHM / board_name(self.record))
         return None
 
-    def signal(self, number: signal.Signals, *, service: bool = True, engine: bool = True) -> None:
-        """To the processes of this worker that are there."""
+    def signal(self, number: signal.Signals, *, service: bool = True, engine: bool = True) -> bool:
+        """To the processes of this worker that are there; False when none is."""
         pids = [self.service_pid] if service and self.alive else []
         engine_pid = self.engine_pid() if engine else None
         for pid in [*pids, *([engine_pid] if engine_pid is not None else [])]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+        return bool(pids) or engine_pid is not None
 
     async def status(self, timeout_s: float = 2.0) -> WorkerRecord | None:
         """Its own record now; None when it does not answer."""
