@@ -111,6 +111,11 @@ class TransferAgent:
 
     # -- as a sender --------------------------------------------------------------------------------------
 
+    def expect(self, handoff_id: bytes) -> None:
+        """A prompt that is to be handed over waits to be computed: so may its receiver, as long as it takes."""
+        fence = self._fences.setdefault(handoff_id, Fence())
+        self._tell(self._within.expect, handoff_id, fence)
+
     def begin(self, handoff_id: bytes, tokens: int, digest: int) -> None:
         """A prompt that is to be handed over is being computed from now on (again, after a `reset`)."""
         fence = self._fences.setdefault(handoff_id, Fence())

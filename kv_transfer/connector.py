@@ -110,6 +110,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._sched.bind_pool(gpu_block_pool)
 
+    def on_new_request(self, request: Request) -> None:
+        self._sched.note_new(request)
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._sched.receivable_tokens(request, num_computed_tokens)
         return tokens, bool(tokens)

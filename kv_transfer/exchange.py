@@ -220,15 +220,18 @@ class Exchange:
 
     # -- the engine, as a sender --------------------------------------------------------------------------
 
-    def begin(self, handoff_id: bytes, fence: Fence, tokens: int, digest: int) -> None:
-        outbound = self._outbounds.get(handoff_id)
-        if outbound is None:
-            outbound = Outbound(handoff_id, self._terms.epoch, self._memory, fence, self._in_thread, self._buffers)
-            self._outbounds[handoff_id] = outbound
-        outbound.start(tokens, digest)
+    def expect(self, handoff_id: bytes, fence: Fence) -> None:
+        if handoff_id in self._outbounds:
+            return
+        outbound = Outbound(handoff_id, self._terms.epoch, self._memory, fence, self._in_thread, self._buffers)
+        self._outbounds[handoff_id] = outbound
         parked = self._parked.pop(handoff_id, None)
         if parked is not None:
             outbound.attach(parked.receiver)
+
+    def begin(self, handoff_id: bytes, fence: Fence, tokens: int, digest: int) -> None:
+        self.expect(handoff_id, fence)
+        self._outbounds[handoff_id].start(tokens, digest)
 
     def publish(self, handoff_id: bytes, generation: int, block_ids: list[int], extent: Extent) -> None:
         outbound = self._outbounds.get(handoff_id)

@@ -81,11 +81,13 @@ class Step:
 
     Attributes:
         tokens: that this step computes; 0: it has nothing to do but this.
+        expects: handoffs whose prompts have come, and wait to be computed.
         resets: handoffs whose blocks may be overwritten by this step. ends: (handoff, why) that are over.
         opens: handoffs to wait for. cancels: requests that are not waited for any more.
     """
 
     tokens: int = 0
+    expects: list[bytes] = field(default_factory=list)
     resets: list[bytes] = field(default_factory=list)
     ends: list[tuple[bytes, str]] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)
@@ -223,6 +225,12 @@ class SchedulerSide:
             self._accounts.book(request_id, report)
 
     # -- sending ------------------------------------------------------------------------------------------
+
+    def note_new(self, request: Request) -> None:
+        """A request has come; it may wait long before it is asked anything."""
+        raw = (request.kv_transfer_params or {}).get(SEND)
+        if raw is not None:
+            self._step.expects.append(bytes(raw[2]))
 
     def _may_send(self, request: Request, raw: Sequence[Any], local_tokens: int) -> bool:
         """Note the request's lease. False when it asks for what the prefix cache has, and that is not enough."""

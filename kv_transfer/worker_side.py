@@ -91,6 +91,8 @@ class WorkerSide:
         """Before the forward pass: nothing that this step overwrites may be sent any more."""
         agent = self._agent
         agent.reset(step.resets)
+        for handoff_id in step.expects:
+            agent.expect(handoff_id)
         for handoff_id, why in step.ends:
             self._taken.pop(handoff_id, None)
             agent.end(handoff_id, why, "the sender has given the prompt up")

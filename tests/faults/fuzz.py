@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.faults import fuzz_cases
-from tests.faults.fuzz_cases import MAX_TOKENS, Case
+from tests.faults.fuzz_cases import MAX_TOKENS, Case, Kind
 from tests.faults.fuzz_run import Report, fuzzer
 from tests.support import plain_engine, warm_processes
 from tests.support.fault_cluster import FaultCluster, running
@@ -75,6 +75,7 @@ def run(
     decode: int = 2,
     keep_going: bool = False,
     limit_s: float | None = None,
+    only: Kind | None = None,
 ) -> Report:
     """Run these cases; stops at the first that fails unless `keep_going`, and in any case after `limit_s`."""
     began_s = time.monotonic()
@@ -84,7 +85,7 @@ def run(
     pool = make_pool(model, seed, folder)
     say(f"{len(pool)} prompts, plain answers after {time.monotonic() - began_s:.0f} s; logs in {folder}")
     left = [
-        fuzz_cases.draw(seed, number, prompts=len(pool), members=prefill + decode, landing=mode == "staged")
+        fuzz_cases.draw(seed, number, prompts=len(pool), members=prefill + decode, landing=mode == "staged", only=only)
         for number in numbers
     ]
     report = Report()
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=2)
     parser.add_argument("--keep-going", action="store_true", help="go on, with a new cluster, after a failure")
     parser.add_argument("--limit-s", type=float, help="begin no case after this many seconds")
+    parser.add_argument("--kind", choices=[kind.value for kind in Kind], help="draw only this kind of fault")
     parser.add_argument("--folder", type=Path, help="for the logs; a new temporary one when absent")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="slipstream-fuzz-"))
@@ -176,6 +178,7 @@ def main() -> None:
         decode=args.decode,
         keep_going=args.keep_going,
         limit_s=args.limit_s,
+        only=Kind(args.kind) if args.kind else None,
     )
     sys.exit(1 if report.failures else 0)
 

@@ -102,16 +102,17 @@ class Case:
         return f"case {self.number}: {len(self.requests)} requests, {done}"
 
 
-def draw(seed: int, number: int, *, prompts: int, members: int, landing: bool) -> Case:
+def draw(seed: int, number: int, *, prompts: int, members: int, landing: bool, only: Kind | None = None) -> Case:
     """Case `number` of a seed.
 
     Args:
         prompts: size of the pool. members: workers of the cluster, prefill workers first.
+        only: the one kind of fault to draw.
         landing: whether blocks come through a landing area, where bits can be flipped.
     """
     rng = random.Random(f"{seed}:{number}")
     requests = tuple(_request(rng, prompts) for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 12))))
-    kinds = [kind for kind in _WEIGHTS if landing or kind is not Kind.FLIP]
+    kinds = [kind for kind in _WEIGHTS if landing or kind is not Kind.FLIP] if only is None else [only]
     weights = [_WEIGHTS[kind] for kind in kinds]
     count = 2 if rng.random() < 0.2 else 1
     faults = tuple(_fault(rng, kind, members) for kind in rng.choices(kinds, weights, k=count))
