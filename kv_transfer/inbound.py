@@ -350,15 +350,25 @@ class Inbound:
         return pieces
 
     def _read(self, link: ReadLink, pieces: list[_Piece]) -> bool:
-        """In a thread: copy out of the sender's memory, then look at the copy."""
+        """In a thread: copy out of the sender's memory, then look at the copy. What is not intact does not stay."""
         memory = self.memory
         assert self._source is not None
         sources = [self._source.run(piece.region, piece.source) for piece in pieces]
-        link.read(sources, [memory.run(piece.region, piece.target) for piece in pieces])
-        return all(
-            self._seal.digest(memory.piece(piece.region, piece.target), piece.block, piece.region) == piece.digest
-            for piece in pieces
-        )
+        try:
+            link.read(sources, [memory.run(piece.region, piece.target) for piece in pieces])
+        except TransferError:
+            for piece in pieces:
+                memory.clear(piece.region, piece.target)
+            raise
+        # All of them, not the first: every bad one has to be cleared.
+        return all([self._kept_if_intact(piece) for piece in pieces])
+
+    def _kept_if_intact(self, piece: _Piece) -> bool:
+        copy = self.memory.piece(piece.region, piece.target)
+        if self._seal.digest(copy, piece.block, piece.region) == piece.digest:
+            return True
+        self.memory.clear(piece.region, piece.target)
+        return False
 
     def _unpack(self, data: memoryview, pieces: list[_Piece]) -> bool:
         """In a thread: copy the landed bytes to where they belong.
@@ -368,14 +378,14 @@ class Inbound:
         """
         memory, codec = self.memory, self._codec
         for piece in pieces:
-            copy = data[piece.offset : piece.offset + piece.length]
+            landed = data[piece.offset : piece.offset + piece.length]
             if codec is None:
-                memory.fill(piece.region, piece.target, copy)
-                copy = memory.piece(piece.region, piece.target)
-            else:
-                copy = memoryview(bytearray(copy))
+                memory.fill(piece.region, piece.target, landed)
+                if not self._kept_if_intact(piece):
+                    return False
+                continue
+            copy = memoryview(bytearray(landed))
             if self._seal.digest(copy, piece.block, piece.region) != piece.digest:
                 return False
-            if codec is not None:
-                codec.decode(tensor_of(copy), [memory.tensor(piece.region, piece.target)])
+            codec.decode(tensor_of(copy), [memory.tensor(piece.region, piece.target)])
         return True

@@ -96,6 +96,13 @@ class KvMemory:
         run = self.run(region, block_id)
         ctypes.memmove(run.address, address_of(data), run.length)
 
+    def clear(self, region: int, block_id: int) -> None:
+        """Zero a piece; on a host only. What did not fit its digest must not stay: attention multiplies the slots that
+        are not written yet with weights of zero, and zero times a NaN is a NaN in the answer of whoever has the block
+        next."""
+        run = self.run(region, block_id)
+        ctypes.memset(run.address, 0, run.length)
+
     def __contains__(self, block_id: int) -> bool:
         return 0 <= block_id < self.blocks
 

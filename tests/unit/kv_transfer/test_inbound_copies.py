@@ -126,10 +126,24 @@ async def test_a_late_write_into_the_landing_place_is_noticed_and_the_span_is_as
         receiving.inbound.sent(span(number, 0, memoryview(right), credit.ticket))
         if number == 1:
             await receiving.posts(wire.Again, 1)
+            assert bytes(memory.piece(0, 2)) == bytes(PIECE_BYTES), "what is not intact does not stay"
     async with asyncio.timeout(5):
         assert await receiving.ended is None
     assert memory.wrote_late
     assert bytes(memory.piece(0, 2)) == right
+
+
+async def test_what_was_read_and_is_not_intact_does_not_stay_in_the_cache() -> None:
+    sender, memory = KvMemory(cache(0xFF), dtype="uint8"), KvMemory(cache(9), dtype="uint8")
+    threads = Threads()
+    receiving = Receiving(memory, SlowStaleReads(sender, threads), threads, sender)
+    await receiving.posts(wire.Announce, 1)
+    receiving.inbound.sent(span(1, 1, memoryview(bytearray(PIECE_BYTES)), 0))
+    await receiving.posts(wire.Again, 1)
+    receiving.inbound.cancel()
+    async with asyncio.timeout(5):
+        assert await receiving.ended is not None
+    assert bytes(memory.piece(0, 2)) == bytes(PIECE_BYTES)
 
 
 class SlowStaleReads:

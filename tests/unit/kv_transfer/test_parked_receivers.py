@@ -44,7 +44,7 @@ async def test_a_receiver_of_a_prompt_that_nobody_sent_is_turned_away(exchange: 
     posted: list[wire.Message] = []
     exchange.attach(ID, receiver(posted))
     async with asyncio.timeout(5):
-        while not posted:
+        while not posted:  # noqa: ASYNC110
             await asyncio.sleep(PARKED_S)
     assert isinstance(posted[0], wire.Closed)
     assert posted[0].code == "unknown_handoff"
@@ -64,7 +64,7 @@ async def test_a_receiver_of_a_queued_prompt_waits_until_it_is_computed(
         exchange.attach(ID, receiver(posted))
     exchange.attach(b"another handoff!", receiver(turned_away))
     async with asyncio.timeout(5):
-        while not turned_away:  # those that came at the same time, and wait for nothing, are gone by now
+        while not turned_away:  # noqa: ASYNC110 - those that came at the same time, and wait for nothing, are gone by now
             await asyncio.sleep(PARKED_S)
     assert posted == []
     exchange.begin(ID, fence, 100, 7)
