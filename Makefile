@@ -88,6 +88,10 @@ test-light: install-light  ## Tests of frontend, planner and client where torch 
 	@! $(LIGHT_BIN)/python -c "import torch" 2>/dev/null || { echo "error: torch is in .venv-light" >&2; exit 1; }
 	@$(LIGHT_BIN)/python -m pytest $(LIGHT_TESTS) $(ARGS)
 
+.PHONY: fuzz
+fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
+	@exec $(BIN)/python -m tests.faults.fuzz $(ARGS)
+
 ##@ Develop
 .PHONY: format proto lock bench docs clean help
 format: install  ## Put the code into the house format

@@ -27,7 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> bool:
-    """Do it; returns when it is done, and what was stopped runs again. True when the worker's process will end of it."""
+    """Do it; returns when it is done, and what was stopped runs again. True when the worker's process will end."""
     member = cluster.members[fault.member]
     match fault.kind:
         case Kind.NOTHING:

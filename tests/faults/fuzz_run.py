@@ -16,8 +16,8 @@ import psutil
 from frontend.dispatch import ClusterDispatcher, open_dispatcher
 from frontend.generation import TokenRequest
 from kv_transfer.board import Board, Counter
-from slipstream.errors import SlipstreamError, UnavailableError
 from slipstream.errors import DeadlineError as RequestDeadlineError
+from slipstream.errors import SlipstreamError, UnavailableError
 from slipstream.v1.registry_pb2 import WorkerState
 from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
 from tests.faults.fuzz_cases import Case, Fault, Kind, Planned, Stage
@@ -81,7 +81,7 @@ class _Progress:
     async def until(self, stage: Stage) -> None:
         """Wait for the stage, but not for ever: it may have passed, or never come."""
         end_s = time.monotonic() + _STAGE_S
-        while not self.reached(stage) and time.monotonic() < end_s:
+        while not self.reached(stage) and time.monotonic() < end_s:  # noqa: ASYNC110 - shared memory: no event
             await asyncio.sleep(_POLL_S)
         if stage is Stage.OPENED:
             await asyncio.sleep(0.01)
@@ -158,7 +158,9 @@ class Fuzzer:
         self.report.ends[end] += 1
         if tokens != right[: len(tokens)] or (end == "answered" and len(tokens) != planned.max_tokens):
             at = next((n for n, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), len(tokens))
-            wrong.append(f"request {name} ({end}): WRONG TOKEN at {at} of {len(tokens)}, prompt {planned.which}")
+            wrong.append(
+                f"request {name} ({end}): WRONG TOKEN at {at} of {len(tokens)}, prompt {planned.which}{_told(asking)}"
+            )
         if end == "hung":
             wrong.append(f"request {name} HUNG for {HANG_S:g} s after {len(tokens)} tokens")
         if end.startswith("error") and not (end.startswith("error typed") and _may_fail(case, self._cluster.members)):
@@ -303,6 +305,14 @@ def _may_fail(case: Case, members: Sequence[Member]) -> bool:
     """Whether a request of this case may end with a typed error: a decode worker was taken away from it."""
     harmless = (Kind.NOTHING, Kind.GARBAGE, Kind.FLIP, Kind.CUT, Kind.LOSE_PLANE)
     return any(fault.kind not in harmless and members[fault.member].kind == "decode" for fault in case.faults)
+
+
+def _told(asking: asyncio.Task[RequestAccount | None]) -> str:
+    """What an answer's account says of its way."""
+    if not asking.done() or asking.cancelled() or asking.exception() is not None:
+        return ""
+    account = asking.result()
+    return f" [{' '.join(str(account).split())}]" if account is not None else ""
 
 
 def _size(process: psutil.Process) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A cluster whose workers can be killed hundreds of times: real services, engines and control plane, forked when needed.
+"""A cluster whose workers can be killed hundreds of times: real services, engines and control plane, forked on demand.
 
 Each member keeps its ports, so that a new incarnation has the address of the one before it. The KV caches are small, so
 that decode workers preempt and wait for room; steps and spans are small, so that even short prompts travel in many
@@ -114,7 +114,7 @@ class Member:
         """The process that listens where the transfer agent does; None while there is none."""
         port = self.settings.transfer.port
         for connection in psutil.net_connections(kind="tcp"):
-            if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
                 return connection.pid
         return None
 

@@ -17,10 +17,10 @@ import vllm.v1.worker.cpu_worker  # noqa: E402
 from vllm import LLM  # noqa: E402, F401
 from vllm.model_executor.models import llama  # noqa: E402, F401
 
-import decode_worker.process  # noqa: E402
-import engine.vllm_engine  # noqa: E402
-import kv_transfer.connector  # noqa: E402
-import planner.server  # noqa: E402
+import decode_worker.process  # noqa: E402, F401
+import engine.vllm_engine  # noqa: E402, F401
+import kv_transfer.connector  # noqa: E402, F401
+import planner.server  # noqa: E402, F401
 import prefill_worker.process  # noqa: E402, F401
 from tests.support import fault_cluster, plain_engine, warm_processes  # noqa: E402, F401
 

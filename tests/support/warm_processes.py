@@ -32,7 +32,7 @@ def start_fork_server() -> None:
 
 def share_fork_server() -> None:
     """Fork from the parent's fork server: Python 3.11 knows its address here, but would start another one."""
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     server.ensure_running = resource_tracker.ensure_running
 
 
