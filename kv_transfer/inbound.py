@@ -360,8 +360,8 @@ class Inbound:
             for piece in pieces:
                 memory.clear(piece.region, piece.target)
             raise
-        # All of them, not the first: every bad one has to be cleared.
-        return all([self._kept_if_intact(piece) for piece in pieces])
+        intact = [self._kept_if_intact(piece) for piece in pieces]  # all of them: every bad one has to be cleared
+        return all(intact)
 
     def _kept_if_intact(self, piece: _Piece) -> bool:
         copy = self.memory.piece(piece.region, piece.target)
