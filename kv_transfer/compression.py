@@ -54,7 +54,8 @@ class Codec(ABC):
         assert _CHUNK_NUMBERS % group == 0
         self._dtype = dtype
         self._group = group
-        self.group_bytes = group * dtype.itemsize
+        self._element_bytes = int(dtype.itemsize)
+        self.group_bytes = group * self._element_bytes
 
     def encoded_bytes(self, raw_bytes: int) -> int:
         """Bytes that `raw_bytes` bytes of KV become.
@@ -63,9 +64,8 @@ class Codec(ABC):
             TransferError: `compression`: not a whole number of groups.
         """
         self._check_whole("raw_bytes", raw_bytes)
-        return raw_bytes // self.group_bytes * (self._dtype.itemsize + self._group)
+        return raw_bytes // self.group_bytes * (self._element_bytes + self._group)
 
-    @torch.inference_mode()
     def encode(self, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> int:
         """Write the encoded form of `pieces`, one after the other, to the front of `out`; returns its bytes.
 
@@ -74,16 +74,16 @@ class Codec(ABC):
         """
         numbers = [self._numbers("pieces", piece) for piece in pieces]
         total = sum(len(piece) for piece in numbers)
-        encoded = self.encoded_bytes(total * self._dtype.itemsize)
+        encoded = self.encoded_bytes(total * self._element_bytes)
         if len(out) < encoded:
             raise TransferError(f"out: {len(out)} bytes, the encoded pieces need {encoded}", code="compression")
-        scratch = self._scratch(total, out.device)
-        for batch, peaks, codes in self._batches(numbers, out[: encoded - total], out[encoded - total : encoded]):
-            found = self._encode_batch(batch, codes.view(torch.int8), scratch[:, : len(codes)])
-            peaks.copy_(found.to(self._dtype).view(torch.uint8))
+        with torch.inference_mode():  # each thread has its own
+            scratch = self._scratch(total, out.device)
+            for batch, peaks, codes in self._batches(numbers, out[: encoded - total], out[encoded - total : encoded]):
+                found = self._encode_batch(batch, codes.view(torch.int8), scratch[:, : len(codes)])
+                peaks.copy_(found.to(self._dtype).view(torch.uint8))
         return encoded
 
-    @torch.inference_mode()
     def decode(self, data: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Write what `data` stands for into `targets`, one after the other.
 
@@ -95,16 +95,17 @@ class Codec(ABC):
         """
         numbers = [self._numbers("targets", target) for target in targets]
         total = sum(len(target) for target in numbers)
-        encoded = self.encoded_bytes(total * self._dtype.itemsize)
+        encoded = self.encoded_bytes(total * self._element_bytes)
         if len(data) != encoded:
             raise TransferError(f"data: {len(data)} bytes, the targets need {encoded}", code="compression")
-        scratch = self._scratch(total, data.device)
-        for batch, peaks, codes in self._batches(numbers, data[: encoded - total], data[encoded - total :]):
-            values = scratch[0, : len(codes)]
-            # A copy, since received bytes may begin anywhere and numbers may not.
-            self._decode_batch(peaks.clone().view(self._dtype), codes.view(torch.int8), values)
-            for target, part in zip(batch, values.split([len(target) for target in batch]), strict=True):
-                target.copy_(part)
+        with torch.inference_mode():
+            scratch = self._scratch(total, data.device)
+            for batch, peaks, codes in self._batches(numbers, data[: encoded - total], data[encoded - total :]):
+                values = scratch[0, : len(codes)]
+                # A copy, since received bytes may begin anywhere and numbers may not.
+                self._decode_batch(peaks.clone().view(self._dtype), codes.view(torch.int8), values)
+                for target, part in zip(batch, values.split([len(target) for target in batch]), strict=True):
+                    target.copy_(part)
 
     def _encode_batch(self, batch: list[torch.Tensor], codes: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
         """Fills `codes` and returns the groups' peaks, float32."""
@@ -143,7 +144,7 @@ class Codec(ABC):
     ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]:
         """All of `numbers` in order, cut and joined into chunks, and the bytes of the peaks and codes of each."""
         chunk = _chunk_numbers(codes.device)
-        peak_bytes = chunk // self._group * self._dtype.itemsize
+        peak_bytes = chunk // self._group * self._element_bytes
         for index, batch in enumerate(_chunks(numbers, chunk)):
             of_peaks, of_codes = (slice(index * size, (index + 1) * size) for size in (peak_bytes, chunk))
             yield batch, peaks[of_peaks], codes[of_codes]
@@ -151,7 +152,7 @@ class Codec(ABC):
     def _numbers(self, name: str, piece: torch.Tensor) -> torch.Tensor:
         """The piece as numbers of the cache's dtype, over the same memory."""
         self._check_whole(name, len(piece))
-        if piece.storage_offset() % self._dtype.itemsize:
+        if piece.storage_offset() % self._element_bytes:
             raise TransferError(
                 f"{name}: a piece begins at byte {piece.storage_offset()}, which is inside a number of {self._dtype}",
                 code="compression",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,8 @@ def test_how_the_numbers_are_cut_into_pieces_changes_nothing(
 
 
 def test_blocks_go_to_their_places_in_a_cache_and_to_no_other() -> None:
-    cache = torch.randn(6, 4 * GROUP).bfloat16()
+    with torch.inference_mode():  # as vLLM makes them
+        cache = torch.randn(6, 4 * GROUP).bfloat16()
     before, blocks = cache.clone(), cache.view(torch.uint8)
     codec = a_codec("int8", torch.bfloat16)
     out = torch.empty(codec.encoded_bytes(2 * blocks.shape[1]) + 7, dtype=torch.uint8)
@@ -202,7 +204,7 @@ def test_sizes_that_cannot_be_are_refused_with_the_setting_to_change() -> None:
     codec = a_codec("int8", torch.bfloat16)
     good, odd = torch.zeros(128, dtype=torch.uint8), torch.zeros(192, dtype=torch.uint8)
     enough = torch.zeros(1024, dtype=torch.uint8)
-    attempts = [
+    attempts: list[tuple[Callable[[], object], str]] = [
         (lambda: codec.encoded_bytes(130), "raw_bytes: 130 bytes .* set transfer.compression=none"),
         # Two that are whole only together.
         (lambda: codec.encode([odd, odd[:64]], enough), "pieces: 192 bytes"),
