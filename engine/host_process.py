@@ -31,15 +31,15 @@ from engine.protocol import Engine
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import telemetry
+from slipstream import grpc_errors, telemetry
 from slipstream.addresses import host_port
-from slipstream.errors import EngineDeadError, StartupError
+from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.registration import Registration
 from slipstream.settings import Settings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
-from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
 
@@ -48,11 +48,11 @@ T = TypeVar("T")
 _ENGINE_CHECK_S = 0.5
 _SHM = Path("/dev/shm")
 
-AddService = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], str]
-"""Adds a role's gRPC service (engine, admission, board, served model name, settings) and returns its full name."""
+AddServices = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], tuple[str, ...]]
+"""Adds a role's gRPC services (engine, admission, board, served model name, settings), returns their full names."""
 
 
-def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> None:
+def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> None:
     """Host a role until SIGTERM or SIGINT.
 
     Raises:
@@ -65,7 +65,7 @@ def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> No
     telemetry.configure(settings.log, component=worker_id)
     host = _Host(settings, role, worker_id)
     try:
-        uvloop.run(host.serve(add_service))
+        uvloop.run(host.serve(add_services))
     except StartupError as error:
         if not host.load_abandoned:
             raise
@@ -115,9 +115,10 @@ class _Host:
             device=self._device,
             capacity=engine.capacity() if engine else None,
             load=engine.load() if engine else None,
+            transfer=engine.transfer() if engine else None,
         )
 
-    async def serve(self, add_service: AddService) -> None:
+    async def serve(self, add_services: AddServices) -> None:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
@@ -136,8 +137,8 @@ class _Host:
                 return
             self._engine = engine
             metrics.watch(engine, board, admission)
-            service = add_service(server, engine, admission, board, self._model, settings)
-            health_service = _add_standard_services(server, service, self.record)
+            names = add_services(server, engine, admission, board, self._model, settings)
+            health_service = _add_standard_services(server, names, _WorkerService(self.record, engine))
             await server.start()
             self._state = WorkerState.READY
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -215,22 +216,35 @@ class _Host:
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, record: Callable[[], WorkerRecord]) -> None:
+    def __init__(self, record: Callable[[], WorkerRecord], engine: Engine) -> None:
         self._record = record
+        self._engine = engine
 
     async def GetStatus(  # noqa: N802 - gRPC's name
-        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[object, object]
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> registry_pb2.WorkerRecord:
         return self._record()
 
+    async def ProbePath(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.ProbePathRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> TransferPath:
+        try:
+            if not request.peer.address:
+                raise InvalidRequestError(
+                    "peer.address: host:port of the peer's transfer agent is needed", param="peer"
+                )
+            return await self._engine.probe_path(request.worker_id, request.peer, request.transport)
+        except SlipstreamError as error:
+            await grpc_errors.abort(context, error)
+
 
 def _add_standard_services(
-    server: grpc.aio.Server, role_service: str, record: Callable[[], WorkerRecord]
+    server: grpc.aio.Server, role_services: tuple[str, ...], worker_service: _WorkerService
 ) -> health.aio.HealthServicer:
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(record), server)
-    names = (role_service, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
+    worker_pb2_grpc.add_WorkerServicer_to_server(worker_service, server)
+    names = (*role_services, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return health_service
 
