@@ -76,9 +76,9 @@ class QuantizedEngine:
         self.kv_dtype: torch.dtype = caches[0].dtype
         self._blocks = self._cached_blocks()
         views = block_views({str(layer): cache for layer, cache in caches.items()}, self._pool().num_gpu_blocks)
-        self._pieces = [[view[block] for view in views] for block in self._blocks]
-        self._originals = [[piece.clone() for piece in pieces] for pieces in self._pieces]
-        self.kv_bytes = sum(piece.numel() for pieces in self._pieces for piece in pieces)
+        self._pieces = [view[block] for block in self._blocks for view in views]
+        self._originals = [piece.clone() for piece in self._pieces]
+        self.kv_bytes = sum(piece.numel() for piece in self._pieces)
         # Quantizing runs where the product does it: on a thread beside the engine's.
         self._thread = ThreadPoolExecutor(1)
 
@@ -108,21 +108,21 @@ class QuantizedEngine:
 
     def restore(self) -> None:
         """Make the cache again what it was after the prompts were computed."""
-        for pieces, originals in zip(self._pieces, self._originals, strict=True):
-            for piece, original in zip(pieces, originals, strict=True):
-                piece.copy_(original)
+        for piece, original in zip(self._pieces, self._originals, strict=True):
+            piece.copy_(original)
 
     def quantize(self, codec: Codec) -> Quantizing:
-        """Encode and decode every cached block in place; the blocks of all layers are encoded together."""
+        """Encode and decode every cached block in place, layer by layer as the transfer agent does."""
         return self._thread.submit(self._quantize, codec).result()
 
     def _quantize(self, codec: Codec) -> Quantizing:
-        out = torch.empty(codec.encoded_bytes(self.kv_bytes // len(self._pieces)), dtype=torch.uint8)
+        wire = torch.empty(self.kv_bytes, dtype=torch.uint8)
         wire_bytes = 0
         encode_s = decode_s = 0.0
-        for pieces in self._pieces:
-            encode_s += _cpu_seconds(partial(codec.encode, pieces, out))
-            decode_s += _cpu_seconds(partial(codec.decode, out, pieces))
+        for piece in self._pieces:
+            out = wire[: codec.encoded_bytes(piece.numel())]
+            encode_s += _cpu_seconds(partial(codec.encode, [piece], out))
+            decode_s += _cpu_seconds(partial(codec.decode, out, [piece]))
             wire_bytes += out.numel()
         return Quantizing(self.kv_bytes, wire_bytes, encode_s, decode_s)
 

@@ -38,8 +38,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Codec(ABC):
     """One way to quantize, for KV caches of one dtype. Holds no state: any number of threads may use it.
 
-    Tensors of pieces, targets and encoded bytes are one-dimensional, of dtype uint8, on one device. Each piece and
-    target is a whole number of groups (`group_bytes`) and begins at a multiple of the dtype's size in its storage.
+    Tensors of pieces, targets and encoded bytes are one-dimensional, of dtype uint8. All pieces, or targets, of a
+    call are on one device, where the work is done; encoded bytes may be on another. Each piece and target is a whole
+    number of groups (`group_bytes`) and begins at a multiple of the dtype's size in its storage.
 
     Args:
         dtype: of the numbers in the KV cache: float32, bfloat16 or float16.
@@ -77,11 +78,15 @@ class Codec(ABC):
         encoded = self.encoded_bytes(total * self._element_bytes)
         if len(out) < encoded:
             raise TransferError(f"out: {len(out)} bytes, the encoded pieces need {encoded}", code="compression")
+        device = numbers[0].device if numbers else out.device
         with torch.inference_mode():  # each thread has its own
-            scratch = self._scratch(total, out.device)
-            for batch, peaks, codes in self._batches(numbers, out[: encoded - total], out[encoded - total : encoded]):
+            made = out[:encoded] if device == out.device else torch.empty(encoded, dtype=torch.uint8, device=device)
+            scratch = self._scratch(total, device)
+            for batch, peaks, codes in self._batches(numbers, made[: encoded - total], made[encoded - total :]):
                 found = self._encode_batch(batch, codes.view(torch.int8), scratch[:, : len(codes)])
                 peaks.copy_(found.to(self._dtype).view(torch.uint8))
+            if device != out.device:
+                out[:encoded].copy_(made)
         return encoded
 
     def decode(self, data: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
@@ -99,6 +104,7 @@ class Codec(ABC):
         if len(data) != encoded:
             raise TransferError(f"data: {len(data)} bytes, the targets need {encoded}", code="compression")
         with torch.inference_mode():
+            data = data.to(numbers[0].device) if numbers else data
             scratch = self._scratch(total, data.device)
             for batch, peaks, codes in self._batches(numbers, data[: encoded - total], data[encoded - total :]):
                 values = scratch[0, : len(codes)]
