@@ -24,20 +24,26 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
+from engine import host_id, path_probe
 from engine.protocol import PromptComputed, TokensGenerated
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
+from kv_transfer.accounts import FAILURES
+from kv_transfer.agent_start import read_endpoint
 from kv_transfer.board import Board, Counter
-from kv_transfer.scheduler_side import ACCOUNT, HANDOFF, RECEIVE, SEND
+from kv_transfer.scheduler_side import ACCOUNT, RECEIVE, SEND
 from slipstream import telemetry
 from slipstream.errors import ContextLengthError, EngineDeadError, InvalidRequestError, StartupError, UnavailableError
 from slipstream.settings import Settings
-from slipstream.v1.registry_pb2 import Capacity, Load
+from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
+from slipstream.v1.worker_pb2 import Handoff
 
 log = telemetry.get_logger(__name__)
 
 # An idle engine core needs about two seconds on a slow CPU; one that is killed leaves a semaphore and warnings behind.
 _ENGINE_END_S = 5.0
+# How long a prompt waits for a worker that should have blocks of it, before it is computed here after all.
+_SOURCE_PATIENCE_S = 2.0
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -139,9 +145,9 @@ class VllmEngine:
                     "board": str(self._board.path),
                     "owner_pid": os.getpid(),
                     "prefill": prefill,
-                    "mode": transfer.mode,
-                    "timeout_s": transfer.timeout_s,
-                    "lease_s": transfer.lease_s,
+                    "host_id": host_id.read(),
+                    "host": transfer.host or worker.host,
+                    "transfer": transfer.model_dump(),
                 },
             ),
             **optional,
@@ -149,10 +155,22 @@ class VllmEngine:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    async def prefill(self, request_id: str, token_ids: Sequence[int], lease: tuple[int, int]) -> PromptComputed:
+    async def prefill(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        lease: tuple[int, int],
+        *,
+        handoff_id: bytes,
+        source: Handoff | None,
+        cached_only: bool,
+    ) -> PromptComputed:
         """See `Engine.prefill`."""
         self._check_prompt(token_ids)
-        params = prefill_sampling({SEND: list(lease)})
+        wishes: dict[str, Any] = {SEND: [*lease, handoff_id, cached_only]}
+        if source is not None:
+            wishes[RECEIVE] = _receive(source, _SOURCE_PATIENCE_S)
+        params = prefill_sampling(wishes)
         transfer: dict[str, Any] = {}
         async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
             async for output in outputs:
@@ -161,16 +179,16 @@ class VllmEngine:
         computed = account.get("computed_tokens", 0)
         self._requests_total += 1
         self._tokens_total += computed
-        return PromptComputed(transfer.get(HANDOFF, b""), computed, account.get("cached_tokens", 0))
+        return PromptComputed(computed, account.get("cached_tokens", 0), account.get("received_tokens", 0))
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: bytes
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
     ) -> AsyncGenerator[TokensGenerated, None]:
         """See `Engine.decode`."""
         self._check_prompt(token_ids)
         self._check_ids("logit_bias", sampling.logit_bias)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
-        params = to_vllm(sampling, transfer={RECEIVE: handoff} if handoff else {})
+        params = to_vllm(sampling, transfer={RECEIVE: _receive(handoff, 0.0)} if handoff else {})
         self._requests_total += 1
         async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
             async for output in outputs:
@@ -239,8 +257,24 @@ class VllmEngine:
             requests_total=self._requests_total,
             tokens_total=self._tokens_total,
             handoffs_held=board.counter(Counter.HANDOFFS_HELD),
-            fallbacks_total=board.counter(Counter.TRANSFERS_FAILED) + board.counter(Counter.HANDOFFS_EXPIRED),
+            fallbacks_total=sum(board.counter(word) for cause, word in FAILURES.items() if cause != "cancelled")
+            + board.counter(Counter.FAILED_OTHER)
+            + board.counter(Counter.HANDOFFS_EXPIRED),
         )
+
+    def transfer(self) -> TransferEndpoint | None:
+        """See `Engine.transfer`."""
+        found = read_endpoint(self._board)
+        return (
+            TransferEndpoint(address=found.address, epoch=found.epoch, transports=found.transports) if found else None
+        )
+
+    async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
+        """See `Engine.probe_path`."""
+        own = read_endpoint(self._board)
+        if own is None:
+            raise EngineDeadError("the worker's engine is not running")
+        return await path_probe.ask(own.address, worker_id, peer, transport)
 
     @property
     def alive(self) -> bool:
@@ -269,6 +303,10 @@ def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:
     )
 
 
+def _receive(handoff: Handoff, patience_s: float) -> list[Any]:
+    return [handoff.id, handoff.sender.address, handoff.sender.epoch, patience_s]
+
+
 def _account(output: RequestOutput) -> RequestAccount:
     facts = (output.kv_transfer_params or {}).get(ACCOUNT, {})
     return RequestAccount(
@@ -277,6 +315,9 @@ def _account(output: RequestOutput) -> RequestAccount:
         decode_cached_tokens=facts.get("cached_tokens", 0),
         kv_blocks_moved=facts.get("blocks_moved", 0),
         kv_bytes_moved=facts.get("bytes_moved", 0),
+        kv_wire_bytes=facts.get("wire_bytes", 0),
+        kv_spans_resent=facts.get("resent", 0),
+        transfer_exposed_s=facts.get("exposed_s", 0.0),
         transfer_s=facts.get("transfer_s", 0.0),
         transport=facts.get("transport", ""),
         fallback=f"transfer_{facts['failure']}" if facts.get("failure") else "",

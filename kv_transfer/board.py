@@ -1,26 +1,19 @@
-"""The lease board: a page of shared memory on which two workers agree who may read which KV blocks.
+"""The lease board: a page of shared memory between a worker's engine and its service.
 
-A prefill worker has one board. Its engine, its service and the decode workers on the host map it. Every
-word has one writer, so no lock is needed; a word is 8 aligned bytes, which every 64-bit CPU writes whole. That
-words written later are not seen earlier is x86's memory order, which the reasoning below relies on.
+The service opens, renews and releases leases on it; the engine sees them in its next step, whatever it is doing, and
+writes down how they ended. Every word has one writer, so no lock is needed; a word is 8 aligned bytes, which every
+64-bit CPU writes whole.
 
 A lease is a slot and a nonce (random, its low three bits zero). Words of a slot, and who writes them:
 
-    held      engine   the nonce while the blocks are pinned; 0 before they may be reused
+    held      engine   the nonce while the blocks of a computed prompt are pinned
     outcome   engine   nonce | Outcome once the lease has ended
     released  service  the nonce when the owner gave it up
     deadline  service  CLOCK_MONOTONIC nanoseconds; the service renews it while its caller is there (the first
                        lease period counts from when the blocks are ready)
-    taken     decode   the nonce once decode has a copy that it checked
-    wanted    decode   which of the handoff's blocks it wants staged: first index << 32 | count
-    asked     decode   the nonce when decode cannot read memory directly and wants a staged copy
-    staged    engine   the nonce once the staged copy is complete
 
-Reading is safe like a seqlock: decode copies first and then looks whether `held` still is the nonce. The
-engine clears `held` before it gives blocks back, so a copy that passes cannot have been overwritten.
-
-The head of the board carries counters of the engine process, which its service exports as metrics, and the
-layout of the worker's KV memory, which decode workers need in order to read.
+The head of the board carries counters of the engine process, which its service exports as metrics, and the endpoint of
+the engine's transfer agent.
 """
 
 from __future__ import annotations
@@ -34,12 +27,12 @@ from pathlib import Path
 
 from slipstream.errors import StartupError, TransferError
 
-MAGIC = 0x31_44_52_42_50_4C_53  # "SLPBRD1"
-LAYOUT_BYTES = 256 * 1024
+MAGIC = 0x32_44_52_42_50_4C_53  # "SLPBRD2"
+ENDPOINT_BYTES = 4096
 PREFIX, SUFFIX, SEGMENT_SUFFIX = "slipstream-", ".board", ".kv"
 
-_HEAD_WORDS = 64
-_SLOT_WORDS = 8
+_HEAD_WORDS = 128
+_SLOT_WORDS = 4
 
 
 class Head(enum.IntEnum):
@@ -48,7 +41,7 @@ class Head(enum.IntEnum):
     MAGIC = 0
     EPOCH = 1
     SLOTS = 2
-    LAYOUT_LENGTH = 3  # bytes; 0 until the engine has published its layout
+    ENDPOINT_LENGTH = 3  # bytes; 0 until the engine has published where its transfer agent is
 
 
 class Counter(enum.IntEnum):
@@ -59,19 +52,33 @@ class Counter(enum.IntEnum):
     PROMPT_TOKENS_RECEIVED = 10
     BLOCKS_RECEIVED = 11
     BYTES_RECEIVED = 12
-    TRANSFER_NS = 13
-    TRANSFERS_DONE = 14
-    TRANSFERS_STAGED = 15
-    TRANSFERS_FAILED = 16
-    HANDOFFS_OPENED = 17
-    HANDOFFS_TAKEN = 18
-    HANDOFFS_RELEASED = 19
-    HANDOFFS_EXPIRED = 20
-    HANDOFFS_HELD = 32  # gauge
-    BLOCKS_TOTAL = 33  # gauge
-    BLOCKS_FREE = 34  # gauge
-    BLOCK_TOKENS = 35  # gauge
-    BLOCK_BYTES = 36  # gauge
+    WIRE_BYTES = 13
+    TRANSFER_NS = 14
+    EXPOSED_NS = 15
+    TRANSFERS_DONE = 16
+    SPANS_RESENT = 17
+    HANDOFFS_OPENED = 18
+    HANDOFFS_TAKEN = 19
+    HANDOFFS_RELEASED = 20
+    HANDOFFS_EXPIRED = 21
+    HANDOFFS_NOT_CACHED = 22
+    HANDOFFS_RESET = 23  # blocks taken away by a preemption while they were being sent
+    BYTES_SHM_DIRECT = 32
+    BYTES_SHM_STAGED = 33
+    BYTES_UCX = 34
+    BYTES_NIXL = 35
+    FAILED_WORKER_GONE = 40
+    FAILED_TIMEOUT = 41
+    FAILED_LEASE_ENDED = 42
+    FAILED_DIGEST = 43
+    FAILED_NO_PATH = 44
+    FAILED_CANCELLED = 45
+    FAILED_OTHER = 46
+    HANDOFFS_HELD = 64  # gauge
+    BLOCKS_TOTAL = 65  # gauge
+    BLOCKS_FREE = 66  # gauge
+    BLOCK_TOKENS = 67  # gauge
+    BLOCK_BYTES = 68  # gauge
 
 
 class Word(enum.IntEnum):
@@ -81,10 +88,6 @@ class Word(enum.IntEnum):
     OUTCOME = 1
     RELEASED = 2
     DEADLINE = 3
-    TAKEN = 4
-    ASKED = 5
-    STAGED = 6
-    WANTED = 7
 
 
 class Outcome(enum.IntEnum):
@@ -94,6 +97,7 @@ class Outcome(enum.IntEnum):
     RELEASED = 2
     EXPIRED = 3
     ABORTED = 4  # the request ended before there was anything to hold
+    NOT_CACHED = 5  # what was to be handed over was not in the prefix cache
 
 
 def new_nonce() -> int:
@@ -102,7 +106,7 @@ def new_nonce() -> int:
 
 
 class Board:
-    """A mapped board. Words are read and written through `get`/`put` and the slot methods."""
+    """A mapped board. Words are read and written through `get` and `put`."""
 
     def __init__(self, path: Path, view: mmap.mmap, lock_fd: int | None) -> None:
         self.path = path
@@ -128,7 +132,7 @@ class Board:
             raise StartupError(f"cannot create the lease board in {directory}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            size = _layout_offset(slots) + LAYOUT_BYTES
+            size = _endpoint_offset(slots) + ENDPOINT_BYTES
             os.posix_fallocate(fd, 0, size)  # or the first write to a full tmpfs would be a SIGBUS
             view = mmap.mmap(fd, size)
             words = memoryview(view).cast("Q")
@@ -157,7 +161,7 @@ class Board:
             raise TransferError(f"lease board {path.name} cannot be opened: {error}", code="worker_gone") from error
         words = memoryview(view).cast("Q")
         intact = len(words) >= _HEAD_WORDS and words[Head.MAGIC] == MAGIC
-        intact = intact and len(view) == _layout_offset(words[Head.SLOTS]) + LAYOUT_BYTES
+        intact = intact and len(view) == _endpoint_offset(words[Head.SLOTS]) + ENDPOINT_BYTES
         words.release()
         if not intact:
             view.close()
@@ -173,12 +177,13 @@ class Board:
             self._lock_fd = None
 
     def unlink(self) -> None:
-        """Remove the file and the staged copies that belong to it. Mapped views stay valid."""
+        """Remove the file and the landing areas that belong to it. Mapped views stay valid."""
         _remove(self.path)
 
-    def segment_path(self, slot: int) -> Path:
-        """Where the staged copy of a slot lies."""
-        return self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}-{slot}{SEGMENT_SUFFIX}")
+    @property
+    def stem(self) -> str:
+        """With which the names of files begin that belong to this worker, and end in `.kv`; removed with the board."""
+        return self.path.name.removesuffix(SUFFIX)
 
     # -- head ---------------------------------------------------------------------------------------------
 
@@ -192,17 +197,17 @@ class Board:
     def set_gauge(self, counter: Counter, value: int) -> None:
         self._words[counter] = value
 
-    def publish_layout(self, raw: bytes) -> None:
-        if len(raw) > LAYOUT_BYTES:
-            raise StartupError(f"KV layout takes {len(raw)} bytes, the board has room for {LAYOUT_BYTES}")
-        start = _layout_offset(self.slots)
+    def publish_endpoint(self, raw: bytes) -> None:
+        if len(raw) > ENDPOINT_BYTES:
+            raise StartupError(f"the endpoint takes {len(raw)} bytes, the board has room for {ENDPOINT_BYTES}")
+        start = _endpoint_offset(self.slots)
         self._mmap[start : start + len(raw)] = raw
-        self._words[Head.LAYOUT_LENGTH] = len(raw)
+        self._words[Head.ENDPOINT_LENGTH] = len(raw)
 
-    def layout(self) -> bytes:
-        """What `publish_layout` wrote; empty until then."""
-        start = _layout_offset(self.slots)
-        return bytes(self._mmap[start : start + self._words[Head.LAYOUT_LENGTH]])
+    def endpoint(self) -> bytes:
+        """What `publish_endpoint` wrote; empty until then."""
+        start = _endpoint_offset(self.slots)
+        return bytes(self._mmap[start : start + self._words[Head.ENDPOINT_LENGTH]])
 
     # -- slots --------------------------------------------------------------------------------------------
 
@@ -219,7 +224,7 @@ class Board:
 
 
 def remove_stale(directory: Path) -> list[str]:
-    """Remove boards, and staged copies, whose owner has died; returns the names of the boards.
+    """Remove boards, and landing areas, whose owner has died; returns the names of the boards.
 
     An owner holds a lock on its board, and the kernel drops the lock when it dies, however it dies.
     """
@@ -247,5 +252,5 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _layout_offset(slots: int) -> int:
+def _endpoint_offset(slots: int) -> int:
     return (_HEAD_WORDS + slots * _SLOT_WORDS) * 8

@@ -6,9 +6,9 @@ vLLM makes one instance in its scheduler and one in each worker. This class only
     board       path of the lease board, made by the worker's service
     owner_pid   that service; the engine ends itself when it is gone
     prefill     true on prefill workers
-    mode        shm transport: auto, direct or staged
-    timeout_s   longest a transfer may take
-    lease_s     how long blocks are held for a decode worker without a renewal
+    host_id     equal for workers that share memory
+    host        address the transfer agent listens on
+    transfer    the settings section `transfer`, as a dict
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
-from kv_transfer.board import Board
+from kv_transfer import agent_start as agents
+from kv_transfer import layout as layouts
+from kv_transfer.accounts import TransferReport
+from kv_transfer.board import Board, Counter
+from kv_transfer.kv_memory import KvMemory
+from kv_transfer.layout import Layout
 from kv_transfer.model_identity import weights_digest
-from kv_transfer.scheduler_side import Hold, Load, SchedulerSide, TransferReport
-from kv_transfer.worker_side import WorkerSide
+from kv_transfer.scheduler_side import SchedulerSide, Step
+from kv_transfer.worker_side import WorkerSide, regions_by_layer
 from slipstream.errors import StartupError
+from slipstream.settings import TransferSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,21 +57,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """Scheduler to worker, once a step."""
+    """Scheduler to worker, once a step; None once the worker has begun it."""
 
-    loads: list[Load] = field(default_factory=list)
-    holds: list[Hold] = field(default_factory=list)
+    step: Step | None
 
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
     """Worker to scheduler, once a step."""
 
+    started: dict[str, tuple[int, int]] = field(default_factory=dict)
     reports: dict[str, TransferReport] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         assert isinstance(other, StepReports)
-        return StepReports({**self.reports, **other.reports})
+        return StepReports({**self.started, **other.started}, {**self.reports, **other.reports})
 
 
 class SlipstreamConnector(KVConnectorBase_V1):
@@ -77,25 +83,18 @@ class SlipstreamConnector(KVConnectorBase_V1):
             raise StartupError("Slipstream's KV transfer runs with one GPU a worker: set tensor and pipeline size to 1")
         config = self._kv_transfer_config
         self._prefill = bool(config.get_from_extra_config("prefill", False))
-        board = Board.open(Path(config.get_from_extra_config("board", "")))
-        block_tokens = vllm_config.cache_config.block_size
+        self._board = Board.open(Path(config.get_from_extra_config("board", "")))
+        self._settings = TransferSettings(**config.get_from_extra_config("transfer", {}))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._blocks = kv_cache_config.num_blocks
+        self._facts = _facts(vllm_config)
+        self._step_reports: StepReports | None = None
         if role is KVConnectorRole.SCHEDULER:
             _belong_to(int(config.get_from_extra_config("owner_pid", 0)))
             self._scheduler = SchedulerSide(
-                board, block_tokens=block_tokens, lease_s=float(config.get_from_extra_config("lease_s", 30.0))
+                self._board, block_tokens=vllm_config.cache_config.block_size, lease_s=self._settings.lease_s
             )
-        else:
-            self._worker = WorkerSide(
-                board,
-                blocks=kv_cache_config.num_blocks,
-                block_tokens=block_tokens,
-                facts=_facts(vllm_config),
-                mode=config.get_from_extra_config("mode", "auto"),
-                timeout_s=float(config.get_from_extra_config("timeout_s", 10.0)),
-            )
-        self._step_reports: dict[str, TransferReport] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -113,18 +112,19 @@ class SlipstreamConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._sched.receivable_tokens(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if num_external_tokens > 0:
             self._sched.start_load(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        return StepMetadata(*self._sched.take_step(scheduler_output))
+        return StepMetadata(self._sched.take_step(scheduler_output))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, StepReports):
+            self._sched.take_started(meta.started)
             self._sched.take_reports(meta.reports)
         self._sched.release(connector_output.finished_sending or set())
 
@@ -134,7 +134,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         completed = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        return self._sched.finish(request, block_ids, completed=completed)
+        return self._sched.finish(request, completed=completed)
 
     # -- worker -------------------------------------------------------------------------------------------
 
@@ -144,40 +144,67 @@ class SlipstreamConnector(KVConnectorBase_V1):
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._work.register(kv_caches)
+        cache_config = self._vllm_config.cache_config
+        views = layouts.block_views(kv_caches, self._blocks)
+        memory = KvMemory(views, dtype=str(next(iter(kv_caches.values())).dtype).removeprefix("torch."))
+        self._facts["pieces"] = memory.piece_bytes
+        layout = Layout(layouts.fingerprint(self._facts), self._blocks, cache_config.block_size, memory.regions)
+        config = self._kv_transfer_config
+        agent = agents.start(
+            memory,
+            layout,
+            self._board,
+            self._settings,
+            host_id=config.get_from_extra_config("host_id", ""),
+            host=config.get_from_extra_config("host", "127.0.0.1"),
+        )
+        names = layouts.in_order(kv_caches)
+        self._worker = WorkerSide(
+            self._board,
+            agent,
+            memory,
+            regions=regions_by_layer(names, len(memory.regions)),
+            by_layer=memory.on_host,
+        )
+        self._board.set_gauge(Counter.BLOCK_TOKENS, layout.block_tokens)
+        self._board.set_gauge(Counter.BLOCK_BYTES, layout.block_bytes)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        # The first hook of a step with work in it: transfers run beside the forward pass instead of after it.
+        # The first hook of every step, before anything is written: what it takes away is fenced off here.
+        assert isinstance(kv_connector_metadata, StepMetadata)
         self._begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._begin(self._get_connector_metadata())
-
-    def _begin(self, metadata: KVConnectorMetadata) -> None:
+        metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
-        loads, holds = metadata.loads, metadata.holds
-        metadata.loads, metadata.holds = [], []  # both hooks see the same metadata; each job starts once
-        self._work.start(loads, holds)
+        self._begin(metadata)
+
+    def _begin(self, metadata: StepMetadata) -> None:
+        step, metadata.step = metadata.step, None  # both hooks see the same metadata; a step begins once
+        if step is not None:
+            self._work.begin(step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: requests run only once all their blocks are there."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: blocks are read from the KV cache itself."""
+        self._work.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing is being saved."""
+        if not self._work.by_layer:
+            torch.accelerator.synchronize()  # the step's kernels have only been queued
+        self._work.forward_done()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results = self._work.poll()
-        self._step_reports = results.reports
+        self._step_reports = StepReports(results.started, results.reports) if not results.empty else None
         return KVConnectorTransferResults(
             finished_sending=results.sent, finished_recving=results.received, failed_recving=results.failed
         )
 
     def build_connector_worker_meta(self) -> StepReports | None:
-        reports, self._step_reports = self._step_reports, {}
-        return StepReports(reports) if reports else None
+        reports, self._step_reports = self._step_reports, None
+        return reports
 
     def shutdown(self) -> None:
         if self._worker is not None:

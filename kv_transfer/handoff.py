@@ -1,4 +1,4 @@
-"""What the prefill side tells the decode side about one prompt, as bytes that the frontend carries unread."""
+"""What names one prompt's transfer, and what binds its bytes to it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ import xxhash
 
 from slipstream.errors import TransferError
 
-VERSION = 1
+ID_BYTES = 16
 
 
 class Handoff(msgspec.Struct, frozen=True, array_like=True):
-    """One prompt's KV blocks, ready to be read.
+    """Where a prompt's blocks come from.
 
     Attributes:
-        board: file name of the prefill worker's lease board (no folder: readers look in their own).
-        epoch: which start of the prefill worker; a restarted one has another.
-        slot, nonce: the lease; valid while the board's slot holds this nonce.
-        tokens: prompt tokens that the blocks cover, from the first one on.
-        digest: of those token ids, so that blocks are never used for another prompt.
-        block_ids: the prefill worker's blocks in prompt order; the last one may be partly filled.
+        id: random, made for one pair of calls; only who was told it can receive the blocks.
+        address: host:port of the sender's transfer agent.
+        epoch: of the sender's process; a restarted one has another, and is never taken for this one.
     """
 
-    version: int
-    board: str
+    id: bytes
+    address: str
     epoch: int
-    slot: int
-    nonce: int
-    tokens: int
-    digest: int
-    block_ids: list[int]
+
+
+def check(handoff: Handoff) -> Handoff:
+    """The same handoff, if it is well formed.
+
+    Raises:
+        TransferError: `bad_handoff`.
+    """
+    if len(handoff.id) != ID_BYTES or handoff.address.count(":") < 1:
+        raise TransferError(
+            f"a handoff id has {ID_BYTES} bytes and an address host:port, got {len(handoff.id)} bytes and "
+            f"{handoff.address!r}",
+            code="bad_handoff",
+        )
+    return handoff
 
 
 def digest_tokens(token_ids: Sequence[int]) -> int:
@@ -40,23 +47,18 @@ def digest_tokens(token_ids: Sequence[int]) -> int:
     return xxhash.xxh3_64_intdigest(array("I", token_ids).tobytes())
 
 
-def encode(handoff: Handoff) -> bytes:
-    return msgspec.msgpack.encode(handoff)
+class Seal:
+    """Digests of block bytes, bound to a handoff, the sender's incarnation and the place in the prompt.
 
-
-def decode(raw: bytes) -> Handoff:
-    """The handoff behind `raw`.
-
-    Raises:
-        TransferError: not a handoff, or of a version this build does not read.
+    xxh3 with a seed made of all four: the same bytes under another id, epoch, block or region have another digest.
+    It guards against mistakes and accidents of memory and network, not against a forger.
     """
-    try:
-        handoff = msgspec.msgpack.decode(raw, type=Handoff)
-    except msgspec.MsgspecError as error:
-        raise TransferError(f"handoff of {len(raw)} bytes is not readable: {error}", code="bad_handoff") from error
-    if handoff.version != VERSION:
-        raise TransferError(
-            f"handoff has version {handoff.version}, this worker reads {VERSION}: run one version on all workers",
-            code="bad_handoff",
-        )
-    return handoff
+
+    def __init__(self, handoff_id: bytes, epoch: int) -> None:
+        self._base = xxhash.xxh3_64_intdigest(handoff_id + epoch.to_bytes(8, "little"))
+
+    def digest(self, data: memoryview, block: int, region: int) -> int:
+        """Of one piece: the bytes of block `block` of the prompt in region `region`."""
+        # Odd multipliers (2**64 over the golden ratio; a prime of xxHash): neighbours get unrelated seeds.
+        place = block * 0x9E3779B97F4A7C15 + region * 0xC2B2AE3D27D4EB4F
+        return xxhash.xxh3_64_intdigest(data, (self._base + place) & 0xFFFF_FFFF_FFFF_FFFF)

@@ -8,12 +8,12 @@ ISA-specific packing): two workers can exchange blocks when their fingerprints a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from kv_transfer.memory import Copy
+from kv_transfer.transports.base import Run
 from slipstream.errors import StartupError, TransferError
 
 if TYPE_CHECKING:
@@ -29,21 +29,14 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """All of a worker's KV memory, as published on its board.
+    """All of a worker's KV memory, as its transfer agent tells it to peers.
 
     Attributes:
         fingerprint: equal when block contents can be exchanged.
-        pid: the process that owns the memory.
-        epoch: of that process's board; also stored at `probe_address`, so that a reader can see that `pid`
-            still is the process it means.
-        direct: whether the regions can be read with `process_vm_readv` (not where they are in GPU memory).
+        regions: their addresses are in the memory of the worker's process.
     """
 
     fingerprint: str
-    pid: int
-    epoch: int
-    probe_address: int
-    direct: bool
     blocks: int
     block_tokens: int
     regions: list[Region]
@@ -53,16 +46,16 @@ class Layout(msgspec.Struct, frozen=True):
         """Bytes of one block over all regions."""
         return sum(region.block_bytes for region in self.regions)
 
+    def run(self, region: int, block_id: int) -> Run:
+        """Where a block is in one region.
 
-def encode(layout: Layout) -> bytes:
-    return msgspec.msgpack.encode(layout)
-
-
-def decode(raw: bytes) -> Layout:
-    try:
-        return msgspec.msgpack.decode(raw, type=Layout)
-    except msgspec.MsgspecError as error:
-        raise TransferError(f"KV layout is not readable: {error}", code="bad_handoff") from error
+        Raises:
+            TransferError: `bad_message`: there is no such block.
+        """
+        if not 0 <= block_id < self.blocks:
+            raise TransferError(f"no such KV block: {block_id} of {self.blocks}", code="bad_message")
+        where = self.regions[region]
+        return Run(where.address + block_id * where.stride, where.block_bytes)
 
 
 def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torch.Tensor]:
@@ -72,7 +65,7 @@ def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torc
         StartupError: a cache has a shape in which blocks cannot be told apart, or a block has gaps.
     """
     views: list[torch.Tensor] = []
-    for name in sorted(kv_caches, key=_layer_order):
+    for name in in_order(kv_caches):
         cache = kv_caches[name]
         if cache.shape[0] == blocks:
             views.append(_bytes_of(name, cache))
@@ -111,24 +104,6 @@ def fingerprint(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def plan(source: Layout, target: Layout, pairs: Sequence[tuple[int, int]]) -> list[Copy]:
-    """The copies that bring blocks over: `pairs` are (source block, target block).
-
-    Raises:
-        TransferError: the layouts differ, or a block does not exist.
-    """
-    if source.fingerprint != target.fingerprint:
-        raise TransferError("the two workers' KV layouts differ (model, dtype, block size or CPU)", code="layout")
-    for source_block, target_block in pairs:
-        if not (0 <= source_block < source.blocks and 0 <= target_block < target.blocks):
-            raise TransferError(f"no such KV block: {source_block} to {target_block}", code="bad_handoff")
-    return [
-        Copy(a.address + s * a.stride, b.address + t * b.stride, a.block_bytes)
-        for a, b in zip(source.regions, target.regions, strict=True)
-        for s, t in pairs
-    ]
-
-
-def _layer_order(name: str) -> tuple[list[int], str]:
+def in_order(names: Iterable[str]) -> list[str]:
     """Layer names in numeric order: `model.layers.10.attn` after `model.layers.9.attn`."""
-    return [int(part) for part in name.split(".") if part.isdigit()], name
+    return sorted(names, key=lambda name: ([int(part) for part in name.split(".") if part.isdigit()], name))

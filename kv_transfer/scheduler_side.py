@@ -1,11 +1,11 @@
-"""The half of the connector that lives in vLLM's scheduler: decides what is received and held, and counts.
+"""The half of the connector that lives in vLLM's scheduler: decides what is received and sent, and counts.
 
-Decode: a request that brings a handoff waits (WAITING_FOR_REMOTE_KVS) while the blocks missing from the local
-prefix cache are received. The last prompt token is never received: decode computes it to sample the first
-token. A request asks once; after a failure, or a preemption, it computes its prompt here.
+A request that brings a handoff to receive waits, without blocks, until the sender has begun to compute it; then it gets
+blocks and waits for them to be filled (WAITING_FOR_REMOTE_KVS). The last prompt token is never received: it is computed
+here, to sample the first token. A request asks once; after a failure, or a preemption, it computes its prompt here.
 
-Prefill: when a request that brings a lease has finished its prompt, its blocks are pinned and described in a
-handoff, which leaves the engine with the request's last output.
+A request that brings a lease is sent while it is computed: each step says which blocks it finishes. When the prompt is
+complete its blocks are pinned until the receiver has them or the lease ends.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from kv_transfer import handoff as handoffs
+from kv_transfer.accounts import Accounts, TransferReport
 from kv_transfer.board import Board, Counter, Outcome, Word
-from kv_transfer.handoff import Handoff
+from kv_transfer.handoff import Handoff, digest_tokens
 from slipstream import telemetry
-from slipstream.errors import TransferError
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -29,20 +29,39 @@ if TYPE_CHECKING:
 log = telemetry.get_logger(__name__)
 
 # Keys of a request's `kv_transfer_params`, in and out.
-SEND = "slipstream_send"  # in, prefill: (slot, nonce) of the lease
-RECEIVE = "slipstream_receive"  # in, decode: the encoded handoff
-HANDOFF = "slipstream_handoff"  # out, prefill: the encoded handoff
-ACCOUNT = "slipstream_account"  # out, both: Account as a dict
+SEND = "slipstream_send"  # in: (slot, nonce, handoff id, cached only)
+RECEIVE = "slipstream_receive"  # in: (handoff id, address, epoch, patience_s)
+ACCOUNT = "slipstream_account"  # out: Account as a dict
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Blocks to receive: those of the handoff from index `first` on, into `targets`."""
+    """Blocks to receive: those of the prompt from index `first` on, into `targets`."""
 
     request_id: str
-    handoff: Handoff
     first: int
     targets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """What one step does to a prompt that is being sent.
+
+    Attributes:
+        begin: (tokens, digest) when this is the first step of it, or the first after a preemption.
+        block_ids: the prompt's block table, as far as it is known.
+        ready: blocks [0, ready) are there before the step; only with `begin`.
+        first, end: blocks that the step completes.
+        final: the step computes the last token of the prompt.
+    """
+
+    handoff_id: bytes
+    begin: tuple[int, int] | None
+    block_ids: list[int]
+    ready: int
+    first: int
+    end: int
+    final: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +69,57 @@ class Hold:
     """Blocks to keep until the lease ends, and in any case until `until_ns` (CLOCK_MONOTONIC)."""
 
     request_id: str
+    handoff_id: bytes
     slot: int
     nonce: int
-    block_ids: list[int]
     until_ns: int
 
 
 @dataclass(slots=True)
-class TransferReport:
-    """How one load went; `failure` is an error code, empty when it went well."""
+class Step:
+    """Decisions since the last step, for the worker side.
 
-    blocks: int = 0
-    bytes_moved: int = 0
-    seconds: float = 0.0
-    path: str = ""
-    failure: str = ""
+    Attributes:
+        tokens: that this step computes; 0: it has nothing to do but this.
+        resets: handoffs whose blocks may be overwritten by this step. ends: (handoff, why) that are over.
+        opens: handoffs to wait for. cancels: requests that are not waited for any more.
+    """
+
+    tokens: int = 0
+    resets: list[bytes] = field(default_factory=list)
+    ends: list[tuple[bytes, str]] = field(default_factory=list)
+    sends: list[Send] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
+    opens: list[tuple[str, Handoff]] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    cancels: list[str] = field(default_factory=list)
+
+
+class _Stage(Enum):
+    OPENED = "opened"
+    STARTED = "started"
+    LOADING = "loading"
+    OVER = "over"  # received, failed or never usable: the rest is computed here
 
 
 @dataclass(slots=True)
-class Account:
-    """What one request cost this engine, in prompt tokens and transfer."""
-
+class _Incoming:
+    stage: _Stage
     prompt_tokens: int
-    computed_tokens: int = 0
-    cached_tokens: int = 0
-    received_tokens: int = 0
-    report: TransferReport = field(default_factory=TransferReport)
+    until_s: float = 0.0  # give up waiting for the sender to begin; 0: never
+    tokens: int = 0
+    digest: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "computed_tokens": self.computed_tokens,
-            "cached_tokens": self.cached_tokens,
-            "received_tokens": self.received_tokens,
-            "blocks_moved": self.report.blocks,
-            "bytes_moved": self.report.bytes_moved,
-            "transfer_s": self.report.seconds,
-            "transport": self.report.path,
-            "failure": self.report.failure,
-        }
+
+@dataclass(slots=True)
+class _Outgoing:
+    handoff_id: bytes
+    slot: int
+    nonce: int
+    tokens: int
+    digest: int
+    begun: bool = False
+    published: int = 0  # blocks
 
 
 class SchedulerSide:
@@ -99,10 +130,10 @@ class SchedulerSide:
         self._block_tokens = block_tokens
         self._lease_s = lease_s
         self._pool: BlockPool | None = None
-        self._accounts: dict[str, Account] = {}
-        self._handoffs: dict[str, Handoff | None] = {}  # None: looked at, and not (or no longer) usable
-        self._loads: list[Load] = []
-        self._holds: list[Hold] = []
+        self._accounts = Accounts(board)
+        self._incoming: dict[str, _Incoming] = {}
+        self._outgoing: dict[str, _Outgoing] = {}
+        self._step = Step()
         self._held = 0
 
     def bind_pool(self, pool: BlockPool) -> None:
@@ -116,146 +147,176 @@ class SchedulerSide:
             self._board.set_gauge(Counter.BLOCKS_FREE, self._pool.get_num_free_blocks())
         self._board.set_gauge(Counter.HANDOFFS_HELD, self._held)
 
-    # -- decode -------------------------------------------------------------------------------------------
+    # -- receiving ----------------------------------------------------------------------------------------
 
-    def receivable_tokens(self, request: Request, local_tokens: int) -> int:
-        """Prompt tokens to receive beyond the `local_tokens` that the prefix cache has; 0: compute them here."""
-        handoff = self._handoff_of(request)
-        if handoff is None:
+    def receivable_tokens(self, request: Request, local_tokens: int) -> int | None:
+        """Prompt tokens to receive beyond the `local_tokens` of the prefix cache; 0: compute them; None: ask later."""
+        params = request.kv_transfer_params or {}
+        if SEND in params and not self._may_send(request, params[SEND], local_tokens):
+            return None
+        if RECEIVE not in params:
             return 0
-        # At least one prompt token has to be computed, to sample from.
-        return max(0, min(handoff.tokens, int(request.num_tokens) - 1) - local_tokens)
+        incoming = self._incoming.get(request.request_id)
+        if incoming is None:
+            incoming = self._incoming[request.request_id] = self._open(request, params[RECEIVE], local_tokens)
+        if incoming.stage is _Stage.OPENED:
+            if incoming.until_s and time.monotonic() > incoming.until_s:
+                self._give_up(request, incoming, "timeout")
+                return 0
+            return None
+        if incoming.stage is not _Stage.STARTED:
+            return 0
+        if digest_tokens((request.prompt_token_ids or [])[: incoming.tokens]) != incoming.digest:
+            self._give_up(request, incoming, "bad_handoff")
+            return 0
+        tokens = min(incoming.tokens, int(request.num_tokens) - 1) - local_tokens
+        if tokens <= 0:
+            self._drop(request.request_id, incoming)
+        return max(0, tokens)
+
+    def _open(self, request: Request, raw: Sequence[Any], local_tokens: int) -> _Incoming:
+        # At least one prompt token has to be computed, to sample from; is all the rest here?
+        if local_tokens >= int(request.num_tokens) - 1:
+            return _Incoming(_Stage.OVER, request.num_prompt_tokens)
+        handoff_id, address, epoch, patience_s = raw
+        self._step.opens.append((request.request_id, Handoff(bytes(handoff_id), address, epoch)))
+        until_s = time.monotonic() + patience_s if patience_s else 0.0
+        return _Incoming(_Stage.OPENED, request.num_prompt_tokens, until_s)
+
+    def _give_up(self, request: Request, incoming: _Incoming, code: str) -> None:
+        self._drop(request.request_id, incoming)
+        self._accounts.open(request.request_id, request.num_prompt_tokens)
+        self._accounts.book(request.request_id, TransferReport(failure=code))
+
+    def _drop(self, request_id: str, incoming: _Incoming) -> None:
+        incoming.stage = _Stage.OVER
+        self._step.cancels.append(request_id)
 
     def start_load(self, request: Request, block_ids: Sequence[int], tokens: int) -> None:
         """Receive `tokens` tokens that end the first `receivable` ones, into this request's blocks."""
-        handoff = self._handoffs.get(request.request_id)
-        if handoff is None:
+        incoming = self._incoming.get(request.request_id)
+        if incoming is None or incoming.stage is not _Stage.STARTED:
             return
-        self._handoffs[request.request_id] = None  # once only
-        last = min(handoff.tokens, request.num_tokens - 1)
+        incoming.stage = _Stage.LOADING
+        last = min(incoming.tokens, request.num_tokens - 1)
         first = (last - tokens) // self._block_tokens
-        count = -(-last // self._block_tokens) - first
-        self._loads.append(Load(request.request_id, handoff, first, list(block_ids[first : first + count])))
-        account = self._account_of(request.request_id, request.num_prompt_tokens)
-        account.received_tokens = tokens
+        end = -(-last // self._block_tokens)
+        self._step.loads.append(Load(request.request_id, first, list(block_ids[first:end])))
+        self._accounts.expect(request.request_id, request.num_prompt_tokens, tokens)
 
-    def _handoff_of(self, request: Request) -> Handoff | None:
-        request_id = request.request_id
-        if request_id in self._handoffs:
-            return self._handoffs[request_id]
-        params = request.kv_transfer_params or {}
-        raw = params.get(RECEIVE)
-        if raw is None:
-            return None
-        handoff: Handoff | None = None
-        try:
-            handoff = handoffs.decode(raw)
-            prompt = request.prompt_token_ids or []
-            if handoffs.digest_tokens(prompt[: handoff.tokens]) != handoff.digest:
-                raise TransferError("handoff was made for another prompt", code="bad_handoff")
-        except TransferError as error:
-            handoff = None
-            self._failed(request_id, request.num_prompt_tokens, error.code)
-            log.warning("handoff_refused", request_id=request_id, code=error.code, error=error.message)
-        self._handoffs[request_id] = handoff
-        return handoff
-
-    def _failed(self, request_id: str, prompt_tokens: int, code: str) -> None:
-        self._account_of(request_id, prompt_tokens).report = TransferReport(failure=code)
-        self._board.add(Counter.TRANSFERS_FAILED)
+    def take_started(self, started: dict[str, tuple[int, int]]) -> None:
+        """Senders have begun to compute these."""
+        for request_id, (tokens, digest) in started.items():
+            incoming = self._incoming.get(request_id)
+            if incoming is not None and incoming.stage is _Stage.OPENED:
+                incoming.stage, incoming.tokens, incoming.digest = _Stage.STARTED, tokens, digest
 
     def take_reports(self, reports: dict[str, TransferReport]) -> None:
-        """Book finished transfers; called before the scheduler acts on them."""
-        board = self._board
+        """Transfers have ended; called before the scheduler acts on them."""
         for request_id, report in reports.items():
-            account = self._accounts.get(request_id)
-            if account is not None:
-                account.report = report
-            if report.failure:
-                board.add(Counter.TRANSFERS_FAILED)
-                if account is not None:
-                    account.received_tokens = 0
-                log.warning("transfer_failed", request_id=request_id, code=report.failure)
-                continue
-            board.add(Counter.TRANSFERS_DONE)
-            board.add(Counter.BLOCKS_RECEIVED, report.blocks)
-            board.add(Counter.BYTES_RECEIVED, report.bytes_moved)
-            board.add(Counter.TRANSFER_NS, int(report.seconds * 1e9))
-            if account is not None:
-                board.add(Counter.PROMPT_TOKENS_RECEIVED, account.received_tokens)
-            if report.path.endswith("staged"):
-                board.add(Counter.TRANSFERS_STAGED)
+            incoming = self._incoming.get(request_id)
+            if incoming is not None:
+                if incoming.stage is _Stage.OVER:
+                    continue  # given up here already, and counted
+                incoming.stage = _Stage.OVER
+                self._accounts.open(request_id, incoming.prompt_tokens)
+            self._accounts.book(request_id, report)
+
+    # -- sending ------------------------------------------------------------------------------------------
+
+    def _may_send(self, request: Request, raw: Sequence[Any], local_tokens: int) -> bool:
+        """Note the request's lease. False when it asks for what the prefix cache has, and that is not enough."""
+        outgoing = self._outgoing.get(request.request_id)
+        if outgoing is None:
+            slot, nonce, handoff_id, cached_only = raw
+            prompt = request.prompt_token_ids or []
+            tokens = len(prompt) - 1 if cached_only else len(prompt)
+            outgoing = _Outgoing(bytes(handoff_id), int(slot), int(nonce), tokens, digest_tokens(prompt[:tokens]))
+            self._outgoing[request.request_id] = outgoing
+            if cached_only and local_tokens < tokens:
+                self._board.put(outgoing.slot, Word.OUTCOME, outgoing.nonce | Outcome.NOT_CACHED)
+                self._board.add(Counter.HANDOFFS_NOT_CACHED)
+                self._step.ends.append((outgoing.handoff_id, "not_cached"))
+        return self._board.outcome(outgoing.slot, outgoing.nonce) is not Outcome.NOT_CACHED
+
+    def _plan_send(self, outgoing: _Outgoing, block_ids: list[int], computed: int, scheduled: int) -> Send:
+        """What this step finishes of a prompt of which `computed` tokens are there before it."""
+        begin = None
+        ready = 0
+        if not outgoing.begun:
+            outgoing.begun = True
+            self._board.add(Counter.HANDOFFS_OPENED)
+            begin = (outgoing.tokens, outgoing.digest)
+            ready = outgoing.published = computed // self._block_tokens
+        after = computed + scheduled
+        final = after >= outgoing.tokens
+        end = -(-outgoing.tokens // self._block_tokens) if final else after // self._block_tokens
+        first, outgoing.published = outgoing.published, max(end, outgoing.published)
+        return Send(outgoing.handoff_id, begin, block_ids, ready, first, end, final)
 
     # -- every step ---------------------------------------------------------------------------------------
 
-    def take_step(self, output: SchedulerOutput) -> tuple[list[Load], list[Hold]]:
-        """Count the prompt tokens of this step; hand over the loads and holds decided since the last one."""
+    def take_step(self, output: SchedulerOutput) -> Step:
+        """Count the prompt tokens of this step; hand over what was decided since the last one."""
+        for request_id in output.preempted_req_ids or ():
+            outgoing = self._outgoing.get(request_id)
+            if outgoing is not None and outgoing.begun:
+                outgoing.begun = False
+                self._board.add(Counter.HANDOFFS_RESET)
+                self._step.resets.append(outgoing.handoff_id)
         for new in output.scheduled_new_reqs:
-            prompt_tokens = len(new.prompt_token_ids or ())
-            account = self._account_of(new.req_id, prompt_tokens)
-            account.cached_tokens = max(0, new.num_computed_tokens - account.received_tokens)
-            self._board.add(Counter.PROMPT_TOKENS_CACHED, account.cached_tokens)
-            self._count(account, new.num_computed_tokens, output.num_scheduled_tokens[new.req_id])
+            scheduled = output.num_scheduled_tokens[new.req_id]
+            self._accounts.first_step(new.req_id, len(new.prompt_token_ids or ()), new.num_computed_tokens, scheduled)
+            self._send(output, new.req_id, new.num_computed_tokens, scheduled)
         cached = output.scheduled_cached_reqs
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            known = self._accounts.get(request_id)
-            if known is not None and computed < known.prompt_tokens:
-                self._count(known, computed, output.num_scheduled_tokens[request_id])
+            scheduled = output.num_scheduled_tokens[request_id]
+            self._accounts.next_step(request_id, computed, scheduled)
+            self._send(output, request_id, computed, scheduled)
         self.publish_gauges()
-        loads, holds = self._loads, self._holds
-        self._loads, self._holds = [], []
-        return loads, holds
+        step, self._step = self._step, Step()
+        step.tokens = output.total_num_scheduled_tokens
+        return step
 
-    def _count(self, account: Account, computed: int, scheduled: int) -> None:
-        tokens = min(account.prompt_tokens, computed + scheduled) - computed
-        account.computed_tokens += tokens
-        self._board.add(Counter.PROMPT_TOKENS_COMPUTED, tokens)
-
-    def _account_of(self, request_id: str, prompt_tokens: int) -> Account:
-        account = self._accounts.get(request_id)
-        if account is None:
-            account = self._accounts[request_id] = Account(prompt_tokens)
-        return account
+    def _send(self, output: SchedulerOutput, request_id: str, computed: int, scheduled: int) -> None:
+        outgoing = self._outgoing.get(request_id)
+        if outgoing is None or (outgoing.begun and computed >= outgoing.tokens):
+            return
+        tables = output.kv_connector_block_state
+        table = tables.get_block_ids(request_id) if tables is not None else None
+        if table is not None:
+            self._step.sends.append(self._plan_send(outgoing, list(table[0]), computed, scheduled))
 
     # -- the end of a request -----------------------------------------------------------------------------
 
-    def finish(self, request: Request, block_ids: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request. True pins its blocks: they are held for a decode worker.
+    def finish(self, request: Request, *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request. True pins its blocks: they are held for the receiver.
 
         Args:
             completed: it ran to its end; False when it was aborted or failed.
         """
         request_id = request.request_id
-        self._handoffs.pop(request_id, None)
-        # A load decided in this very step, for a request that ended before the step ran, is still handed to the
-        # worker: the scheduler waits for its report before it frees the blocks.
-        account = self._accounts.pop(request_id, None)
-        out: dict[str, Any] = {ACCOUNT: account.to_dict()} if account is not None else {}
-        lease = (request.kv_transfer_params or {}).get(SEND)
-        if lease is None:
-            return False, out or None
-        slot, nonce = int(lease[0]), int(lease[1])
+        incoming = self._incoming.pop(request_id, None)
+        if incoming is not None and incoming.stage is not _Stage.OVER:
+            # A load that is under way is still reported, once: the scheduler frees the blocks when it is.
+            self._step.cancels.append(request_id)
+        account = self._accounts.close(request_id)
+        out = {ACCOUNT: account} if account is not None else None
+        outgoing = self._outgoing.pop(request_id, None)
+        raw = (request.kv_transfer_params or {}).get(SEND)
+        if raw is None:
+            return False, out
+        slot, nonce = int(raw[0]), int(raw[1])
         board = self._board
-        if not completed or board.get(slot, Word.RELEASED) == nonce:
-            board.put(slot, Word.OUTCOME, nonce | Outcome.ABORTED)
-            return False, out or None
-        out[HANDOFF] = handoffs.encode(
-            Handoff(
-                version=handoffs.VERSION,
-                board=board.path.name,
-                epoch=board.epoch,
-                slot=slot,
-                nonce=nonce,
-                tokens=request.num_prompt_tokens,
-                digest=handoffs.digest_tokens(request.prompt_token_ids or []),
-                block_ids=block_ids,
-            )
-        )
+        if outgoing is None or not completed or board.get(slot, Word.RELEASED) == nonce:
+            if board.outcome(slot, nonce) is None:
+                board.put(slot, Word.OUTCOME, nonce | Outcome.ABORTED)
+            self._step.ends.append((bytes(raw[2]), "lease_ended"))
+            return False, out
         board.put(slot, Word.HELD, nonce)
-        board.add(Counter.HANDOFFS_OPENED)
         self._held += 1
         until_ns = time.monotonic_ns() + int(self._lease_s * 1e9)
-        self._holds.append(Hold(request_id, slot, nonce, block_ids, until_ns))
+        self._step.holds.append(Hold(request_id, outgoing.handoff_id, slot, nonce, until_ns))
         return True, out
 
     def release(self, request_ids: set[str]) -> None:

@@ -1,36 +1,32 @@
-"""The half of the connector that lives in vLLM's worker: runs the transfers and watches the leases.
+"""The half of the connector that lives in vLLM's worker: tells the agent what each step does, and watches leases.
 
-Every engine step passes through here, also empty ones; while something is outstanding vLLM keeps stepping with
-pauses of a millisecond. Received blocks are copied on a few transfer threads, so a step never waits for them; only the
-staging of a copy for a decode worker that cannot read memory directly happens in the step itself.
+Every engine step passes through here, also empty ones; while something is outstanding vLLM keeps stepping. In an empty
+step this waits a moment for news from the agent, so that an engine that only waits uses little of its core.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kv_transfer import layout as layouts
+from kv_transfer.accounts import TransferReport
+from kv_transfer.agent import TransferAgent
 from kv_transfer.board import Board, Counter, Outcome, Word
-from kv_transfer.layout import Layout
-from kv_transfer.memory import allow_readers
-from kv_transfer.scheduler_side import Hold, Load, TransferReport
-from kv_transfer.shm import Mode, Receiver, Stager
+from kv_transfer.exchange import Received, Started, Taken
+from kv_transfer.extents import Extent
+from kv_transfer.inbound import Want
+from kv_transfer.scheduler_side import Hold, Send, Step
 from slipstream import telemetry
-from slipstream.errors import TransferError
 
 if TYPE_CHECKING:
-    import torch
+    from kv_transfer.kv_memory import KvMemory
 
 log = telemetry.get_logger(__name__)
 
-# More than one, so that a transfer that waits for a slow peer does not hold up the others.
-_TRANSFER_THREADS = 4
+# How long an empty step waits for news: what a new request may wait for the engine, beside its prompt's computation.
+_EMPTY_STEP_S = 0.004
 _COUNTERS = {
     Outcome.TAKEN: Counter.HANDOFFS_TAKEN,
     Outcome.RELEASED: Counter.HANDOFFS_RELEASED,
@@ -40,151 +36,189 @@ _COUNTERS = {
 
 @dataclass(slots=True)
 class Results:
-    """What has ended since the last step, by request id."""
+    """What has happened since the last step, by request id.
+
+    Attributes:
+        started: (tokens, digest) of handoffs that senders have begun to compute.
+        reports: of transfers that have ended; those that had blocks are in `received` too.
+    """
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    started: dict[str, tuple[int, int]] = field(default_factory=dict)
     reports: dict[str, TransferReport] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.sent or self.received or self.started or self.reports)
 
 
 class WorkerSide:
     """The transfers and leases of one engine.
 
     Args:
-        facts: what must agree between two workers for their blocks to be exchangeable, beside the shapes.
+        regions: of each layer by name: (first region, end).
+        by_layer: whether a layer's blocks are in memory when its hook is called; else all are published after the step.
     """
 
     def __init__(
         self,
         board: Board,
+        agent: TransferAgent,
+        memory: KvMemory,
         *,
-        blocks: int,
-        block_tokens: int,
-        facts: Mapping[str, object],
-        mode: Mode,
-        timeout_s: float,
+        regions: Mapping[str, tuple[int, int]],
+        by_layer: bool,
     ) -> None:
         self._board = board
-        self._blocks = blocks
-        self._block_tokens = block_tokens
-        self._facts = dict(facts)
-        self._mode: Mode = mode
-        self._timeout_s = timeout_s
-        self._probe = ctypes.c_uint64(board.epoch)  # read by decode workers: see Layout.probe_address
-        self._threads = ThreadPoolExecutor(_TRANSFER_THREADS, thread_name_prefix="kv-transfer")
-        self._receiver: Receiver | None = None
-        self._stager: Stager | None = None
-        self._loading: dict[str, Future[TransferReport]] = {}
+        self._agent = agent
+        self._memory = memory
+        self._regions = regions
+        self._all_regions = len(memory.regions)
+        self.by_layer = by_layer
+        self._opened: set[str] = set()
+        self._loading: set[str] = set()
+        self._unstarted: list[str] = []  # loads of handoffs that had failed before
         self._holding: dict[str, Hold] = {}
-        self._staging: dict[str, Future[bool]] = {}
+        self._taken: dict[bytes, str] = {}
+        self._sending: list[Send] = []
+        self._tokens = 0
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Learn where the KV memory is, and publish it to the workers of this host."""
-        views = layouts.block_views(kv_caches, self._blocks)
-        self._facts["views"] = [view.shape[1] for view in views]
-        layout = Layout(
-            fingerprint=layouts.fingerprint(self._facts),
-            pid=os.getpid(),
-            epoch=self._board.epoch,
-            probe_address=ctypes.addressof(self._probe),
-            direct=all(view.device.type == "cpu" for view in views),
-            blocks=self._blocks,
-            block_tokens=self._block_tokens,
-            regions=layouts.regions_of(views),
-        )
-        allow_readers()
-        self._receiver = Receiver(self._board.path.parent, layout, views, mode=self._mode, timeout_s=self._timeout_s)
-        self._stager = Stager(self._board, views)
-        self._board.set_gauge(Counter.BLOCK_TOKENS, self._block_tokens)
-        self._board.set_gauge(Counter.BLOCK_BYTES, layout.block_bytes)
-        self._board.publish_layout(layouts.encode(layout))
+    # -- a step, in order ---------------------------------------------------------------------------------
 
-    def start(self, loads: list[Load], holds: list[Hold]) -> None:
-        """Begin these transfers, and watch these leases from now on."""
-        for load in loads:
-            self._loading[load.request_id] = self._threads.submit(self._load, load)
-        for hold in holds:
+    def begin(self, step: Step) -> None:
+        """Before the forward pass: nothing that this step overwrites may be sent any more."""
+        agent = self._agent
+        agent.reset(step.resets)
+        for handoff_id, why in step.ends:
+            self._taken.pop(handoff_id, None)
+            agent.end(handoff_id, why, "the sender has given the prompt up")
+        for send in step.sends:
+            if send.begin is not None:
+                agent.begin(send.handoff_id, *send.begin)
+                self._publish(send, 0, send.ready, 0, self._all_regions)
+        self._sending = step.sends
+        self._tokens = step.tokens
+        for request_id, handoff in step.opens:
+            self._opened.add(request_id)
+            agent.open(request_id, handoff)
+        for load in step.loads:
+            if load.request_id in self._opened:
+                self._loading.add(load.request_id)
+                agent.receive(load.request_id, Want(load.first, load.targets))
+            else:
+                self._unstarted.append(load.request_id)
+        for request_id in step.cancels:
+            if request_id in self._opened:
+                agent.cancel(request_id)
+        for hold in step.holds:
             self._holding[hold.request_id] = hold
 
+    def layer_done(self, layer: str) -> None:
+        """This layer's KV of all tokens of the step is in memory."""
+        if self._sending and self.by_layer:
+            region, region_end = self._regions[layer]
+            for send in self._sending:
+                self._publish(send, send.first, send.end, region, region_end)
+
+    def forward_done(self) -> None:
+        """After the forward pass."""
+        for send in self._sending:
+            if not self.by_layer:
+                self._publish(send, send.first, send.end, 0, self._all_regions)
+            if send.final:
+                self._agent.computed(send.handoff_id)
+        self._sending = []
+
+    def _publish(self, send: Send, first: int, end: int, region: int, region_end: int) -> None:
+        extent = Extent(first, end, region, region_end)
+        if extent.pieces:
+            self._agent.publish(send.handoff_id, send.block_ids, extent)
+
     def poll(self) -> Results:
-        """What has ended; never waits."""
+        """What has happened; an empty step waits a moment for it."""
+        results = self._look()
+        outstanding = self._opened or self._holding
+        if results.empty and outstanding and self._tokens == 0:
+            self._agent.news.wait(_EMPTY_STEP_S)
+            results = self._look()
+        return results
+
+    def _look(self) -> Results:
         results = Results()
-        for request_id in [rid for rid, future in self._loading.items() if future.done()]:
-            report = self._loading.pop(request_id).result()
-            results.reports[request_id] = report
+        for event in self._agent.take_events():
+            match event:
+                case Started(request_id, tokens, digest):
+                    results.started[request_id] = (tokens, digest)
+                case Received():
+                    self._ended(event, results)
+                case Taken(handoff_id, refused):
+                    self._taken[handoff_id] = refused
+        for request_id in self._unstarted:
             results.received.add(request_id)
-            if report.failure:
+            results.failed.add(request_id)
+        self._unstarted.clear()
+        self._end_holds(results)
+        return results
+
+    def _ended(self, event: Received, results: Results) -> None:
+        request_id, tally = event.request_id, event.tally
+        self._opened.discard(request_id)
+        results.reports[request_id] = TransferReport(
+            blocks=tally.blocks,
+            bytes_moved=tally.blocks * self._memory.block_bytes,
+            wire_bytes=tally.wire_bytes,
+            seconds=tally.busy_s,
+            exposed_s=tally.exposed_s,
+            resent=tally.again,
+            path=tally.way,
+            failure=event.error.code if event.error is not None else "",
+        )
+        if request_id in self._loading:
+            self._loading.discard(request_id)
+            results.received.add(request_id)
+            if event.error is not None:
                 results.failed.add(request_id)
+
+    # -- leases -------------------------------------------------------------------------------------------
+
+    def _end_holds(self, results: Results) -> None:
         now_ns = time.monotonic_ns()
         for request_id, hold in list(self._holding.items()):
             outcome = self._outcome(hold, now_ns)
-            if outcome is not None and self._is_staged(request_id):
-                self._end(hold, outcome)
+            if outcome is not None:
                 del self._holding[request_id]
+                self._end(hold, outcome)
                 results.sent.add(request_id)
-        return results
-
-    def _is_staged(self, request_id: str) -> bool:
-        """No thread is reading this request's blocks (any more)."""
-        staging = self._staging.get(request_id)
-        if staging is not None and not staging.done():
-            return False
-        self._staging.pop(request_id, None)
-        return True
-
-    def shutdown(self) -> None:
-        """Stop the transfer threads; a running copy ends first, waiting ones are dropped."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        if self._receiver is not None:
-            self._receiver.close()
-
-    def _load(self, load: Load) -> TransferReport:
-        assert self._receiver is not None, "register() comes before the first step"
-        try:
-            received = self._receiver.receive(load.handoff, load.first, load.targets)
-        except TransferError as error:
-            log.warning("transfer_error", request_id=load.request_id, code=error.code, error=error.message)
-            return TransferReport(failure=error.code)
-        except Exception:  # an unforeseen failure must still end the wait: the prompt is computed here
-            log.exception("transfer_crashed", request_id=load.request_id)
-            return TransferReport(failure="internal_error")
-        return TransferReport(received.blocks, received.bytes_moved, received.seconds, received.path)
 
     def _outcome(self, hold: Hold, now_ns: int) -> Outcome | None:
-        board, slot, nonce = self._board, hold.slot, hold.nonce
-        if board.get(slot, Word.TAKEN) == nonce:
-            return Outcome.TAKEN
-        if board.get(slot, Word.RELEASED) == nonce:
+        board = self._board
+        refused = self._taken.get(hold.handoff_id)
+        if refused is not None:
+            return Outcome.RELEASED if refused else Outcome.TAKEN
+        if board.get(hold.slot, Word.RELEASED) == hold.nonce:
             return Outcome.RELEASED
-        if now_ns > max(hold.until_ns, board.get(slot, Word.DEADLINE)):
+        if now_ns > max(hold.until_ns, board.get(hold.slot, Word.DEADLINE)):
             log.warning("lease_expired", request_id=hold.request_id)
             return Outcome.EXPIRED
-        return self._stage_if_asked(hold)
-
-    def _stage_if_asked(self, hold: Hold) -> Outcome | None:
-        """Copy in a transfer thread: a step of the engine does not wait for it."""
-        assert self._stager is not None
-        staging = self._staging.get(hold.request_id)
-        if staging is None:
-            if self._board.get(hold.slot, Word.ASKED) == hold.nonce:
-                self._staging[hold.request_id] = self._threads.submit(self._stage, hold, self._stager)
-        elif staging.done() and not staging.result():
-            log.warning("staging_failed", request_id=hold.request_id, remedy="is /dev/shm full?")
-            return Outcome.RELEASED
         return None
-
-    def _stage(self, hold: Hold, stager: Stager) -> bool:
-        try:
-            return stager.serve(hold.slot, hold.nonce, hold.block_ids)
-        except Exception:  # an unforeseen failure must still end the lease: decode computes the prompt
-            log.exception("staging_crashed", request_id=hold.request_id)
-            return False
 
     def _end(self, hold: Hold, outcome: Outcome) -> None:
         board = self._board
-        board.put(hold.slot, Word.HELD, 0)  # before the blocks can be reused: readers look at this last
-        if board.get(hold.slot, Word.ASKED) == hold.nonce and self._stager is not None:
-            self._stager.drop(hold.slot)
+        self._taken.pop(hold.handoff_id, None)
+        self._agent.end(hold.handoff_id, "lease_ended", f"the lease on the blocks has ended: {outcome.name.lower()}")
+        board.put(hold.slot, Word.HELD, 0)
         board.put(hold.slot, Word.OUTCOME, hold.nonce | outcome)
         board.add(_COUNTERS[outcome])
+
+    def shutdown(self) -> None:
+        """End all transfers."""
+        self._agent.stop()
+
+
+def regions_by_layer(names: Iterable[str], regions: int) -> dict[str, tuple[int, int]]:
+    """Which regions each layer has: one, or two where K and V are apart; `names` in the order of `block_views`."""
+    ordered = list(names)
+    each = regions // max(1, len(ordered))
+    return {name: (number * each, (number + 1) * each) for number, name in enumerate(ordered)}

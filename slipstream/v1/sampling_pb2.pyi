@@ -267,6 +267,9 @@ class RequestAccount(_message.Message):
     FALLBACK_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
+    TRANSFER_EXPOSED_S_FIELD_NUMBER: _builtins.int
+    KV_WIRE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_SPANS_RESENT_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty when decode computed the prompt alone"""
     decode_worker: _builtins.str
@@ -282,11 +285,11 @@ class RequestAccount(_message.Message):
     kv_blocks_moved: _builtins.int
     kv_bytes_moved: _builtins.int
     transfer_s: _builtins.float
-    """from the start of the first copy to the last verified byte"""
+    """spent in digesting, sending, copying and checking, both sides together"""
     prefill_s: _builtins.float
-    """from dispatch to the prefill worker's handoff"""
+    """from dispatch to the last computed token of the prompt"""
     transport: _builtins.str
-    """"shm/direct", "shm/staged"; empty when nothing moved"""
+    """"shm/direct", "ucx/tcp/eth0"...; empty when nothing moved"""
     fallback: _builtins.str
     """why the slow road was taken; empty when it was not"""
     attempts: _builtins.int
@@ -295,6 +298,12 @@ class RequestAccount(_message.Message):
     """The answer ended before the decode worker told its part (a stop string ended it): the decode, KV and transfer
     figures are unknown, not 0.
     """
+    transfer_exposed_s: _builtins.float
+    """from the last computed token of the prompt to the last verified block"""
+    kv_wire_bytes: _builtins.int
+    """that travelled: less than kv_bytes_moved when compressed"""
+    kv_spans_resent: _builtins.int
+    """that did not fit their digest"""
     def __init__(
         self,
         *,
@@ -313,10 +322,13 @@ class RequestAccount(_message.Message):
         fallback: _builtins.str = ...,
         attempts: _builtins.int = ...,
         partial: _builtins.bool = ...,
+        transfer_exposed_s: _builtins.float = ...,
+        kv_wire_bytes: _builtins.int = ...,
+        kv_spans_resent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "partial", b"partial", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "kv_spans_resent", b"kv_spans_resent", "kv_wire_bytes", b"kv_wire_bytes", "partial", b"partial", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,324 @@
+"""What the transfer agent does inside its event loop: all handoffs, in both directions, and the connections they use.
+
+`TransferAgent` hands the engine's wishes over to the methods under "the engine"; connections from receivers come in
+through `converse`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kv_transfer import receiver_link, wire
+from kv_transfer.channel import channel
+from kv_transfer.extents import Extent
+from kv_transfer.handoff import Handoff, check
+from kv_transfer.inbound import Inbound, Tally, Want
+from kv_transfer.kv_memory import KvMemory, SendBuffer
+from kv_transfer.outbound import Fence, Outbound, Receiver
+from kv_transfer.path_probe import ProbeMemory
+from kv_transfer.sender_link import SenderLink, Terms
+from kv_transfer.ways import Transports
+from slipstream import telemetry
+from slipstream.errors import TransferError
+
+log = telemetry.get_logger(__name__)
+
+T = TypeVar("T")
+
+_IDLE_LINK_S = 600.0
+_PROBE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sender has begun to compute: its prompt has `tokens` tokens with this digest."""
+
+    request_id: str
+    tokens: int
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A handoff has ended here; `error` is None when all blocks have come."""
+
+    request_id: str
+    tally: Tally
+    error: TransferError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A receiver has a checked copy of all it wanted of this handoff, or (`refused`) does not want it any more."""
+
+    handoff_id: bytes
+    refused: str = ""
+
+
+Event = Started | Received | Taken
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times and sizes; `slipstream.settings.TransferSettings` has the same names.
+
+    Attributes:
+        parked_s: how long a receiver may wait for a handoff of which the engine has not heard.
+        span_bytes: of one landing place and one send buffer.
+    """
+
+    timeout_s: float
+    parked_s: float
+    resend_budget: int
+    span_bytes: int
+
+
+@dataclass(slots=True)
+class _Parked:
+    receiver: Receiver
+    until_s: float
+
+
+class Exchange:
+    """See the module's docstring.
+
+    Args:
+        happened: takes what the engine should know.
+        pool: for copying and digesting.
+        buffers: for links that send encoded copies.
+    """
+
+    def __init__(
+        self,
+        memory: KvMemory,
+        terms: Terms,
+        limits: Limits,
+        transports: Transports,
+        happened: Callable[[Event], None],
+        pool: Executor,
+        buffers: list[SendBuffer],
+    ) -> None:
+        self._memory = memory
+        self._terms = terms
+        self._limits = limits
+        self._transports = transports
+        self._happened = happened
+        self._pool = pool
+        self._buffers: asyncio.Queue[SendBuffer] = asyncio.Queue()
+        for buffer in buffers:
+            self._buffers.put_nowait(buffer)
+        self._inbounds: dict[str, Inbound] = {}
+        self._outbounds: dict[bytes, Outbound] = {}
+        self._parked: dict[bytes, _Parked] = {}
+        self._links: dict[tuple[str, int], SenderLink] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._probe_memory: ProbeMemory | None = None
+
+    async def tidy(self) -> None:
+        """For ever: turn receivers away that wait for what is never computed; close links that nobody uses."""
+        while True:
+            await asyncio.sleep(min(1.0, self._limits.parked_s / 4))
+            now_s = time.monotonic()
+            for handoff_id, parked in list(self._parked.items()):
+                if now_s > parked.until_s:
+                    del self._parked[handoff_id]
+                    parked.receiver.post(
+                        wire.Closed(handoff_id, "unknown_handoff", "the sender was not asked to compute this prompt")
+                    )
+            for key, link in list(self._links.items()):
+                if link.ended or (not link.busy and now_s - link.last_used_s > _IDLE_LINK_S):
+                    del self._links[key]
+                    link.close()
+
+    async def close(self) -> None:
+        """End everything; handoffs under way fail."""
+        for inbound in list(self._inbounds.values()):
+            inbound.cancel()
+        while self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._transports.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run it in a copy thread. Cancelled, it still waits for the end: the work may be writing to KV blocks."""
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # seen
+            raise
+
+    # -- the engine, as a receiver ------------------------------------------------------------------------
+
+    def open(self, request_id: str, handoff: Handoff) -> None:
+        inbound = Inbound(
+            handoff=handoff,
+            memory=self._memory,
+            in_thread=self._in_thread,
+            on_started=lambda tokens, digest: self._happened(Started(request_id, tokens, digest)),
+            on_end=lambda error: self._received(request_id, error),
+            timeout_s=self._limits.timeout_s,
+            budget=self._limits.resend_budget,
+        )
+        self._inbounds[request_id] = inbound
+        try:
+            link = self._link_to(check(handoff))
+        except TransferError as error:
+            inbound.failed(error)
+            return
+        self._spawn(link.open(inbound), f"open-{request_id}")
+
+    def receive(self, request_id: str, want: Want) -> None:
+        inbound = self._inbounds.get(request_id)
+        if inbound is not None:  # else it has failed, and `Received` has said so
+            inbound.receive(want)
+
+    def cancel(self, request_id: str) -> None:
+        inbound = self._inbounds.get(request_id)
+        if inbound is not None:
+            inbound.cancel()
+
+    def _received(self, request_id: str, error: TransferError | None) -> None:
+        inbound = self._inbounds.pop(request_id)
+        link = self._links.get((inbound.handoff.address, inbound.handoff.epoch))
+        if link is not None:
+            link.forget(inbound.handoff.id)
+        self._happened(Received(request_id, inbound.tally, error))
+
+    def _link_to(self, handoff: Handoff) -> SenderLink:
+        key = (handoff.address, handoff.epoch)
+        link = self._links.get(key)
+        if link is None or link.ended:
+            link = self._links[key] = SenderLink(*key, self._terms, self._transports)
+            link.start(self._spawn)
+        return link
+
+    # -- the engine, as a sender --------------------------------------------------------------------------
+
+    def begin(self, handoff_id: bytes, fence: Fence, tokens: int, digest: int) -> None:
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is None:
+            outbound = Outbound(handoff_id, self._terms.epoch, self._memory, fence, self._in_thread, self._buffers)
+            self._outbounds[handoff_id] = outbound
+        outbound.start(tokens, digest)
+        parked = self._parked.pop(handoff_id, None)
+        if parked is not None:
+            outbound.attach(parked.receiver)
+
+    def publish(self, handoff_id: bytes, generation: int, block_ids: list[int], extent: Extent) -> None:
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:
+            outbound.publish(generation, block_ids, extent)
+
+    def computed(self, handoff_id: bytes) -> None:
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:
+            outbound.finish()
+
+    def reset(self, handoff_id: bytes) -> None:
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:
+            outbound.reset()
+
+    def end(self, handoff_id: bytes, code: str, message: str) -> None:
+        outbound = self._outbounds.pop(handoff_id, None)
+        if outbound is not None:
+            outbound.end(code, message)
+            return
+        parked = self._parked.pop(handoff_id, None)
+        if parked is not None:
+            parked.receiver.post(wire.Closed(handoff_id, code, message))
+
+    # -- receivers ----------------------------------------------------------------------------------------
+
+    def welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection was accepted."""
+        self._spawn(self._converse(reader, writer), "receiver")
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with channel(reader, writer, self._terms.silence_s) as line:
+                hello = await line.next()
+                if isinstance(hello, wire.ProbePeer):
+                    line.post(await self._probe_peer(hello))
+                    await line.drained()
+                elif isinstance(hello, wire.Hello):
+                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed_memory)
+        except TransferError as error:
+            log.info("receiver_left", code=error.code, reason=error.message)
+
+    def attach(self, handoff_id: bytes, receiver: Receiver) -> None:
+        """See `receiver_link.Handoffs`."""
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:
+            outbound.attach(receiver)
+        else:
+            self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
+
+    def find(self, handoff_id: bytes) -> Outbound | None:
+        """See `receiver_link.Handoffs`."""
+        return self._outbounds.get(handoff_id)
+
+    def taken(self, outbound: Outbound) -> None:
+        """See `receiver_link.Handoffs`."""
+        outbound.taken = True
+        outbound.detach()
+        self._happened(Taken(outbound.id))
+
+    def refused(self, handoff_id: bytes, code: str) -> None:
+        """See `receiver_link.Handoffs`."""
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:
+            outbound.detach()
+            self._happened(Taken(handoff_id, refused=code))
+        else:
+            self._parked.pop(handoff_id, None)
+
+    def leave(self, post: Callable[[wire.Message], None]) -> None:
+        """See `receiver_link.Handoffs`."""
+        for outbound in self._outbounds.values():
+            if outbound.is_attached(post):
+                outbound.detach()
+        for handoff_id, parked in list(self._parked.items()):
+            if parked.receiver.post == post:
+                del self._parked[handoff_id]
+
+    # -- probes -------------------------------------------------------------------------------------------
+
+    def _probed_memory(self) -> ProbeMemory:
+        if self._probe_memory is None:
+            self._probe_memory = ProbeMemory()
+        return self._probe_memory
+
+    async def _probe_peer(self, ask: wire.ProbePeer) -> wire.ProbeResult:
+        """Over the link that handoffs use, or, for a named transport, over one of its own."""
+        if ask.transport:
+            link = SenderLink(ask.address, ask.epoch, self._terms, self._transports, asked=ask.transport)
+            link.start(self._spawn)
+        else:
+            link = self._link_to(Handoff(b"", ask.address, ask.epoch))
+        try:
+            return await link.measure(_PROBE_S)
+        except TransferError as error:
+            return wire.ProbeResult(error=error.message)
+        finally:
+            if ask.transport:
+                link.close()

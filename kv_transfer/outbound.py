@@ -1,0 +1,281 @@
+"""The sender's part of one handoff: spans leave as soon as they are computed and the receiver has room for them.
+
+    published  what the engine has finished, extent by extent (kept: the receiver may come late, or ask again)
+    queued     what of it the receiver announced and has not been sent
+    sent       spans under way, by number
+
+The engine's blocks may be taken away in the middle (preemption, an abort). Then `reset` comes before anything can be
+overwritten, and what is being digested at that moment is thrown away: a digest that leaves this worker was made of the
+right bytes. Whatever happens to the bytes after that, the receiver sees that they do not fit their digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from kv_transfer import wire
+from kv_transfer.extents import Extent, cut, joined
+from kv_transfer.handoff import Seal
+from kv_transfer.kv_memory import Codec, KvMemory, SendBuffer
+from kv_transfer.transports.base import LandingLink, ReadLink, Run
+from slipstream import telemetry
+from slipstream.errors import TransferError
+
+log = telemetry.get_logger(__name__)
+
+# What the receiver reads in one go: long beside the cost of a message, short beside a computation step.
+_READ_SPAN_BYTES = 4 << 20
+# One span is digested while another one is on its way.
+_LANES = 2
+
+
+class Fence:
+    """Counts how often a request's blocks were taken away. Raised by the engine's thread, before they can be
+    overwritten; read by the event loop, after it has made a digest."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+
+
+class Receiver:
+    """Where a handoff goes: the receiver's connection, its link and its announcement."""
+
+    def __init__(self, post: Callable[[wire.Message], None], link: ReadLink | LandingLink, codec: Codec | None) -> None:
+        self.post = post
+        self.link = link
+        self.codec = codec
+        self.first = 0
+        self.end = 0
+        self.tickets: deque[int] = deque()
+
+
+class Outbound:
+    """One handoff at its sender. Lives in the agent's event loop.
+
+    Args:
+        buffers: send buffers of the agent, for links that need encoded copies.
+    """
+
+    def __init__(
+        self,
+        handoff_id: bytes,
+        epoch: int,
+        memory: KvMemory,
+        fence: Fence,
+        in_thread: Callable[[Callable[[], list[int]]], Awaitable[list[int]]],
+        buffers: asyncio.Queue[SendBuffer],
+    ) -> None:
+        self.id = handoff_id
+        self.tokens = 0
+        self.digest = 0
+        self.started = False
+        self.computed = False
+        self.taken = False
+        self._memory = memory
+        self._seal = Seal(handoff_id, epoch)
+        self._in_thread = in_thread
+        self._buffers = buffers
+        self._fence = fence
+        self._generation = fence.generation  # that of all that is published and queued
+        self._block_ids: list[int] = []
+        self._published: list[Extent] = []
+        self._queued: deque[Extent] = deque()
+        self._sent: dict[int, Extent] = {}
+        self._number = 0
+        self._receiver: Receiver | None = None
+        self._work = asyncio.Event()
+        self._sending: asyncio.Task[None] | None = None
+
+    # -- the engine's side --------------------------------------------------------------------------------
+
+    def start(self, tokens: int, digest: int) -> None:
+        """The prompt's computation begins."""
+        self.tokens, self.digest, self.started = tokens, digest, True
+        if self._receiver is not None:
+            self._receiver.post(wire.Started(self.id, tokens, digest))
+
+    def publish(self, generation: int, block_ids: list[int], extent: Extent) -> None:
+        """These pieces are finished; `block_ids` is the prompt's block table as far as the extent needs it."""
+        if generation != self._generation:
+            return
+        self._block_ids = block_ids
+        self._published.append(extent)
+        self._queue(extent)
+
+    def finish(self) -> None:
+        """All tokens are computed."""
+        self.computed = True
+        if self._receiver is not None:
+            self._receiver.post(wire.Computed(self.id))
+
+    def reset(self) -> None:
+        """The blocks were taken away from the request; it will publish anew from the first one."""
+        self._generation = self._fence.generation
+        self._published.clear()
+        self._queued.clear()
+        self._sent.clear()
+        self.computed = False
+
+    def end(self, code: str, message: str) -> None:
+        """The lease has ended: nothing of this handoff is sent any more."""
+        self.reset()
+        receiver = self._receiver
+        self.detach()
+        if receiver is not None and not self.taken:
+            receiver.post(wire.Closed(self.id, code, message))
+
+    # -- the receiver's side ------------------------------------------------------------------------------
+
+    def attach(self, receiver: Receiver) -> None:
+        """A receiver opened this handoff (another one may have before, and is forgotten)."""
+        self.detach()
+        self._receiver = receiver
+        if self.started:
+            receiver.post(wire.Started(self.id, self.tokens, self.digest))
+        if self.computed:
+            receiver.post(wire.Computed(self.id))
+
+    def is_attached(self, post: Callable[[wire.Message], None]) -> bool:
+        return self._receiver is not None and self._receiver.post == post
+
+    def detach(self) -> None:
+        self._receiver = None
+        self._queued.clear()
+        self._sent.clear()
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
+    def announce(self, first: int, count: int, tickets: list[int]) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            return
+        receiver.first, receiver.end = first, first + count
+        receiver.tickets.extend(tickets)
+        for extent in self._published:
+            self._queue(extent)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send(receiver), name=f"send-{self.id.hex()[:8]}")
+
+    def credit(self, ticket: int) -> None:
+        if self._receiver is not None:
+            self._receiver.tickets.append(ticket)
+            self._work.set()
+
+    def again(self, number: int) -> None:
+        extent = self._sent.pop(number, None)
+        if extent is not None:  # else it was taken back meanwhile, and will come when it is computed again
+            self._queue(extent)
+
+    def _queue(self, extent: Extent) -> None:
+        receiver = self._receiver
+        if receiver is None or receiver.end == 0:
+            return
+        wanted = extent.clip(receiver.first, receiver.end)
+        if wanted.pieces == 0:
+            return
+        merged = joined(self._queued[-1], wanted) if self._queued else None
+        if merged is not None:
+            self._queued[-1] = merged
+        else:
+            self._queued.append(wanted)
+        self._work.set()
+
+    # -- sending ------------------------------------------------------------------------------------------
+
+    async def _send(self, receiver: Receiver) -> None:
+        """Send what is queued, for as long as this receiver is attached."""
+        try:
+            async with asyncio.TaskGroup() as lanes:
+                for _ in range(_LANES):
+                    lanes.create_task(self._lane(receiver))
+        except* TransferError as group:
+            error = group.exceptions[0]
+            assert isinstance(error, TransferError)
+            log.warning("send_failed", handoff=self.id.hex(), code=error.code, error=error.message)
+            receiver.post(wire.Closed(self.id, error.code, error.message))
+            self._sending = None
+            self.detach()
+
+    async def _lane(self, receiver: Receiver) -> None:
+        landing = isinstance(receiver.link, LandingLink)
+        while True:
+            if not self._queued or (landing and not receiver.tickets):
+                self._work.clear()
+                await self._work.wait()
+                continue
+            ticket = receiver.tickets.popleft() if landing else 0
+            extent = self._pop(receiver.link.span_bytes if isinstance(receiver.link, LandingLink) else _READ_SPAN_BYTES)
+            if not await self._send_extent(receiver, extent, ticket) and landing:
+                receiver.tickets.appendleft(ticket)  # not used
+
+    def _pop(self, limit_bytes: int) -> Extent:
+        head = self._queued.popleft()
+        parts = list(cut(head, self._memory.piece_bytes, limit_bytes))
+        self._queued.extendleft(reversed(parts[1:]))
+        return parts[0]
+
+    async def _send_extent(self, receiver: Receiver, extent: Extent, ticket: int) -> bool:
+        """False when the blocks were taken away meanwhile."""
+        generation, ids = self._generation, self._block_ids
+        began_ns = time.monotonic_ns()
+        if receiver.codec is not None:
+            buffer = await self._buffers.get()
+        else:
+            buffer = None
+        try:
+            pieces, digests = await self._prepare(receiver.codec, extent, ids, buffer)
+            if generation != self._fence.generation:
+                return False
+            if isinstance(receiver.link, LandingLink):
+                await receiver.link.send(ticket, pieces)
+        finally:
+            if buffer is not None:
+                self._buffers.put_nowait(buffer)
+        self._number += 1
+        self._sent[self._number] = extent
+        receiver.post(
+            wire.Sent(
+                handoff=self.id,
+                number=self._number,
+                blocks=(extent.first, extent.end - extent.first),
+                block_ids=ids[extent.first : extent.end],
+                regions=(extent.region, extent.region_end - extent.region),
+                digests=digests,
+                ticket=ticket,
+                length=sum(piece.length for piece in pieces),
+                send_ns=time.monotonic_ns() - began_ns,
+            )
+        )
+        return True
+
+    async def _prepare(
+        self, codec: Codec | None, extent: Extent, ids: list[int], buffer: SendBuffer | None
+    ) -> tuple[list[Run], list[int]]:
+        """The bytes to send, and their digests: one a piece."""
+        memory, seal = self._memory, self._seal
+        pieces = list(extent.each())
+        if codec is None or buffer is None:
+            runs = [memory.run(region, ids[block]) for region, block in pieces]
+
+            def digest() -> list[int]:
+                return [seal.digest(memory.piece(region, ids[block]), block, region) for region, block in pieces]
+
+            return runs, await self._in_thread(digest)
+
+        lengths: list[int] = []
+
+        def encode() -> list[int]:
+            digests, offset = [], 0
+            for region, block in pieces:
+                length = codec.encode([memory.tensor(region, ids[block])], buffer.tensor[offset:])
+                digests.append(seal.digest(buffer.view[offset : offset + length], block, region))
+                lengths.append(length)
+                offset += length
+            return digests
+
+        digests = await self._in_thread(encode)
+        return [Run(buffer.run.address, sum(lengths))], digests
