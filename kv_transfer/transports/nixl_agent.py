@@ -9,9 +9,9 @@ not the event loop, because
 - sleeps below a millisecond are needed, which event loops do not have;
 - an agent is not thread-safe, and some of its calls wait for the network.
 
-When a write has to be given up, its handle is released. NIXL then cancels it as far as its backend can, and says so when it
-cannot: such a handle is kept and tried again later. UCX always lets go at once, though what it has already queued
-may still be read and sent.
+When a write has to be given up, its handle is released. NIXL then cancels it as far as its backend can, and says so
+when it cannot: such a handle is kept and tried again later. UCX always lets go at once, though what it has already
+queued may still be read and sent.
 """
 
 from __future__ import annotations
@@ -110,13 +110,17 @@ class NixlAgent:
             )
         )
 
-    async def add_peer(self, metadata: bytes) -> str:
-        """Make a peer's agent known; returns its name. The connection is made with the first write."""
-        return await self.call(lambda: _text(self._agent.add_remote_agent(metadata)))
+    def add_peer(self, metadata: bytes) -> None:
+        """Make a peer's agent known; in the thread. The connection is made with the first write."""
+        self._agent.add_remote_agent(metadata)
 
     async def remove_peer(self, name: str) -> None:
         """Forget a peer; writes to it that are under way are given up."""
         await self.call(lambda: self._remove_peer(name))
+
+    async def drop_abandoned(self) -> None:
+        """Give up the writes that nobody waits for any more."""
+        await self.call(self._drop_abandoned)
 
     def write(self, peer: str, pieces: Sequence[Run], targets: Sequence[Run], message: bytes) -> asyncio.Future[None]:
         """Start a write of `pieces` (here) to `targets` (there), then send `message`.
@@ -259,10 +263,17 @@ class NixlAgent:
 
     def _remove_peer(self, name: str) -> None:
         for write in [write for write in self._writes if write.peer == name]:
-            self._writes.remove(write)
             self._fail(write.answer, TransferError(f"the connection to {name} was closed", code="worker_gone"))
-            self._let_go(write.handle)
+            self._drop(write)
         self._agent.remove_remote_agent(name)
+
+    def _drop_abandoned(self) -> None:
+        for write in [write for write in self._writes if write.answer.done()]:
+            self._drop(write)
+
+    def _drop(self, write: _Write) -> None:
+        self._writes.remove(write)
+        self._let_go(write.handle)
 
     def _let_go(self, handle: Any) -> None:
         self._stuck.append(handle)

@@ -1,7 +1,8 @@
 """Which road NIXL's backends really take; NIXL itself does not tell.
 
-UCX: the libraries keep a tree of their objects ("VFS", made for their monitoring tool). The endpoints of an agent are listed
-there by address, under the agent's name; `ucp_ep_query` then names their transports and devices. That is what UCX uses.
+UCX: the libraries keep a tree of their objects ("VFS", made for their monitoring tool). The endpoints of an agent are
+listed there by address, under the agent's name; `ucp_ep_query` then names their transports and devices. These are the
+ones that UCX uses; which of them carries large writes is concluded from their kind.
 libfabric: it lists the providers it has, and NIXL 1.5 takes the first of `_PROVIDERS` that is among them. So this
 holds as long as NIXL decides in that way.
 """
