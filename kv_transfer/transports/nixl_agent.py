@@ -9,6 +9,9 @@ not the event loop, because
 - sleeps below a millisecond are needed, which event loops do not have;
 - an agent is not thread-safe, and some of its calls wait for the network.
 
+A call into NIXL may never return: its LIBFABRIC backend tries again for ever, with the core that takes, when the
+`tcp` provider has no connection to a peer (any more). Then every later call here fails at once, until that one is over.
+
 When a write has to be given up, its handle is released. NIXL then cancels it as far as its backend can, and says so
 when it cannot: such a handle is kept and tried again later. UCX always lets go at once, though what it has already
 queued may still be read and sent.
@@ -34,10 +37,11 @@ T = TypeVar("T")
 # How long between two looks, by how long ago something last happened (a call, a write that ended, a message).
 _BUSY_S, _BUSY_PAUSE_S = 0.02, 0.00005
 _SLOW_S, _SLOW_PAUSE_S = 1.0, 0.0005
-_IDLE_PAUSE_S = 0.0015  # 1% of a core
+_IDLE_PAUSE_S = 0.002  # 1% of a core
 
-_CALL_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 30.0  # also to register memory, which a network card may want pinned
+_CALL_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -73,6 +77,7 @@ class NixlAgent:
         self._loop = asyncio.get_running_loop()
         self._thread: threading.Thread | None = None
         self._stopped = asyncio.Event()
+        self._hung = False
         # The rest belongs to the thread.
         self._agent: Any = None
         self._remote_disconnect: type[Exception] = Exception
@@ -80,7 +85,7 @@ class NixlAgent:
         self._writes: list[_Write] = []
         self._stuck: list[Any] = []
         self._happened_at = 0.0
-        # Written by the loop, read by the thread.
+        # Written by the loop, read by the thread (`_hung` above the other way round, too).
         self._expected = 0
         self._urgent = 0
 
@@ -93,14 +98,14 @@ class NixlAgent:
         self._thread = threading.Thread(target=self._run, name="slipstream-nixl", daemon=True)
         self._thread.start()
         try:
-            await self.call(self._create)
+            await self.call(self._create, _START_TIMEOUT_S)
         except TransferError:
             await self.stop()
             raise
 
     async def register(self, runs: Sequence[Run]) -> Any:
         """Make host memory known to the backend; returns NIXL's descriptors of it."""
-        return await self.call(lambda: self._register(runs))
+        return await self.call(lambda: self._register(runs), _START_TIMEOUT_S)
 
     async def metadata(self, registered: Any) -> bytes:
         """What a peer's agent needs to write to this registered memory, and to no other."""
@@ -155,8 +160,8 @@ class NixlAgent:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            message = f"NIXL did not answer within {timeout_s:g} s"
-            raise TransferError(message, code="transport_unavailable") from None
+            self._hung = True
+            raise TransferError(_HUNG.format(backend=self._backend), code="transport_unavailable") from None
 
     async def stop(self) -> None:
         """End the thread and the agent; again is fine. A thread that hangs in NIXL is left to itself."""
@@ -170,6 +175,9 @@ class NixlAgent:
     def _submit(self, job: _Call) -> None:
         if self._stopped.is_set() or self._thread is None:
             job.answer.set_exception(TransferError("the NIXL agent is closed", code="worker_gone"))
+        elif self._hung:
+            message = _HUNG.format(backend=self._backend)
+            job.answer.set_exception(TransferError(message, code="transport_unavailable"))
         else:
             self._jobs.put(job)
 
@@ -204,6 +212,7 @@ class NixlAgent:
 
     def _perform(self, job: _Call) -> None:
         self._happened_at = time.monotonic()
+        self._hung = False
         try:
             result = job.function()
         except Exception as error:  # whatever NIXL raises belongs to the caller
@@ -337,6 +346,12 @@ class NixlAgent:
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, nobody listens
             self._loop.call_soon_threadsafe(function, *args)
+
+
+_HUNG = (
+    "a call into NIXL's {backend} backend does not return; nothing goes that way before it does. "
+    "Restart the worker, or choose another transfer.transport"
+)
 
 
 class _Pending:

@@ -50,8 +50,10 @@ def ucx_endpoints(agent: str) -> set[int]:
     ucs = _loaded("libucs")
     names: list[str] = []
     if ucs is not None:
-        path = f"/ucp/context/{agent}/worker/{agent}:0/ep".encode()
-        ucs.ucs_vfs_path_list_dir(path, _ListName(lambda name, _: names.append(name.decode())), None)
+        worker = f"/ucp/context/{agent}/worker/{agent}:0"
+        add = _ListName(lambda name, _: names.append(name.decode()))
+        ucs.ucs_vfs_path_list_dir(worker.encode(), add, None)  # looking at the worker brings its list up to date
+        ucs.ucs_vfs_path_list_dir(f"{worker}/ep".encode(), add, None)
     return {int(name, 16) for name in names if re.fullmatch("0x[0-9a-f]+", name)}
 
 
