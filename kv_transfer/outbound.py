@@ -196,7 +196,14 @@ class Outbound:
             error = group.exceptions[0]
             assert isinstance(error, TransferError)
             log.warning("send_failed", handoff=self.id.hex(), code=error.code, error=error.message)
-            receiver.post(wire.Closed(self.id, error.code, error.message))
+            self._drop(receiver, error)
+        except* Exception as group:  # an unforeseen failure must still end the receiver's wait
+            log.exception("send_broke", handoff=self.id.hex(), exc_info=group)
+            self._drop(receiver, TransferError("the transfer broke", code="internal_error"))
+
+    def _drop(self, receiver: Receiver, error: TransferError) -> None:
+        receiver.post(wire.Closed(self.id, error.code, error.message))
+        if self._receiver is receiver:  # not another one that has opened the handoff meanwhile
             self._sending = None
             self.detach()
 
@@ -236,7 +243,8 @@ class Outbound:
             if buffer is not None:
                 self._buffers.put_nowait(buffer)
         self._number += 1
-        self._sent[self._number] = extent
+        if generation == self._generation:  # else it is not to be sent again: it will be published anew
+            self._sent[self._number] = extent
         receiver.post(
             wire.Sent(
                 handoff=self.id,
