@@ -78,7 +78,8 @@ def test_a_way_that_always_errs_is_given_up_when_the_budget_is_spent(
     handoff = new_handoff()
     peer.do("send", handoff, IDS)
     received = ours.fetch(handoff, peer.address, peer.epoch, TARGETS)
-    assert (received.error, received.again, received.blocks) == ("digest", budget + 1, 0)
+    assert (received.error, received.blocks) == ("digest", 0)
+    assert budget < received.again <= budget + 2  # two spans are looked at at the same time
     assert "resend_budget" in received.message
     assert peer.until("Taken", handoff).error == "digest"
 
@@ -139,14 +140,13 @@ def a_life(rng: random.Random, handoff: str, preemptions: int) -> tuple[list[lis
     return commands, count
 
 
-@pytest.mark.parametrize("rounds", [300])
 def test_whatever_happens_to_the_senders_blocks_what_is_accepted_is_right(
-    peer: KvPeer, make: Callable[..., KvNode], rounds: int
+    peer: KvPeer, make: Callable[..., KvNode]
 ) -> None:
     ours = make(budget=1000, span_bytes=2048)
     rng = random.Random(20)
     again = 0
-    for _ in range(rounds):
+    for _ in range(300):
         handoff = new_handoff()
         commands, count = a_life(rng, handoff, rng.choice([0, 1, 1, 2, 3]))
         targets = rng.sample(range(48), count)
@@ -162,3 +162,4 @@ def test_whatever_happens_to_the_senders_blocks_what_is_accepted_is_right(
         again += received.again
         peer.do("end", handoff)
         ours.seen.clear()
+    assert again > 0  # or the rounds were too tame to say anything
