@@ -148,6 +148,7 @@ class Inbound:
     def computed(self) -> None:
         if self._computed_at is None:
             self._computed_at = time.monotonic()
+            self._progress.set()  # the deadline counts from here
 
     def sent(self, span: wire.Sent) -> None:
         self._spans.put_nowait(span)

@@ -51,6 +51,11 @@ class Receiver:
         self.end = 0
         self.tickets: deque[int] = deque()
 
+    def give_way(self, handoff_id: bytes, other: Receiver) -> None:
+        """Tell it that another one has opened its handoff. The same connection may also open it again."""
+        if self.post != other.post:
+            self.post(wire.Closed(handoff_id, "bad_handoff", "another worker has opened this handoff"))
+
 
 class Outbound:
     """One handoff at its sender. Lives in the agent's event loop.
@@ -73,7 +78,6 @@ class Outbound:
         self.digest = 0
         self.started = False
         self.computed = False
-        self.taken = False
         self._memory = memory
         self._seal = Seal(handoff_id, epoch)
         self._in_thread = in_thread
@@ -124,13 +128,15 @@ class Outbound:
         self.reset()
         receiver = self._receiver
         self.detach()
-        if receiver is not None and not self.taken:
+        if receiver is not None:
             receiver.post(wire.Closed(self.id, code, message))
 
     # -- the receiver's side ------------------------------------------------------------------------------
 
     def attach(self, receiver: Receiver) -> None:
-        """A receiver opened this handoff (another one may have before, and is forgotten)."""
+        """A receiver opened this handoff; another one that had opened it before gives way."""
+        if self._receiver is not None:
+            self._receiver.give_way(self.id, receiver)
         self.detach()
         self._receiver = receiver
         if self.started:
