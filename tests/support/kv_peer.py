@@ -77,6 +77,12 @@ class KvPeer(Watched):
         self.process.kill()
         self.process.wait(timeout=DEADLINE_S)
 
+    def stop(self) -> None:
+        """Let it end as a worker does."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(timeout=DEADLINE_S) == 0
+
     def close(self) -> None:
         self.kill()
         for pipe in (self.process.stdin, self.process.stdout):
