@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from engine import path_watch
+from engine.host_process import _Host
 from engine.path_watch import FIRST_RETRY_S, MAX_RETRY_S, PathWatch, Peer, PeerBook, fit_for_record
 from planner.record_check import check_record
 from planner.server import open_control_plane
 from slipstream.background import background
 from slipstream.errors import TransferError
-from slipstream.settings import ControlPlaneSettings
+from slipstream.settings import ControlPlaneSettings, Settings, TransferSettings
 from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord
 from tests.support.scripted_worker import ScriptedWorker, until
 from tests.unit.slipstream import scripted_registry
@@ -221,6 +222,21 @@ async def test_a_registry_that_restarts_costs_no_measurement() -> None:
         await until(lambda: watch._view.registry_id == again.service.registry_id and watch._view.settled)
         assert peers(watch.paths) == [("p0", 1)]
     assert probe.asked == [("p0", 1)]
+
+
+@pytest.mark.parametrize("probe", [True, False])
+async def test_a_worker_measures_only_if_it_is_told_to(probe: bool) -> None:
+    measurer = ScriptedProbe()
+    async with open_control_plane(ControlPlaneSettings(port=0, lease_s=1.0)) as plane:
+        settings = Settings(transfer=TransferSettings(probe=probe))
+        host = _Host(settings, Role.ROLE_DECODE, "d0")
+        host._path_watch = PathWatch(
+            plane.address, role=Role.ROLE_DECODE, model="scripted", probe=measurer, on_change=lambda: None
+        )
+        async with a_worker(plane.address, "p0"), host._measuring_paths():
+            await asyncio.sleep(0.5)
+            assert peers(tuple(host.record().paths)) == ([("p0", 1)] if probe else [])
+    assert len(measurer.asked) == int(probe)
 
 
 def record(worker_id: str, epoch: int) -> WorkerRecord:

@@ -57,7 +57,7 @@ def a_path(peer: str, *, transport: str = "shm", detail: str = "direct", error: 
         bytes_per_s=4.21e9 if transport == "shm" else 118e6,
         latency_s=85e-6 if transport == "shm" else 1.42e-3,
         measured_unix_s=1_700_000_000,
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
