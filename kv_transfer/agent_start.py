@@ -13,6 +13,7 @@ from kv_transfer.layout import Layout
 from kv_transfer.sender_link import Terms
 from kv_transfer.transports.base import Transport
 from kv_transfer.transports.shm import ShmDirect, ShmStaged
+from kv_transfer.transports.ucx import UcxTransport
 from kv_transfer.ways import Factory
 from slipstream.errors import TransferError
 from slipstream.settings import TransferSettings
@@ -83,4 +84,7 @@ def _factories(
     def staged() -> Transport:
         return ShmStaged(board.path.parent, board.stem, span_bytes=span_bytes, landing_bytes=settings.landing_bytes)
 
-    return {"shm/direct": lambda: ShmDirect(readable=memory.on_host), "shm/staged": staged}
+    def ucx() -> Transport:
+        return UcxTransport(span_bytes=span_bytes, landing_bytes=settings.landing_bytes, host=host)
+
+    return {"shm/direct": lambda: ShmDirect(readable=memory.on_host), "shm/staged": staged, "ucx": ucx}
