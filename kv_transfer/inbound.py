@@ -100,7 +100,7 @@ class Inbound:
 
     handoff: Handoff
     memory: KvMemory
-    in_thread: Callable[[Callable[[], bool]], Awaitable[bool]]
+    in_thread: Callable[[Callable[[], bool], int], Awaitable[bool]]
     on_started: Callable[[int, int], None]
     on_end: Callable[[TransferError | None], None]
     timeout_s: float
@@ -288,7 +288,7 @@ class Inbound:
         if not wanted:
             return True
         if isinstance(link, ReadLink):
-            intact = await self.in_thread(lambda: self._read(link, wanted))
+            intact = await self.in_thread(lambda: self._read(link, wanted), span.length)
         else:
             if span.ticket not in self._tickets:
                 raise TransferError("a span under a ticket that was not given", code="bad_message")
@@ -299,7 +299,7 @@ class Inbound:
                 raise TransferError(
                     f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"
                 ) from error
-            intact = await self.in_thread(lambda: self._unpack(data, pieces))
+            intact = await self.in_thread(lambda: self._unpack(data, pieces), span.length)
         if intact:
             self._missing.difference_update((piece.region, piece.block) for piece in wanted)
         return intact
