@@ -176,6 +176,11 @@ class Exchange:
     # -- the engine, as a receiver ------------------------------------------------------------------------
 
     def open(self, request_id: str, handoff: Handoff) -> None:
+        try:
+            check(handoff)
+        except TransferError as error:
+            self._happened(Received(request_id, Tally(), error))
+            return
         inbound = Inbound(
             handoff=handoff,
             memory=self._memory,
@@ -186,12 +191,7 @@ class Exchange:
             budget=self._limits.resend_budget,
         )
         self._inbounds[request_id] = inbound
-        try:
-            link = self._link_to(check(handoff))
-        except TransferError as error:
-            inbound.failed(error)
-            return
-        self._spawn(link.open(inbound), f"open-{request_id}")
+        self._spawn(self._link_to(handoff).open(inbound), f"open-{request_id}")
 
     def receive(self, request_id: str, want: Want) -> None:
         inbound = self._inbounds.get(request_id)
@@ -278,6 +278,9 @@ class Exchange:
         if outbound is not None:
             outbound.attach(receiver)
         else:
+            earlier = self._parked.get(handoff_id)
+            if earlier is not None:
+                earlier.receiver.give_way(handoff_id, receiver)
             self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
 
     def find(self, handoff_id: bytes) -> Outbound | None:
@@ -286,18 +289,18 @@ class Exchange:
 
     def taken(self, outbound: Outbound) -> None:
         """See `receiver_link.Handoffs`."""
-        outbound.taken = True
         outbound.detach()
         self._happened(Taken(outbound.id))
 
-    def refused(self, handoff_id: bytes, code: str) -> None:
+    def refused(self, handoff_id: bytes, code: str, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
         outbound = self._outbounds.get(handoff_id)
-        if outbound is not None:
+        parked = self._parked.get(handoff_id)
+        if outbound is not None and outbound.is_attached(post):
             outbound.detach()
             self._happened(Taken(handoff_id, refused=code))
-        else:
-            self._parked.pop(handoff_id, None)
+        elif parked is not None and parked.receiver.post == post:
+            del self._parked[handoff_id]
 
     def leave(self, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
