@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.memory import Copy, merge, read_process
+from kv_transfer.transports.process_memory import Copy, merge, read_process
 from slipstream.errors import TransferError
 
 SIZE = 1 << 20
 PEER = """
 import ctypes, sys
-from kv_transfer.memory import allow_readers
+from kv_transfer.transports.process_memory import allow_readers
 allow_readers()
 data = (ctypes.c_ubyte * (1 << 20))(*(i * 7 % 251 for i in range(1 << 20)))
 print(ctypes.addressof(data), flush=True)
