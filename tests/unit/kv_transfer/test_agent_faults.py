@@ -195,7 +195,9 @@ def test_half_a_frame_holds_a_connection_only_for_the_silence(make: Callable[...
         wire.Link(
             "shm/staged", msgspec.msgpack.encode({"file": "../x-landing.kv", "places": 1, "place_bytes": 9}), "none"
         ),
-        wire.Link("shm/staged", msgspec.msgpack.encode({"file": "a-landing.kv", "places": -1, "place_bytes": 9}), "none"),
+        wire.Link(
+            "shm/staged", msgspec.msgpack.encode({"file": "a-landing.kv", "places": -1, "place_bytes": 9}), "none"
+        ),
         wire.Link("shm/staged", b"\x81\xa4file\xa2\xff\xfe", "none"),
         wire.Link("pigeon", b"", "none"),
     ],
@@ -205,7 +207,7 @@ def test_a_card_that_makes_no_sense_is_refused_in_words(peer: KvPeer, message: w
     with dial(peer.address) as stranger, stranger.makefile("rb") as answers:
         stranger.sendall(wire.frame(wire.Hello(wire.VERSION, 1, peer.epoch, "here", ["shm"], None)))
         stranger.sendall(wire.frame(message))
-        kinds = []
+        kinds: list[wire.Message] = []
         while not kinds or not isinstance(kinds[-1], wire.Linked):
             (length,) = struct.unpack(">I", answers.read(4))
             kinds.append(wire._decoder.decode(answers.read(length)))

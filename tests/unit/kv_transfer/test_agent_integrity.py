@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -124,9 +125,7 @@ def a_life(rng: random.Random, handoff: str, preemptions: int) -> tuple[list[lis
             end = rng.randint(first + 1, count)
             commands += [["write", ids[index], f"{handoff}-{index}"] for index in range(first, end)]
             cuts = sorted({0, REGIONS, rng.randint(1, REGIONS)})
-            commands += [
-                ["publish", handoff, ids[:end], first, end, *cut] for cut in zip(cuts, cuts[1:], strict=False)
-            ]
+            commands += [["publish", handoff, ids[:end], first, end, *cut] for cut in itertools.pairwise(cuts)]
             if rng.random() < 0.5:
                 commands.append(["pause", rng.random() * 0.003])
             first = end

@@ -34,9 +34,7 @@ def test_a_digest_belongs_to_one_piece_of_one_handoff(
 
 
 @given(SEALED, st.integers(0, 4), st.data())
-def test_one_difference_is_enough(
-    piece: tuple[bytes, int, int, int, bytes], which: int, data: st.DataObject
-) -> None:
+def test_one_difference_is_enough(piece: tuple[bytes, int, int, int, bytes], which: int, data: st.DataObject) -> None:
     other = list(piece)
     other[which] = data.draw((IDS, EPOCHS, PLACES, PLACES, BYTES)[which].filter(lambda value: value != piece[which]))
     assert sealed(*piece) != sealed(*other)  # type: ignore[arg-type]

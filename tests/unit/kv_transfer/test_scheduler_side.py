@@ -106,21 +106,19 @@ def receiving(patience_s: float = 0.0) -> Request:
 
 
 def sending(*, cached_only: bool = False, tokens: int = 100) -> Request:
-    return Request(
-        prompt_token_ids=PROMPT[:tokens], kv_transfer_params={SEND: [1, NONCE, ID, cached_only]}
-    )
+    return Request(prompt_token_ids=PROMPT[:tokens], kv_transfer_params={SEND: [1, NONCE, ID, cached_only]})
 
 
 def receivable(side: SchedulerSide, request: Request, local: int = 0) -> int | None:
-    return side.receivable_tokens(request, local)  # type: ignore[arg-type]
+    return side.receivable_tokens(request, local)
 
 
 def take(side: SchedulerSide, output: Output | None = None) -> Step:
-    return side.take_step(output or Output())  # type: ignore[arg-type]
+    return side.take_step(output or Output())
 
 
 def finish(side: SchedulerSide, request: Request, *, completed: bool = True) -> tuple[bool, dict[str, Any] | None]:
-    return side.finish(request, completed=completed)  # type: ignore[arg-type]
+    return side.finish(request, completed=completed)
 
 
 def begun(side: SchedulerSide, request: Request, tokens: int = 100, local: int = 0) -> int | None:
@@ -148,7 +146,7 @@ def test_a_handoff_is_opened_once_and_waited_for_without_blocks(side: SchedulerS
 def test_all_but_the_last_token_is_received(side: SchedulerSide) -> None:
     request = receiving()
     assert begun(side, request) == 99
-    side.start_load(request, list(range(50, 57)), 99)  # type: ignore[arg-type]
+    side.start_load(request, list(range(50, 57)), 99)
     (load,) = take(side).loads
     assert (load.request_id, load.first, load.targets) == ("r", 0, list(range(50, 57)))
 
@@ -156,7 +154,7 @@ def test_all_but_the_last_token_is_received(side: SchedulerSide) -> None:
 def test_what_the_prefix_cache_has_is_not_received(side: SchedulerSide) -> None:
     request = receiving()
     assert begun(side, request, local=32) == 67
-    side.start_load(request, list(range(50, 57)), 67)  # type: ignore[arg-type]
+    side.start_load(request, list(range(50, 57)), 67)
     (load,) = take(side).loads
     assert (load.first, load.targets) == (2, list(range(52, 57)))
 
@@ -164,7 +162,7 @@ def test_what_the_prefix_cache_has_is_not_received(side: SchedulerSide) -> None:
 def test_a_block_that_only_the_last_token_needs_is_not_asked_for(side: SchedulerSide) -> None:
     request = Request(prompt_token_ids=PROMPT[:97], kv_transfer_params=receiving().kv_transfer_params)
     assert begun(side, request, tokens=97) == 96
-    side.start_load(request, list(range(50, 57)), 96)  # type: ignore[arg-type]
+    side.start_load(request, list(range(50, 57)), 96)
     assert take(side).loads[0].targets == list(range(50, 56))
 
 
@@ -181,7 +179,9 @@ def test_a_prefix_cache_that_has_it_meanwhile_gives_the_handoff_up(side: Schedul
     assert receivable(side, request) == 0
 
 
-@pytest.mark.parametrize(("tokens", "digest"), [(100, 1), (64, digest_tokens(PROMPT)), (101, digest_tokens(PROMPT + [5]))])
+@pytest.mark.parametrize(
+    ("tokens", "digest"), [(100, 1), (64, digest_tokens(PROMPT)), (101, digest_tokens([*PROMPT, 5]))]
+)
 def test_another_prompts_blocks_are_refused(side: SchedulerSide, board: Board, tokens: int, digest: int) -> None:
     request = receiving()
     assert receivable(side, request) is None
@@ -222,18 +222,18 @@ def test_a_failure_before_the_start_means_computing_here(side: SchedulerSide, bo
 def test_after_a_failed_load_or_a_preemption_nothing_is_asked_for_again(side: SchedulerSide) -> None:
     request = receiving()
     assert begun(side, request) == 99
-    side.start_load(request, list(range(7)), 99)  # type: ignore[arg-type]
+    side.start_load(request, list(range(7)), 99)
     assert receivable(side, request) == 0
     side.take_reports({"r": TransferReport(failure="digest")})
     assert receivable(side, request) == 0
-    side.start_load(request, list(range(7)), 99)  # type: ignore[arg-type]
+    side.start_load(request, list(range(7)), 99)
     assert len(take(side).loads) == 1
 
 
 def test_a_load_that_went_well_is_in_the_account(side: SchedulerSide) -> None:
     request = receiving()
     assert begun(side, request) == 99
-    side.start_load(request, list(range(7)), 99)  # type: ignore[arg-type]
+    side.start_load(request, list(range(7)), 99)
     side.take_reports({"r": TransferReport(blocks=7, bytes_moved=700, path="shm/direct")})
     take(side, a_step(request, 99, 1, new=True))
     _, out = finish(side, request)
@@ -249,7 +249,7 @@ def test_a_request_that_ends_while_it_waits_is_cancelled_once(side: SchedulerSid
     if stage != "opened":
         side.take_started({"r": (100, digest_tokens(PROMPT))})
     if stage in ("loading", "over"):
-        side.start_load(request, list(range(7)), 99)  # type: ignore[arg-type]
+        side.start_load(request, list(range(7)), 99)
     if stage == "over":
         side.take_reports({"r": TransferReport(blocks=7, bytes_moved=700, path="shm/direct")})
     assert finish(side, request, completed=False)[0] is False
