@@ -31,6 +31,8 @@ log = telemetry.get_logger(__name__)
 
 T = TypeVar("T")
 
+# What is copied and digested in about the time that it takes to wake a thread and to be woken by it.
+_SMALL_BYTES = 1 << 20
 _IDLE_LINK_S = 600.0
 _PROBE_S = 20.0
 
@@ -153,8 +155,13 @@ class Exchange:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Run it in a copy thread. Cancelled, it still waits for the end: the work may be writing to KV blocks."""
+    async def _in_thread(self, work: Callable[[], T], size_bytes: int) -> T:
+        """Run work on so many bytes in a copy thread, or here when that is quicker than waking a thread.
+
+        Cancelled, it still waits for the end: the work may be writing to KV blocks.
+        """
+        if size_bytes <= _SMALL_BYTES:
+            return work()
         future = asyncio.get_running_loop().run_in_executor(self._pool, work)
         try:
             return await asyncio.shield(future)

@@ -104,7 +104,7 @@ class Inbound:
 
     handoff: Handoff
     memory: KvMemory
-    in_thread: Callable[[Callable[[], bool]], Awaitable[bool]]
+    in_thread: Callable[[Callable[[], bool], int], Awaitable[bool]]
     on_started: Callable[[int, int], None]
     on_end: Callable[[TransferError | None], None]
     timeout_s: float
@@ -316,7 +316,7 @@ class Inbound:
 
     async def _write(self, span: wire.Sent, wanted: list[_Piece], link: ReadLink | LandingLink) -> bool:
         if isinstance(link, ReadLink):
-            return await self.in_thread(lambda: self._read(link, wanted))
+            return await self.in_thread(lambda: self._read(link, wanted), span.length)
         if span.ticket not in self._tickets:
             raise TransferError("a span under a ticket that was not given", code="bad_message")
         try:
@@ -326,7 +326,7 @@ class Inbound:
             raise TransferError(
                 f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"
             ) from error
-        return await self.in_thread(lambda: self._unpack(data, wanted))
+        return await self.in_thread(lambda: self._unpack(data, wanted), span.length)
 
     def _pieces(self, span: wire.Sent, want: Want) -> list[_Piece]:
         """What the span says it holds.

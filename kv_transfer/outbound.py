@@ -70,7 +70,7 @@ class Outbound:
         epoch: int,
         memory: KvMemory,
         fence: Fence,
-        in_thread: Callable[[Callable[[], list[int]]], Awaitable[list[int]]],
+        in_thread: Callable[[Callable[[], list[int]], int], Awaitable[list[int]]],
         buffers: asyncio.Queue[SendBuffer],
     ) -> None:
         self.id = handoff_id
@@ -278,7 +278,7 @@ class Outbound:
             def digest() -> list[int]:
                 return [seal.digest(memory.piece(region, ids[block]), block, region) for region, block in pieces]
 
-            return runs, await self._in_thread(digest)
+            return runs, await self._in_thread(digest, sum(run.length for run in runs))
 
         lengths: list[int] = []
 
@@ -291,5 +291,5 @@ class Outbound:
                 offset += length
             return digests
 
-        digests = await self._in_thread(encode)
+        digests = await self._in_thread(encode, buffer.run.length)
         return [Run(buffer.run.address, sum(lengths))], digests
