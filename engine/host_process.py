@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -27,12 +27,14 @@ from grpc_reflection.v1alpha import reflection
 
 from engine import environment, host_id
 from engine.admission import Admission
+from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
 from slipstream import grpc_errors, telemetry
 from slipstream.addresses import host_port
+from slipstream.background import background
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
@@ -95,6 +97,7 @@ class _Host:
         self._metrics_url = ""
         self._device = ""
         self._engine: Engine | None = None
+        self._path_watch: PathWatch | None = None
         self._stop = asyncio.Event()
         self.load_abandoned = False
 
@@ -116,6 +119,7 @@ class _Host:
             capacity=engine.capacity() if engine else None,
             load=engine.load() if engine else None,
             transfer=engine.transfer() if engine else None,
+            paths=self._paths(),
         )
 
     async def serve(self, add_services: AddServices) -> None:
@@ -136,7 +140,14 @@ class _Host:
             if engine is None:  # stopped while loading
                 return
             self._engine = engine
-            metrics.watch(engine, board, admission)
+            self._path_watch = PathWatch(
+                settings.control_plane.address,
+                role=self._role,
+                model=self._model,
+                probe=engine.probe_path,
+                on_change=registration.push,
+            )
+            metrics.watch(engine, board, admission, self._paths)
             names = add_services(server, engine, admission, board, self._model, settings)
             health_service = _add_standard_services(server, names, _WorkerService(self.record, engine))
             await server.start()
@@ -145,7 +156,8 @@ class _Host:
             registration.push()
             log.info("worker_ready", address=self._address, metrics=self._metrics_url, model=self._model)
             try:
-                await self._until_stopped(engine)
+                async with self._measuring_paths():
+                    await self._until_stopped(engine)
             finally:
                 self._state = WorkerState.DRAINING
                 admission.drain()
@@ -154,6 +166,18 @@ class _Host:
                 await self._drain(admission, engine)
                 await server.stop(grace=1.0)
         log.info("worker_stopped")
+
+    def _paths(self) -> Sequence[TransferPath]:
+        return self._path_watch.paths if self._path_watch else ()
+
+    @asynccontextmanager
+    async def _measuring_paths(self) -> AsyncIterator[None]:
+        """Meet the peers that come while the block runs, unless `transfer.probe` is off."""
+        if self._path_watch is None or not self._settings.transfer.probe:
+            yield
+            return
+        async with background(self._path_watch.follow(), name="path-watch"):
+            yield
 
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
