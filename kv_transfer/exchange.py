@@ -93,7 +93,7 @@ class Exchange:
     Args:
         happened: takes what the engine should know.
         pool: for copying and digesting.
-        buffers: for links that send encoded copies.
+        buffers: for links that send encoded copies. probed: what is sent when a peer measures the way.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Exchange:
         happened: Callable[[Event], None],
         pool: Executor,
         buffers: list[SendBuffer],
+        probed: ProbeMemory,
     ) -> None:
         self._memory = memory
         self._terms = terms
@@ -120,7 +121,7 @@ class Exchange:
         self._parked: dict[bytes, _Parked] = {}
         self._links: dict[tuple[str, int], SenderLink] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._probe_memory: ProbeMemory | None = None
+        self._probed = probed
 
     async def tidy(self) -> None:
         """For ever: turn receivers away that wait for what is never computed; close links that nobody uses."""
@@ -268,7 +269,7 @@ class Exchange:
                     line.post(await self._probe_peer(hello))
                     await line.drained()
                 elif isinstance(hello, wire.Hello):
-                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed_memory)
+                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed)
         except TransferError as error:
             log.info("receiver_left", code=error.code, reason=error.message)
 
@@ -312,11 +313,6 @@ class Exchange:
                 del self._parked[handoff_id]
 
     # -- probes -------------------------------------------------------------------------------------------
-
-    def _probed_memory(self) -> ProbeMemory:
-        if self._probe_memory is None:
-            self._probe_memory = ProbeMemory()
-        return self._probe_memory
 
     async def _probe_peer(self, ask: wire.ProbePeer) -> wire.ProbeResult:
         """Over the link that handoffs use, or, for a named transport, over one of its own."""

@@ -47,7 +47,7 @@ async def serve(
     terms: Terms,
     transports: Transports,
     handoffs: Handoffs,
-    probe_memory: Callable[[], ProbeMemory],
+    probed: ProbeMemory,
 ) -> None:
     """Serve a receiver until it goes.
 
@@ -73,7 +73,7 @@ async def serve(
                     of_codec = terms.codec_of(codec) if isinstance(link, LandingLink) else None
                     handoffs.attach(message.handoff, Receiver(post, link, of_codec))
                 case wire.ProbeAsk() if link is not None:
-                    task = asyncio.create_task(_answer_probe(line, link, message, probe_memory()))
+                    task = asyncio.create_task(_answer_probe(line, link, message, probed))
                     probes.add(task)
                     task.add_done_callback(probes.discard)
                 case _:
