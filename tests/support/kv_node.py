@@ -142,8 +142,7 @@ class KvNode(Watched):
         views = layouts.block_views(self._caches, BLOCKS)
         self.memory = KvMemory(views, dtype="float32")
         self.block_bytes = self.memory.block_bytes
-        for block in range(BLOCKS):
-            self.write(block, f"{options.epoch}-{block}")
+        self.refill()
         self.layout = Layout(options.fingerprint, BLOCKS, 16, self.memory.regions)
         self.agent = _agent(options, self.memory, self.layout, wrap)
         self.agent.start()
@@ -168,6 +167,11 @@ class KvNode(Watched):
         """Overwrite a block with the bytes that `content` gives."""
         for region, length in enumerate(self.memory.piece_bytes):
             self.memory.fill(region, block, memoryview(bytearray(content(seed, region, length))))
+
+    def refill(self) -> None:
+        """All blocks as they were in the beginning: written with EPOCH-BLOCK."""
+        for block in range(BLOCKS):
+            self.write(block, f"{self.options.epoch}-{block}")
 
     def holds(self, block: int, seed: str) -> bool:
         return self.read(block) == [content(seed, r, length) for r, length in enumerate(self.memory.piece_bytes)]
