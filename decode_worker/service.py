@@ -30,7 +30,8 @@ class DecodeService(DecodeWorkerServicer):
         try:
             with self._admission.admitted():
                 check_model(request.model, self._model)
-                stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, request.handoff)
+                handoff = request.handoff if request.HasField("handoff") else None
+                stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, handoff)
                 async with aclosing(stream):
                     async for tokens in stream:
                         yield _event(tokens)

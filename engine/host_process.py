@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -27,19 +27,21 @@ from grpc_reflection.v1alpha import reflection
 
 from engine import environment, host_id
 from engine.admission import Admission
+from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import telemetry
+from slipstream import grpc_errors, telemetry
 from slipstream.addresses import host_port
-from slipstream.errors import EngineDeadError, StartupError
+from slipstream.background import background
+from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.registration import Registration
 from slipstream.settings import Settings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
-from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
 
@@ -48,11 +50,11 @@ T = TypeVar("T")
 _ENGINE_CHECK_S = 0.5
 _SHM = Path("/dev/shm")
 
-AddService = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], str]
-"""Adds a role's gRPC service (engine, admission, board, served model name, settings) and returns its full name."""
+AddServices = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], tuple[str, ...]]
+"""Adds a role's gRPC services (engine, admission, board, served model name, settings), returns their full names."""
 
 
-def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> None:
+def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> None:
     """Host a role until SIGTERM or SIGINT.
 
     Raises:
@@ -65,7 +67,7 @@ def run(settings: Settings, role: Role.ValueType, add_service: AddService) -> No
     telemetry.configure(settings.log, component=worker_id)
     host = _Host(settings, role, worker_id)
     try:
-        uvloop.run(host.serve(add_service))
+        uvloop.run(host.serve(add_services))
     except StartupError as error:
         if not host.load_abandoned:
             raise
@@ -95,6 +97,7 @@ class _Host:
         self._metrics_url = ""
         self._device = ""
         self._engine: Engine | None = None
+        self._path_watch: PathWatch | None = None
         self._stop = asyncio.Event()
         self.load_abandoned = False
 
@@ -115,9 +118,11 @@ class _Host:
             device=self._device,
             capacity=engine.capacity() if engine else None,
             load=engine.load() if engine else None,
+            transfer=engine.transfer() if engine else None,
+            paths=self._paths(),
         )
 
-    async def serve(self, add_service: AddService) -> None:
+    async def serve(self, add_services: AddServices) -> None:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
@@ -135,16 +140,24 @@ class _Host:
             if engine is None:  # stopped while loading
                 return
             self._engine = engine
-            metrics.watch(engine, board, admission)
-            service = add_service(server, engine, admission, board, self._model, settings)
-            health_service = _add_standard_services(server, service, self.record)
+            self._path_watch = PathWatch(
+                settings.control_plane.address,
+                role=self._role,
+                model=self._model,
+                probe=engine.probe_path,
+                on_change=registration.push,
+            )
+            metrics.watch(engine, board, admission, self._paths)
+            names = add_services(server, engine, admission, board, self._model, settings)
+            health_service = _add_standard_services(server, names, _WorkerService(self.record, engine))
             await server.start()
             self._state = WorkerState.READY
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
             registration.push()
             log.info("worker_ready", address=self._address, metrics=self._metrics_url, model=self._model)
             try:
-                await self._until_stopped(engine)
+                async with self._measuring_paths():
+                    await self._until_stopped(engine)
             finally:
                 self._state = WorkerState.DRAINING
                 admission.drain()
@@ -153,6 +166,18 @@ class _Host:
                 await self._drain(admission, engine)
                 await server.stop(grace=1.0)
         log.info("worker_stopped")
+
+    def _paths(self) -> Sequence[TransferPath]:
+        return self._path_watch.paths if self._path_watch else ()
+
+    @asynccontextmanager
+    async def _measuring_paths(self) -> AsyncIterator[None]:
+        """Meet the peers that come while the block runs, unless `transfer.probe` is off."""
+        if self._path_watch is None or not self._settings.transfer.probe:
+            yield
+            return
+        async with background(self._path_watch.follow(), name="path-watch"):
+            yield
 
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
@@ -215,22 +240,35 @@ class _Host:
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, record: Callable[[], WorkerRecord]) -> None:
+    def __init__(self, record: Callable[[], WorkerRecord], engine: Engine) -> None:
         self._record = record
+        self._engine = engine
 
     async def GetStatus(  # noqa: N802 - gRPC's name
-        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[object, object]
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> registry_pb2.WorkerRecord:
         return self._record()
 
+    async def ProbePath(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.ProbePathRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> TransferPath:
+        try:
+            if not request.peer.address:
+                raise InvalidRequestError(
+                    "peer.address: host:port of the peer's transfer agent is needed", param="peer"
+                )
+            return await self._engine.probe_path(request.worker_id, request.peer, request.transport)
+        except SlipstreamError as error:
+            await grpc_errors.abort(context, error)
+
 
 def _add_standard_services(
-    server: grpc.aio.Server, role_service: str, record: Callable[[], WorkerRecord]
+    server: grpc.aio.Server, role_services: tuple[str, ...], worker_service: _WorkerService
 ) -> health.aio.HealthServicer:
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(record), server)
-    names = (role_service, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
+    worker_pb2_grpc.add_WorkerServicer_to_server(worker_service, server)
+    names = (*role_services, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return health_service
 

@@ -9,22 +9,24 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from slipstream.v1.registry_pb2 import Capacity, Load
+from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams, TokenLogprobs
+from slipstream.v1.worker_pb2 import Handoff
 
 
 @dataclass(frozen=True, slots=True)
 class PromptComputed:
-    """A prompt whose KV blocks are held for a decode worker.
+    """A prompt that is in the KV cache. Each of its tokens is counted once.
 
     Attributes:
-        handoff: for the decode worker; empty when there is nothing to move.
-        computed_tokens, cached_tokens: prompt tokens that went through the model, and that did not have to.
+        computed_tokens: went through the model.
+        cached_tokens: were in the prefix cache.
+        received_tokens: came from another worker.
     """
 
-    handoff: bytes
     computed_tokens: int
     cached_tokens: int
+    received_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,24 @@ class TokensGenerated:
 class Engine(Protocol):
     """One engine. Closing an iterator, or cancelling a call, aborts the request and frees its blocks."""
 
-    async def prefill(self, request_id: str, token_ids: Sequence[int], lease: tuple[int, int]) -> PromptComputed:
-        """Compute a prompt and hold its blocks under the lease (slot, nonce).
+    async def prefill(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        lease: tuple[int, int],
+        *,
+        handoff_id: bytes,
+        source: Handoff | None,
+        cached_only: bool,
+    ) -> PromptComputed:
+        """Compute a prompt, and hand its blocks over, while it is computed, to whoever announces this handoff id.
+
+        The blocks are held under the lease (slot, nonce); returns when the prompt is computed, while they still are.
+
+        Args:
+            source: receive what this worker lacks from there instead of computing it, as far as possible.
+            cached_only: hand over what is cached, which is all but the last token. When it is not, the lease ends with
+                `NOT_CACHED` and this never returns: cancel it.
 
         Raises:
             InvalidRequestError, ContextLengthError: the prompt cannot be computed here.
@@ -51,7 +69,7 @@ class Engine(Protocol):
         ...
 
     def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: bytes
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
     ) -> AsyncGenerator[TokensGenerated, None]:
         """Generate. With a handoff the prompt's missing blocks are received first; when that fails they are computed.
 
@@ -59,6 +77,23 @@ class Engine(Protocol):
             InvalidRequestError, ContextLengthError: prompt or sampling cannot be served.
             EngineDeadError: the engine has died.
         """
+        ...
+
+    async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
+        """Measure the way from a worker's transfer agent to this one; one that does not work has an `error`.
+
+        Args:
+            worker_id: of the peer.
+            transport: shm, ucx or nixl; empty for the one that would be chosen.
+
+        Raises:
+            TransferError: this worker's own agent does not answer.
+            EngineDeadError: the engine has died.
+        """
+        ...
+
+    def transfer(self) -> TransferEndpoint | None:
+        """Where this worker's transfer agent is reached; None before it listens."""
         ...
 
     def capacity(self) -> Capacity: ...

@@ -6,7 +6,7 @@ board when Prometheus asks. Nothing is copied in between, so the figures are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -16,10 +16,11 @@ from prometheus_client.process_collector import ProcessCollector
 
 from engine.admission import Admission
 from engine.protocol import Engine
+from kv_transfer.accounts import BYTES_BY_WAY, FAILURES
 from kv_transfer.board import Board, Counter
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError
-from slipstream.v1.registry_pb2 import Role
+from slipstream.v1.registry_pb2 import Role, TransferPath
 
 _COUNTERS = (
     (
@@ -43,41 +44,131 @@ _COUNTERS = (
         "slipstream_kv_transfer_bytes",
         "KV bytes received: always the blocks received times the bytes of a block.",
     ),
-    (Counter.TRANSFERS_STAGED, "slipstream_kv_transfers_staged", "Transfers that took the slower staged way."),
+    (
+        Counter.WIRE_BYTES,
+        "slipstream_kv_transfer_wire_bytes",
+        "Bytes that crossed for them: fewer when compressed, more when spans were sent again.",
+    ),
+    (
+        Counter.SPANS_RESENT,
+        "slipstream_kv_transfer_spans_resent",
+        "Spans that did not fit their digest and were sent again. Anything but 0 is worth a look at the way.",
+    ),
+    (Counter.HANDOFFS_OPENED, "slipstream_kv_handoffs_opened", "Leases on this worker's blocks that began."),
+    (
+        Counter.HANDOFFS_RESET,
+        "slipstream_kv_handoffs_reset",
+        "Times a preemption took blocks away while they were being sent; they are computed and sent once more.",
+    ),
 )
-_RESULTS = ((Counter.TRANSFERS_DONE, "done"), (Counter.TRANSFERS_FAILED, "failed"))
-_OUTCOMES = (
-    (Counter.HANDOFFS_TAKEN, "taken"),
-    (Counter.HANDOFFS_RELEASED, "released"),
-    (Counter.HANDOFFS_EXPIRED, "expired"),
+_SECONDS = (
+    (
+        Counter.TRANSFER_NS,
+        "slipstream_kv_transfer_seconds",
+        "Time spent in transfers, summed: digesting, sending, copying and checking.",
+    ),
+    (
+        Counter.EXPOSED_NS,
+        "slipstream_kv_transfer_exposed_seconds",
+        "The part of the wait for blocks that a client felt: decode waiting after prefill's last token.",
+    ),
+    (
+        Counter.HIDDEN_NS,
+        "slipstream_kv_transfer_hidden_seconds",
+        "The part of the time spent in transfers that passed while the prompt was still being computed.",
+    ),
 )
+_BYTES_BY_PATH = {word: path for path, word in BYTES_BY_WAY.items()}
+_CAUSES = {word: cause for cause, word in FAILURES.items() if word is not Counter.FAILED_CANCELLED} | {
+    Counter.FAILED_OTHER: "other"
+}
+_RESULTS = {
+    "done": (Counter.TRANSFERS_DONE,),
+    "failed": tuple(_CAUSES),
+    "cancelled": (Counter.FAILED_CANCELLED,),
+}
+_OUTCOMES = {
+    Counter.HANDOFFS_TAKEN: "taken",
+    Counter.HANDOFFS_RELEASED: "released",
+    Counter.HANDOFFS_EXPIRED: "expired",
+    Counter.HANDOFFS_NOT_CACHED: "not_cached",
+}
+Paths = Callable[[], Sequence[TransferPath]]
+"""What this worker has measured. Called from the thread that serves /metrics."""
 
 
 class WorkerCollector:
     """Turns a worker's state into metric families."""
 
-    def __init__(self, engine: Engine, board: Board, admission: Admission, role: str, worker_id: str) -> None:
+    def __init__(
+        self, engine: Engine, board: Board, admission: Admission, paths: Paths, role: str, worker_id: str
+    ) -> None:
         self._engine = engine
+        self._paths = paths
         self._board = board
         self._admission = admission
         self._labels = ("role", "worker")
         self._values = (role, worker_id)
 
     def collect(self) -> Iterable[Metric]:
+        yield from self._transfers()
+        yield from self._measured_paths()
+        yield from self._requests()
+
+    def _transfers(self) -> Iterable[Metric]:
         board = self._board
         for word, name, text in _COUNTERS:
             yield self._counter(name, text, board.counter(word))
-        yield self._counter(
-            "slipstream_kv_transfer_seconds",
-            "Time spent in transfers, summed.",
-            board.counter(Counter.TRANSFER_NS) / 1e9,
+        for word, name, text in _SECONDS:
+            yield self._counter(name, text, board.counter(word) / 1e9)
+        yield self._labelled(
+            "slipstream_kv_transfer_bytes_by_path",
+            "KV bytes received, by the way they took.",
+            "path",
+            {path: board.counter(word) for word, path in _BYTES_BY_PATH.items()},
         )
         yield self._labelled(
-            "slipstream_kv_transfers", "Transfers by result; a failed one is recomputed here.", "result", _RESULTS
+            "slipstream_kv_transfers",
+            "Transfers by result; after a failed one the prompt is computed here.",
+            "result",
+            {result: sum(map(board.counter, words)) for result, words in _RESULTS.items()},
         )
         yield self._labelled(
-            "slipstream_kv_handoffs", "Leases on this worker's blocks by the way they ended.", "outcome", _OUTCOMES
+            "slipstream_kv_transfer_failures",
+            "Failed transfers by cause.",
+            "cause",
+            {cause: board.counter(word) for word, cause in _CAUSES.items()},
         )
+        yield self._labelled(
+            "slipstream_kv_handoffs",
+            "Leases on this worker's blocks by the way they ended.",
+            "outcome",
+            {outcome: board.counter(word) for word, outcome in _OUTCOMES.items()},
+        )
+
+    def _measured_paths(self) -> Iterable[Metric]:
+        labels = (*self._labels, "peer", "transport", "detail")
+        bandwidth = GaugeMetricFamily(
+            "slipstream_kv_path_bandwidth_bytes_per_second",
+            "Bandwidth of the way from a peer to this worker, as measured when they met.",
+            labels=labels,
+        )
+        latency = GaugeMetricFamily(
+            "slipstream_kv_path_latency_seconds", "Latency of that way, of one small block.", labels=labels
+        )
+        broken = GaugeMetricFamily(
+            "slipstream_kv_path_broken", "1 for each peer from which no way works.", labels=(*self._labels, "peer")
+        )
+        for path in self._paths():
+            if path.error:
+                broken.add_metric((*self._values, path.peer_worker_id), 1)
+                continue
+            values = (*self._values, path.peer_worker_id, path.transport, path.detail)
+            bandwidth.add_metric(values, path.bytes_per_s)
+            latency.add_metric(values, path.latency_s)
+        yield from (bandwidth, latency, broken)
+
+    def _requests(self) -> Iterable[Metric]:
         load, capacity = self._engine.load(), self._engine.capacity()
         yield self._gauge("slipstream_kv_handoffs_held", "Leases open now.", load.handoffs_held)
         yield self._gauge("slipstream_worker_kv_blocks", "KV blocks in all.", capacity.blocks)
@@ -108,10 +199,10 @@ class WorkerCollector:
         family.add_metric(self._values, value)
         return family
 
-    def _labelled(self, name: str, text: str, label: str, words: Iterable[tuple[Counter, str]]) -> CounterMetricFamily:
+    def _labelled(self, name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=(*self._labels, label))
-        for word, value in words:
-            family.add_metric((*self._values, value), self._board.counter(word))
+        for word, value in values.items():
+            family.add_metric((*self._values, word), value)
         return family
 
 
@@ -130,9 +221,9 @@ class MetricsServer:
             raise StartupError(f"worker.metrics_port: cannot listen on {host}:{port}: {error.strerror}") from error
         self.url = f"http://{host_port(host, self._server.server_port)}/metrics"
 
-    def watch(self, engine: Engine, board: Board, admission: Admission) -> None:
+    def watch(self, engine: Engine, board: Board, admission: Admission, paths: Paths) -> None:
         """Report these from now on."""
-        self._registry.register(WorkerCollector(engine, board, admission, self._role, self._worker_id))
+        self._registry.register(WorkerCollector(engine, board, admission, paths, self._role, self._worker_id))
 
     def __enter__(self) -> MetricsServer:
         return self

@@ -1,34 +1,47 @@
-"""One dispatch of one request: a call to a prefill worker, a call to a decode worker, and their end.
+"""One dispatch of one request: its calls to a prefill worker and a decode worker, made at once, and their end.
 
-An attempt owns its two calls. `close` ends both at once, from any state and without waiting; it is what makes
-cancellation reach the workers.
+The two workers find each other by the handoff id that both calls carry, and the blocks travel between them. Here
+both calls are only watched: what prefill does matters until decode's first tokens have come.
+
+An attempt owns its calls and tasks. `close` ends the calls at once, from any state and without waiting; it is
+what makes cancellation reach the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
-
-import grpc.aio
+from typing import TypeVar
 
 from frontend.outstanding import OutstandingWork
 from frontend.router import Route
+from frontend.worker_call import WorkerCall
 from frontend.worker_channels import WorkerChannels
-from frontend.worker_failure import FailureKind, WorkerFailure, failure_of
+from frontend.worker_failure import FailureKind, WorkerFailure
+from frontend.write_back import WriteBack
 from slipstream.errors import DeadlineError, SlipstreamError, WorkerLostError
 from slipstream.settings import FrontendSettings
 from slipstream.v1.registry_pb2 import WorkerRecord
 from slipstream.v1.sampling_pb2 import SamplingParams
-from slipstream.v1.worker_pb2 import DecodeEvent, DecodeRequest, HandoffReady, PrefillEvent, PrefillRequest
+from slipstream.v1.worker_pb2 import (
+    DecodeEvent,
+    DecodeRequest,
+    Handoff,
+    PrefillEvent,
+    PrefillRequest,
+    PromptComputed,
+)
 from slipstream.v1.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
 
-Event = TypeVar("Event", PrefillEvent, DecodeEvent)
-Request = TypeVar("Request", PrefillRequest, DecodeRequest)
+T = TypeVar("T")
 
+HANDOFF_ID_BYTES = 16
 END_TIMEOUT_S = 1.0
+COMPUTED_GRACE_S = 0.2
+"""How long prefill's word may come after decode's first tokens: it was sent before them, on another connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +70,32 @@ class Job:
 
 
 @dataclass(slots=True)
-class _Open:
-    """A call that is under way, and what ends it."""
-
-    worker: WorkerRecord
-    cancel: Callable[[], bool]
-
-
-@dataclass(slots=True)
 class Attempt:
-    """Use: `prefill` (if the route has a prefill worker), `start_decode`, `next_tokens` until it is finished, and
-    `close` in every case.
+    """Use: `start`, `next_tokens` until it is finished, and `aclose` in every case.
 
-    The work is counted for both workers from the start, not from their calls: requests that arrive together must
-    see each other, although the decode worker is called only after prefill.
+    The work is counted for both workers from the start: requests that arrive together must see each other.
+
+    Attributes:
+        on_computed: called once, when the prefill worker has computed the prompt.
+        write_back: a decode worker that hands the beginning of the prompt over to the prefill worker.
+        computed: what the prefill worker said when the prompt was computed, `prefill_s` seconds after the start.
+        tokens_came: whether the decode worker has answered.
     """
 
     around: Surroundings
     job: Job
     route: Route
+    on_computed: Callable[[Attempt], None]
+    write_back: WriteBack | None = None
     prefill_s: float = 0.0
-    ready: HandoffReady | None = None
-    _prefill: _Open | None = None
-    _decode: _Open | None = None
-    _decode_call: grpc.aio.UnaryStreamCall[DecodeRequest, DecodeEvent] | None = None
-    _tokens_came: bool = False
+    computed: PromptComputed | None = None
+    tokens_came: bool = False
+    _source: WorkerCall[PrefillEvent] | None = None
+    _prefill: WorkerCall[PrefillEvent] | None = None
+    _decode: WorkerCall[DecodeEvent] | None = None
+    _watching: asyncio.Task[None] | None = None
+    _reading: asyncio.Task[DecodeEvent] | None = None
+    _grace: asyncio.TimerHandle | None = None
     _burdened: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,133 +104,181 @@ class Attempt:
                 self.around.work.begin(worker.worker_id, len(self.job.token_ids))
                 self._burdened.append(worker.worker_id)
 
-    async def prefill(self) -> None:
-        """Have the prompt computed; `ready` holds the handoff afterwards. The blocks stay held until `close`
-        or the first tokens.
-
-        Raises:
-            WorkerFailure: of the prefill worker, whose call has ended then.
-            InvalidRequestError, DeadlineError
-        """
-        worker = self.route.prefill
-        assert worker is not None, "this route has no prefill worker"
-        job, began_s = self.job, self.around.clock()
-        call: grpc.aio.UnaryStreamCall[PrefillRequest, PrefillEvent] = PrefillWorkerStub(self._acquire(worker)).Prefill(
-            PrefillRequest(request_id=job.request_id, model=job.model, token_ids=job.token_ids)
+    def start(self) -> None:
+        """Send the request to all workers of the route."""
+        source = self._start_source() if self.write_back is not None else None
+        handoff = self._start_prefill(self.route.prefill, source) if self.route.prefill is not None else None
+        job = self.job
+        request = DecodeRequest(
+            request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
-        self._prefill = _Open(worker, call.cancel)
-        try:
-            limit_s = self.around.settings.prefill_timeout_s
-            event = await self._read(worker, call, began_s + limit_s, f"handoff within {limit_s:g} s")
-            if event is None or not event.HasField("ready"):
-                lost = WorkerLostError(f"prefill worker {worker.worker_id} closed the call without a handoff")
-                raise WorkerFailure(worker, FailureKind.FAILED, lost)
-        except WorkerFailure:
-            self._end_prefill()
-            raise
-        self.ready = event.ready
-        self.prefill_s = self.around.clock() - began_s
-        self._unburden(worker.worker_id)
-
-    def start_decode(self) -> None:
-        """Send the request to the decode worker, with the handoff if there is one."""
-        worker, job = self.route.decode, self.job
-        self._decode_call = DecodeWorkerStub(self._acquire(worker)).Decode(
-            DecodeRequest(
-                request_id=job.request_id,
-                model=job.model,
-                token_ids=job.token_ids,
-                sampling=job.sampling,
-                handoff=self.ready.handoff if self.ready else b"",
-            )
+        self._decode = WorkerCall(
+            self.around.channels, self.route.decode, lambda channel: DecodeWorkerStub(channel).Decode(request)
         )
-        self._decode = _Open(worker, self._decode_call.cancel)
 
     async def next_tokens(self) -> DecodeEvent:
         """The next event that has tokens or finishes the answer.
 
         Raises:
-            WorkerFailure: of the decode worker.
+            WorkerFailure: of the decode worker; before its first tokens also of the prefill worker, as long as
+                that has not computed the prompt.
             InvalidRequestError, DeadlineError
         """
-        assert self._decode is not None, "start_decode comes first"
-        assert self._decode_call is not None
-        settings, worker = self.around.settings, self._decode.worker
-        limit_s = settings.token_timeout_s if self._tokens_came else settings.first_token_timeout_s
-        until_s = self.around.clock() + limit_s
-        while True:
-            event = await self._read(worker, self._decode_call, until_s, f"token within {limit_s:g} s")
-            if event is None:
-                lost = WorkerLostError(f"decode worker {worker.worker_id} closed the call before the answer's end")
-                raise WorkerFailure(worker, FailureKind.FAILED, lost)
-            if event.token_ids or event.finish_reason:
-                self._tokens_came = True
-                # Decode has its own copy of the prompt's blocks now, or has computed them: nobody needs the others.
-                self._end_prefill()
-                return event
+        if not self.tokens_came:
+            event = await self._first_tokens()
+        else:
+            assert self._decode is not None, "start comes first"
+            limit_s = self.around.settings.token_timeout_s
+            event = await self._in_time(self._read_tokens(), limit_s, self._decode.worker, "token")
+        if event.finish_reason and event.account.kv_blocks_moved and self._watching is not None:
+            # Blocks came, so the prompt was computed: the account shall have the figures.
+            await asyncio.wait({self._watching}, timeout=COMPUTED_GRACE_S)
+        return event
 
     async def await_end(self) -> None:
         """After the last event: let the worker end the call itself, so that it sees an answer and no abort."""
-        assert self._decode is not None, "start_decode comes first"
-        assert self._decode_call is not None
+        assert self._decode is not None, "start comes first"
         # The answer is complete: how the call ends does not matter.
         with suppress(WorkerFailure, SlipstreamError):
-            await self._read(self._decode.worker, self._decode_call, self.around.clock() + END_TIMEOUT_S, "end")
+            await self._in_time(self._decode.read(), END_TIMEOUT_S, self._decode.worker, "end")
+
+    @property
+    def ignored_failure(self) -> WorkerFailure | None:
+        """What went wrong on the prefill worker when decode had answered already."""
+        watching = self._watching
+        if not self.tokens_came or watching is None or not watching.done() or watching.cancelled():
+            return None
+        error = watching.exception()
+        return error if isinstance(error, WorkerFailure) else None
 
     def close(self) -> None:
-        """End both calls now: what they had not finished is aborted on the workers. Never blocks, never fails."""
+        """End the calls now: what they had not finished is aborted on the workers. Never blocks, never fails."""
         self._end_prefill()
+        for task in (self._watching, self._reading):
+            if task is not None:
+                task.cancel()
         if self._decode is not None:
-            self._end(self._decode)
-            self._decode = None
+            self._decode.end()
         for worker_id in tuple(self._burdened):
             self._unburden(worker_id)
 
-    def _acquire(self, worker: WorkerRecord) -> grpc.aio.Channel:
-        return self.around.channels.acquire(worker.address)
+    async def aclose(self) -> None:
+        """`close`, and see the attempt's tasks end, which they do at once."""
+        self.close()
+        tasks: list[asyncio.Task[None] | asyncio.Task[DecodeEvent]] = []
+        tasks += [self._watching] if self._watching is not None else []
+        tasks += [self._reading] if self._reading is not None else []
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start_source(self) -> Handoff:
+        """Have a decode worker hand over the beginning of the prompt. Its call is not read: the prefill worker
+        sees for itself what comes, and computes the rest."""
+        assert self.write_back is not None
+        job, worker = self.job, self.write_back.source
+        handoff = _handoff_from(worker)
+        request = PrefillRequest(
+            request_id=f"{job.request_id}-write-back",
+            model=job.model,
+            # One more than is handed over: the last token of a prompt is never taken from a cache.
+            token_ids=job.token_ids[: self.write_back.tokens + 1],
+            handoff_id=handoff.id,
+            cached_only=True,
+        )
+        self._source = WorkerCall(
+            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
+        )
+        return handoff
+
+    def _start_prefill(self, worker: WorkerRecord, source: Handoff | None) -> Handoff:
+        job, handoff = self.job, _handoff_from(worker)
+        request = PrefillRequest(
+            request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
+        )
+        self._prefill = WorkerCall(
+            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
+        )
+        self._watching = asyncio.create_task(self._watch_prefill(self._prefill), name="watch_prefill")
+        return handoff
+
+    async def _watch_prefill(self, call: WorkerCall[PrefillEvent]) -> None:
+        """Until the prompt is computed; the call stays open, and the blocks held, until the first tokens."""
+        began_s, worker = self.around.clock(), call.worker
+        event = await self._in_time(call.read(), self.around.settings.prefill_timeout_s, worker, "computed prompt")
+        if event is None or not event.HasField("computed"):
+            lost = WorkerLostError(f"prefill worker {worker.worker_id} ended the call without having computed")
+            raise WorkerFailure(worker, FailureKind.FAILED, lost)
+        self.computed = event.computed
+        self.prefill_s = self.around.clock() - began_s
+        self._unburden(worker.worker_id)
+        self._end_source()
+        if self.tokens_came:
+            self._end_prefill()
+        self.on_computed(self)
+
+    async def _first_tokens(self) -> DecodeEvent:
+        assert self._decode is not None, "start comes first"
+        self._reading = reading = asyncio.create_task(self._read_tokens(), name="first_tokens")
+        if self._watching is not None:
+            await asyncio.wait({reading, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                self._watching.result()
+        # From here on decode is on its own: what happens to a prompt that was computed is its worker's business.
+        event = await self._in_time(
+            reading, self.around.settings.first_token_timeout_s, self._decode.worker, "first token"
+        )
+        self.tokens_came = True
+        # Decode has its own copy of the prompt's blocks now, or has computed them: nobody needs the others.
+        if self.computed is not None or self._watching is None or self._watching.done():
+            self._end_prefill()
+        else:
+            self._grace = asyncio.get_running_loop().call_later(COMPUTED_GRACE_S, self._end_prefill)
+        return event
+
+    async def _read_tokens(self) -> DecodeEvent:
+        """Decode's next event with tokens or a finish; no limit here."""
+        assert self._decode is not None
+        while True:
+            event = await self._decode.read()
+            if event is None:
+                worker = self._decode.worker
+                lost = WorkerLostError(f"decode worker {worker.worker_id} closed the call before the answer's end")
+                raise WorkerFailure(worker, FailureKind.FAILED, lost)
+            if event.token_ids or event.finish_reason:
+                return event
 
     def _end_prefill(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        self._end_source()
         if self._prefill is not None:
-            self._end(self._prefill)
-            self._prefill = None
+            self._prefill.end()
+            self._unburden(self._prefill.worker.worker_id)
 
-    def _end(self, opened: _Open) -> None:
-        opened.cancel()
-        self._unburden(opened.worker.worker_id)
-        self.around.channels.release(opened.worker.address)
+    def _end_source(self) -> None:
+        if self._source is not None:
+            self._source.end()
 
     def _unburden(self, worker_id: str) -> None:
         if worker_id in self._burdened:
             self._burdened.remove(worker_id)
             self.around.work.end(worker_id, len(self.job.token_ids))
 
-    async def _read(
-        self,
-        worker: WorkerRecord,
-        call: grpc.aio.UnaryStreamCall[Request, Event],
-        until_s: float,
-        awaited: str,
-    ) -> Event | None:
-        """The call's next event, None at its regular end."""
-        limit_s = min(until_s, self.job.deadline_s) - self.around.clock()
+    async def _in_time(self, reading: Awaitable[T], limit_s: float, worker: WorkerRecord, awaited: str) -> T:
+        """What is read, within the limit and the request's deadline."""
+        left_s = min(limit_s, self.job.deadline_s - self.around.clock())
         try:
-            async with asyncio.timeout(limit_s):
-                event = await call.read()
+            async with asyncio.timeout(left_s):
+                return await reading
         except TimeoutError as error:
             if self.around.clock() >= self.job.deadline_s:
                 limit_s = self.around.settings.request_timeout_s
                 raise DeadlineError(
                     f"the request took longer than frontend.request_timeout_s = {limit_s:g} s"
                 ) from error
-            silent = WorkerLostError(f"no {awaited}")
+            silent = WorkerLostError(f"no {awaited} within {limit_s:g} s")
             raise WorkerFailure(worker, FailureKind.TIMEOUT, silent) from error
-        except grpc.aio.AioRpcError as error:
-            raise failure_of(worker, error) from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # Not this task was cancelled but the call: its channel was closed under it.
-            closed = WorkerLostError("the connection was closed")
-            raise WorkerFailure(worker, FailureKind.LOST, closed) from error
-        return None if event is grpc.aio.EOF else cast("Event", event)
+
+
+def _handoff_from(worker: WorkerRecord) -> Handoff:
+    return Handoff(id=secrets.token_bytes(HANDOFF_ID_BYTES), worker_id=worker.worker_id, sender=worker.transfer)

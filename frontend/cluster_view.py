@@ -8,19 +8,14 @@ as long as it likes: the last view stays, and workers that fail are avoided by w
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import grpc.aio
-
 from frontend.dispatch_metrics import REGISTRY_CONNECTED, WORKERS
-from slipstream import telemetry
+from slipstream import registry_watch, telemetry
 from slipstream.errors import DeadlineError
-from slipstream.grpc_channels import CONNECT_TIMEOUT_S, client_options
-from slipstream.grpc_errors import from_rpc_error
-from slipstream.v1.registry_pb2 import Role, WatchRequest, WorkerRecord, WorkerSet, WorkerState
-from slipstream.v1.registry_pb2_grpc import RegistryStub
+from slipstream.registry_watch import RegistryView
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerSet, WorkerState
 
 log = telemetry.get_logger(__name__)
 
@@ -28,10 +23,6 @@ FIRST_PENALTY_S = 3.0
 MAX_PENALTY_S = 30.0
 RENEWALS_THAT_PROVE_LIFE = 2
 """One renewal may have been on its way when the call failed; the second was sent after it."""
-
-FIRST_BACKOFF_S = 0.1
-MAX_BACKOFF_S = 2.0
-RECONNECT_BACKOFF_S = 0.5
 
 
 @dataclass(slots=True)
@@ -43,32 +34,15 @@ class _Suspicion:
 
 
 @dataclass(slots=True)
-class ClusterView:
+class ClusterView(RegistryView):
     """Pure state. `now_s` is in seconds of a clock that never goes backwards."""
 
-    known: bool = False  # whether any registry has ever been heard
-    registry_id: str = ""
-    settled: bool = False
-    lease_s: float = 6.0
-    _records: dict[str, WorkerRecord] = field(default_factory=dict)
-    _listed: set[str] = field(default_factory=set)  # ids that this registry has listed since its start
     _suspicions: dict[str, _Suspicion] = field(default_factory=dict)
 
     def apply(self, workers: WorkerSet) -> None:
         """Take a registry's set. Until the registry is settled, workers that it has not heard of yet are kept."""
-        if workers.registry_id != self.registry_id:
-            self._listed = set()
-        listed = {record.worker_id: record for record in workers.workers}
-        if not workers.settled:
-            for worker_id, record in self._records.items():
-                newer = worker_id in listed and listed[worker_id].epoch >= record.epoch
-                if not newer and worker_id not in self._listed:
-                    listed[worker_id] = record
-        self._listed |= {record.worker_id for record in workers.workers}
-        self._records = listed
-        self.known, self.registry_id = True, workers.registry_id
-        self.settled, self.lease_s = workers.settled, workers.lease_s
-        for worker_id in self._suspicions.keys() - listed.keys():
+        RegistryView.apply(self, workers)  # `super()` knows the class from before it got its slots
+        for worker_id in self._suspicions.keys() - self._records.keys():
             del self._suspicions[worker_id]
 
     def suspect(self, worker_id: str, epoch: int, now_s: float) -> None:
@@ -98,10 +72,6 @@ class ClusterView:
             return False
         renewed = record.renewals >= suspicion.renewals + RENEWALS_THAT_PROVE_LIFE
         return now_s < suspicion.until_s and not (renewed and suspicion.strikes == 1)
-
-    def records(self) -> list[WorkerRecord]:
-        """All workers in any state. Not copies: do not change them."""
-        return list(self._records.values())
 
     def ready(self, role: Role.ValueType, now_s: float) -> list[WorkerRecord]:
         """Workers of a role that take requests now."""
@@ -134,7 +104,6 @@ class ClusterWatch:
         self._on_change = on_change
         self._changed = asyncio.Condition()
         self._connected: bool | None = None
-        self._backoff_s = FIRST_BACKOFF_S
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until a decode worker is ready.
@@ -150,32 +119,7 @@ class ClusterWatch:
 
     async def follow(self) -> None:
         """Watch, and watch again after every failure. Runs until cancelled."""
-        options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
-            while True:
-                try:
-                    reason = await self._follow_one_watch(RegistryStub(channel).Watch(WatchRequest()))
-                except grpc.aio.AioRpcError as error:
-                    reason = from_rpc_error(error).message
-                except TimeoutError:
-                    reason = "the registry fell silent"
-                self._note_lost(reason)
-                await asyncio.sleep(random.uniform(self._backoff_s / 2, self._backoff_s))
-                self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
-
-    async def _follow_one_watch(self, call: grpc.aio.UnaryStreamCall[WatchRequest, WorkerSet]) -> str:
-        silence_s = CONNECT_TIMEOUT_S
-        try:
-            while True:
-                async with asyncio.timeout(silence_s):
-                    workers = await call.read()
-                if not isinstance(workers, WorkerSet):
-                    return "the registry ended the watch"
-                await self._take(workers)
-                # A set is due at least once a lease period.
-                silence_s = 2 * workers.lease_s + 1
-        finally:
-            call.cancel()
+        await registry_watch.follow(self._address, take=self._take, lost=self._note_lost)
 
     async def _take(self, workers: WorkerSet) -> None:
         self.view.apply(workers)
@@ -185,7 +129,6 @@ class ClusterWatch:
             self._changed.notify_all()
 
     def _note_connected(self) -> None:
-        self._backoff_s = FIRST_BACKOFF_S
         REGISTRY_CONNECTED.set(1)
         counts = {(role, state): 0 for role in Role.values() if role for state in WorkerState.values() if state}
         for record in self.view.records():

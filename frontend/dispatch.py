@@ -1,10 +1,10 @@
 """Sends requests to workers and streams their tokens back: the way of one request, and what happens when it breaks.
 
-    route -> prefill worker computes the prompt -> decode worker takes the blocks and generates -> tokens
+    route -> prefill worker computes the prompt, decode worker takes its blocks meanwhile and generates -> tokens
 
-A failed prefill worker is replaced by another or, in the end, by the decode worker itself; a failed decode
-worker by another one, also in the middle of an answer where that leaves no trace. Every wait has a limit, and
-leaving `generate` at any point ends both calls.
+Both are called at once. A failed prefill worker is replaced by another or, in the end, by the decode worker
+itself; a failed decode worker by another one, also in the middle of an answer where that leaves no trace. Every
+wait has a limit, and leaving `generate` at any point ends all calls.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from frontend.attempt import Attempt, Surroundings
 from frontend.cluster_view import ClusterView, ClusterWatch
+from frontend.conversation_cache import PrefixChain
+from frontend.conversations import Conversations
 from frontend.dispatch_metrics import (
     CONTINUATIONS,
     FALLBACKS,
@@ -27,7 +29,7 @@ from frontend.dispatch_metrics import (
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
 from frontend.outstanding import OutstandingWork
 from frontend.progress import Progress
-from frontend.router import RETRY_AFTER_S, Candidate, Route, choose
+from frontend.router import RETRY_AFTER_S, Ask, Candidate, Route, choose
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import WorkerFailure
 from slipstream import telemetry
@@ -49,24 +51,29 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
     async with AsyncExitStack() as stack:
         channels = await stack.enter_async_context(WorkerChannels())
         work = OutstandingWork()
+        conversations = Conversations(write_back=settings.frontend.write_back)
 
         async def take_note(view: ClusterView) -> None:
             records = view.records()
             for record in records:
                 work.note(record)
-            work.forget_all_but({record.worker_id for record in records})
+            worker_ids = {record.worker_id for record in records}
+            work.forget_all_but(worker_ids)
+            conversations.forget_all_but(worker_ids)
             await channels.retain({record.address for record in records})
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        yield ClusterDispatcher(Surroundings(settings.frontend, channels, work, time.monotonic), watch)
+        around = Surroundings(settings.frontend, channels, work, time.monotonic)
+        yield ClusterDispatcher(around, watch, conversations)
 
 
 class ClusterDispatcher:
     """Implements `frontend.generation.Dispatcher` with the workers of the cluster."""
 
-    def __init__(self, around: Surroundings, watch: ClusterWatch) -> None:
+    def __init__(self, around: Surroundings, watch: ClusterWatch, conversations: Conversations) -> None:
         self._around = around
+        self._conversations = conversations
         self._watch = watch
         self._settings: FrontendSettings = around.settings
         self._tie_break = uuid.uuid4().hex
@@ -113,17 +120,16 @@ class ClusterDispatcher:
         """
         deadline_s = self._around.clock() + self._settings.request_timeout_s
         progress = Progress(request, self._settings.max_attempts, deadline_s)
+        chain = self._conversations.begin(request.model, request.token_ids, self._watch.view.records())
         with OPEN_REQUESTS.track_inprogress():
             while True:
-                attempt = Attempt(self._around, progress.job(), self._route(progress))
+                attempt = self._attempt(progress, chain)
                 try:
-                    if attempt.route.prefill is not None:
-                        await attempt.prefill()
-                        PREFILL_SECONDS.observe(attempt.prefill_s)
-                    attempt.start_decode()
+                    attempt.start()
                     while True:
                         event = await attempt.next_tokens()
                         delta = progress.accept(event, attempt)
+                        chain.extend(delta.token_ids)
                         self._note_event(event, attempt)
                         yield delta
                         if delta.finish_reason:
@@ -133,21 +139,35 @@ class ClusterDispatcher:
                     attempt.close()
                     ending = self._after_failure(failure, progress)
                 finally:
-                    attempt.close()
+                    await attempt.aclose()
+                    self._note_attempt(attempt, progress, chain)
                 if ending is not None:
                     yield ending
                     return
 
-    def _route(self, progress: Progress) -> Route:
+    def _attempt(self, progress: Progress, chain: PrefixChain) -> Attempt:
+        """The next dispatch, routed."""
         view, now_s = self._watch.view, self._around.clock()
         if not view.known:
             raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
+        records = view.records()
         candidates = [
             Candidate(record, view.is_suspect(record.worker_id, now_s), self._around.work.of(record.worker_id))
-            for record in view.records()
+            for record in records
         ]
+        ask = progress.ask(self._conversations.known(chain, records))
+        route = self._route(ask, candidates, progress)
+
+        def note_computed(attempt: Attempt) -> None:
+            PREFILL_SECONDS.observe(attempt.prefill_s)
+            self._conversations.note_computed(attempt, chain)
+
+        write_back = self._conversations.plan(ask, route, candidates)
+        return Attempt(self._around, progress.job(), route, note_computed, write_back)
+
+    def _route(self, ask: Ask, candidates: list[Candidate], progress: Progress) -> Route:
         try:
-            route = progress.settle(choose(progress.ask(), candidates, tie_break=self._tie_break))
+            route = progress.settle(choose(ask, candidates, tie_break=self._tie_break))
         except NoWorkerError as error:
             if progress.last_failure is None:
                 raise
@@ -162,12 +182,21 @@ class ClusterDispatcher:
     def _note_event(self, event: DecodeEvent, attempt: Attempt) -> None:
         if not event.finish_reason:
             return
-        for worker in (attempt.route.decode, attempt.route.prefill):
-            if worker is not None:
-                self._watch.view.absolve(worker.worker_id)
+        self._watch.view.absolve(attempt.route.decode.worker_id)
+        if attempt.route.prefill is not None and attempt.computed is not None:
+            self._watch.view.absolve(attempt.route.prefill.worker_id)
         if event.account.fallback and attempt.route.fallback is None:
             FALLBACKS.labels(DECODE_RECOMPUTED).inc()
             log.warning("prefill_fallback", request_id=attempt.job.request_id, reason=event.account.fallback)
+
+    def _note_attempt(self, attempt: Attempt, progress: Progress, chain: PrefixChain) -> None:
+        """An attempt ended, in whatever way."""
+        lost = progress.last_failure
+        if attempt.tokens_came and (lost is None or lost.worker.worker_id != attempt.route.decode.worker_id):
+            self._conversations.note_answered(attempt, chain)
+        ignored = attempt.ignored_failure
+        if ignored is not None:
+            self._note_failure(ignored, progress)
 
     def _after_failure(self, failure: WorkerFailure, progress: Progress) -> TokenDelta | None:
         """Returns to dispatch again; an answer that was complete but for its end is ended here.
@@ -175,6 +204,20 @@ class ClusterDispatcher:
         Raises:
             SlipstreamError: the request cannot go on.
         """
+        worker = failure.worker
+        self._note_failure(failure, progress)
+        if worker.role == Role.ROLE_DECODE:
+            progress.last_failure = failure
+            ending = progress.finished_unsaid()
+            if ending is not None:
+                return ending
+        progress.failed(failure)
+        REDISPATCHES.labels(failure.role, failure.kind.value).inc()
+        if progress.generated and worker.role == Role.ROLE_DECODE:
+            CONTINUATIONS.inc()
+        return None
+
+    def _note_failure(self, failure: WorkerFailure, progress: Progress) -> None:
         worker = failure.worker
         WORKER_FAILURES.labels(failure.role, failure.kind.value).inc()
         log.warning(
@@ -188,13 +231,3 @@ class ClusterDispatcher:
         )
         if failure.kind.suspicious:
             self._watch.view.suspect(worker.worker_id, worker.epoch, self._around.clock())
-        if worker.role == Role.ROLE_DECODE:
-            progress.last_failure = failure
-            ending = progress.finished_unsaid()
-            if ending is not None:
-                return ending
-        progress.failed(failure)
-        REDISPATCHES.labels(failure.role, failure.kind.value).inc()
-        if progress.generated and worker.role == Role.ROLE_DECODE:
-            CONTINUATIONS.inc()
-        return None

@@ -7,7 +7,8 @@ from prometheus_client import Counter, Gauge, Histogram
 FALLBACKS = Counter(
     "slipstream_frontend_fallbacks",
     "Requests whose prompt the decode worker computed although a prefill worker should have, by reason. "
-    "Alert on a rate above zero; no_prefill_worker means that the prefill pool is empty.",
+    "Alert on a rate above zero; no_prefill_worker means that the prefill pool is empty, no_path that KV blocks "
+    "cannot travel from any prefill worker to any decode worker.",
     ["reason"],
 )
 REDISPATCHES = Counter(
@@ -31,9 +32,22 @@ OPEN_REQUESTS = Gauge(
 )
 PREFILL_SECONDS = Histogram(
     "slipstream_frontend_prefill_seconds",
-    "From dispatch to the prefill worker's handoff: its queue and its computation. Compare with the time to the "
-    "first token to see what the transfer costs.",
+    "From dispatch to the computed prompt: the prefill worker's queue and its computation. Compare with the time "
+    "to the first token to see what the transfer adds.",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+WRITE_BACKS = Counter(
+    "slipstream_frontend_write_backs",
+    "Times a decode worker was asked to hand over to a prefill worker what it has of a conversation.",
+)
+WRITE_BACK_TOKENS = Counter(
+    "slipstream_frontend_write_back_tokens",
+    "Prompt tokens that prefill workers received from decode workers and did not have to compute.",
+)
+WRITE_BACKS_REFUSED = Counter(
+    "slipstream_frontend_write_backs_refused",
+    "Write-backs of which nothing came: the decode worker had dropped the blocks, or could not send them. A large "
+    "share of all write-backs says that the KV caches are too small for the conversations.",
 )
 REGISTRY_CONNECTED = Gauge(
     "slipstream_frontend_registry_connected",

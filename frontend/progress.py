@@ -5,7 +5,7 @@ Pure data; the time and every event are passed in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frontend.attempt import Attempt, Job
@@ -40,10 +40,14 @@ class Progress:
     _prefill_failure: WorkerFailure | None = None
     _decode_alone: bool = False
 
-    def ask(self) -> Ask:
-        """The question for the router: workers that failed this request are out."""
+    def ask(self, known: Mapping[str, int]) -> Ask:
+        """The question for the router: workers that failed this request are out.
+
+        Args:
+            known: by worker id, tokens of prompt and answer so far that the worker has.
+        """
         tokens = len(self.request.token_ids) + len(self.generated)
-        return Ask(self.request.model, tokens, self.remaining_tokens() or 0, frozenset(self._failed))
+        return Ask(self.request.model, tokens, self.remaining_tokens() or 0, frozenset(self._failed), known)
 
     def settle(self, route: Route) -> Route:
         """The route as it is taken: decode alone when the tries are used up, with the true reason for it."""
@@ -140,10 +144,10 @@ class Progress:
         account.prompt_tokens = len(self.request.token_ids)
         account.attempts = self.attempts
         account.decode_worker = attempt.route.decode.worker_id
-        if attempt.route.prefill is not None and attempt.ready is not None:
+        if attempt.route.prefill is not None and attempt.computed is not None:
             account.prefill_worker = attempt.route.prefill.worker_id
-            account.prefill_computed_tokens = attempt.ready.computed_tokens
-            account.prefill_cached_tokens = attempt.ready.cached_tokens
+            account.prefill_computed_tokens = attempt.computed.computed_tokens
+            account.prefill_cached_tokens = attempt.computed.cached_tokens
             account.prefill_s = attempt.prefill_s
         if attempt.route.fallback is not None:
             account.fallback = attempt.route.fallback

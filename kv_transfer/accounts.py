@@ -10,7 +10,7 @@ from slipstream import telemetry
 
 log = telemetry.get_logger(__name__)
 
-_BYTES_BY_WAY = {
+BYTES_BY_WAY = {
     "shm/direct": Counter.BYTES_SHM_DIRECT,
     "shm/staged": Counter.BYTES_SHM_STAGED,
     "ucx": Counter.BYTES_UCX,
@@ -125,7 +125,9 @@ class Accounts:
         board.add(Counter.WIRE_BYTES, report.wire_bytes)
         board.add(Counter.TRANSFER_NS, int(report.seconds * 1e9))
         board.add(Counter.EXPOSED_NS, int(report.exposed_s * 1e9))
-        board.add(next(word for way, word in _BYTES_BY_WAY.items() if report.path.startswith(way)), report.bytes_moved)
+        # Of each transfer by itself: the wait of one, which may be longer than its work, hides nothing of another.
+        board.add(Counter.HIDDEN_NS, int(max(0.0, report.seconds - report.exposed_s) * 1e9))
+        board.add(next(word for way, word in BYTES_BY_WAY.items() if report.path.startswith(way)), report.bytes_moved)
         if account is not None:
             board.add(Counter.PROMPT_TOKENS_RECEIVED, account.received_tokens)
 

@@ -22,6 +22,7 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.inbound import Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
 from kv_transfer.outbound import Fence
+from kv_transfer.path_probe import ProbeMemory
 from kv_transfer.sender_link import Terms
 from kv_transfer.ways import Factory, Transports
 from slipstream import telemetry
@@ -166,7 +167,8 @@ class TransferAgent:
     async def _serve(self) -> None:
         encoded = self._terms.codec != "none" or not self._memory.on_host
         buffers = [SendBuffer(self._limits.span_bytes) for _ in range(_SEND_BUFFERS if encoded else 0)]
-        runs = [*self._memory.runs(), *(buffer.run for buffer in buffers)]
+        probed = ProbeMemory()
+        runs = [*self._memory.runs(), *(buffer.run for buffer in buffers), probed.run]
         transports = Transports(self._factories, runs, self._terms.setup_s)
         exchange = Exchange(self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers)
         self._stopping = asyncio.Event()

@@ -62,6 +62,7 @@ class Counter(enum.IntEnum):
     HANDOFFS_RELEASED = 20
     HANDOFFS_EXPIRED = 21
     HANDOFFS_NOT_CACHED = 22
+    HIDDEN_NS = 24
     HANDOFFS_RESET = 23  # blocks taken away by a preemption while they were being sent
     BYTES_SHM_DIRECT = 32
     BYTES_SHM_STAGED = 33

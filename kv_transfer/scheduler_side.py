@@ -239,15 +239,24 @@ class SchedulerSide:
                 self._step.ends.append((outgoing.handoff_id, "not_cached"))
         return self._board.outcome(outgoing.slot, outgoing.nonce) is not Outcome.NOT_CACHED
 
-    def _plan_send(self, outgoing: _Outgoing, block_ids: list[int], computed: int, scheduled: int) -> Send:
-        """What this step finishes of a prompt of which `computed` tokens are there before it."""
+    def _plan_send(
+        self, outgoing: _Outgoing, block_ids: list[int], computed: int, scheduled: int, unwritten: set[int]
+    ) -> Send:
+        """What this step finishes of a prompt of which `computed` tokens are there before it.
+
+        Args:
+            unwritten: blocks that other requests write in this step. vLLM gives out a block of the prefix cache as
+                soon as its computation is planned: it may be a hit here and yet be empty before this step.
+        """
         begin = None
         ready = 0
         if not outgoing.begun:
             outgoing.begun = True
             self._board.add(Counter.HANDOFFS_OPENED)
             begin = (outgoing.tokens, outgoing.digest)
-            ready = outgoing.published = computed // self._block_tokens
+            hits = computed // self._block_tokens
+            ready = next((n for n, block_id in enumerate(block_ids[:hits]) if block_id in unwritten), hits)
+            outgoing.published = ready
         after = computed + scheduled
         final = after >= outgoing.tokens
         end = -(-outgoing.tokens // self._block_tokens) if final else after // self._block_tokens
@@ -285,7 +294,24 @@ class SchedulerSide:
         tables = output.kv_connector_block_state
         table = tables.get_block_ids(request_id) if tables is not None else None
         if table is not None:
-            self._step.sends.append(self._plan_send(outgoing, list(table[0]), computed, scheduled))
+            first_step = not outgoing.begun and computed >= self._block_tokens
+            unwritten = self._written_by(output, request_id) if first_step else set()
+            self._step.sends.append(self._plan_send(outgoing, list(table[0]), computed, scheduled, unwritten))
+
+    def _written_by(self, output: SchedulerOutput, but: str) -> set[int]:
+        """Blocks that this step writes for any request but this one."""
+        tables = output.kv_connector_block_state
+        assert tables is not None
+        cached = output.scheduled_cached_reqs
+        progress = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        progress.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        written: set[int] = set()
+        for request_id, computed in progress.items():
+            table = tables.get_block_ids(request_id) if request_id != but else None
+            if table is not None:
+                end = computed + output.num_scheduled_tokens[request_id]
+                written.update(table[0][computed // self._block_tokens : -(-end // self._block_tokens)])
+        return written
 
     # -- the end of a request -----------------------------------------------------------------------------
 

@@ -1,1 +1,1 @@
-"""The prefill role: computes a prompt and holds its KV blocks for one decode worker."""
+"""The prefill role: computes a prompt and sends its KV blocks to one decode worker meanwhile."""

@@ -22,9 +22,9 @@ def run(settings: Settings) -> None:
 
 def _add(
     server: grpc.aio.Server, engine: Engine, admission: Admission, board: Board, model: str, settings: Settings
-) -> str:
+) -> tuple[str, ...]:
     lease_s = settings.transfer.lease_s
     leases = LeaseTable(board, lease_s=lease_s)
-    service = PrefillService(engine, leases, admission, model=model, lease_s=lease_s)
+    service = PrefillService(engine, leases, admission, model=model, lease_s=lease_s, computes=True)
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(service, server)
-    return "slipstream.v1.PrefillWorker"
+    return ("slipstream.v1.PrefillWorker",)

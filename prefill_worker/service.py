@@ -1,4 +1,4 @@
-"""The gRPC service of a prefill worker.
+"""The gRPC service of a prefill worker; decode workers serve it too, for what is in their prefix cache.
 
 A call is the owner of a lease: blocks are held while it is open, renewed while it lives, and released when it
 ends, whatever the reason. A frontend that dies takes its calls with it.
@@ -7,7 +7,7 @@ ends, whatever the reason. A frontend that dies takes its calls with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,12 @@ import grpc.aio
 from engine.admission import Admission, check_model
 from engine.protocol import Engine, PromptComputed
 from kv_transfer.board import Outcome
+from kv_transfer.handoff import ID_BYTES
 from kv_transfer.leases import Lease, LeaseTable
 from slipstream import grpc_errors
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError
-from slipstream.v1.worker_pb2 import HandoffClosed, HandoffReady, PrefillEvent, PrefillRequest
+from slipstream.v1 import worker_pb2
+from slipstream.v1.worker_pb2 import HandoffClosed, PrefillEvent, PrefillRequest
 from slipstream.v1.worker_pb2_grpc import PrefillWorkerServicer
 
 # How often an open call looks whether its lease has ended: the caller does not wait for this.
@@ -30,52 +32,100 @@ _CLOSED = {
     Outcome.RELEASED: HandoffClosed.RELEASED,
     Outcome.EXPIRED: HandoffClosed.EXPIRED,
     Outcome.ABORTED: HandoffClosed.RELEASED,
+    Outcome.NOT_CACHED: HandoffClosed.NOT_CACHED,
 }
 
 
 class PrefillService(PrefillWorkerServicer):
-    """Computes prompts.
+    """Hands prompts over.
 
     Args:
         lease_s: how long blocks stay when this process cannot renew the lease.
+        computes: whether prompts are computed here; if not, only what is cached is handed over.
     """
 
-    def __init__(self, engine: Engine, leases: LeaseTable, admission: Admission, *, model: str, lease_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        leases: LeaseTable,
+        admission: Admission,
+        *,
+        model: str,
+        lease_s: float,
+        computes: bool,
+    ) -> None:
         self._engine = engine
         self._leases = leases
         self._admission = admission
         self._model = model
         self._lease_s = lease_s
+        self._computes = computes
 
     async def Prefill(  # noqa: N802 - gRPC's name
         self, request: PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[PrefillEvent]:
         try:
             with self._admission.admitted(), self._leased() as lease:
-                check_model(request.model, self._model)
-                computed = await self._compute(request, lease)
-                yield PrefillEvent(
-                    ready=HandoffReady(
-                        handoff=computed.handoff,
-                        computed_tokens=computed.computed_tokens,
-                        cached_tokens=computed.cached_tokens,
-                    )
-                )
-                outcome = await self._until_ended(lease) if computed.handoff else Outcome.RELEASED
-                yield PrefillEvent(closed=HandoffClosed(outcome=_CLOSED[outcome]))
+                self._check(request)
+                keeping = asyncio.create_task(self._until_ended(lease), name="lease")
+                try:
+                    computed = await self._compute(request, lease, keeping)
+                    if computed is not None:
+                        yield PrefillEvent(computed=_to_wire(computed))
+                    yield PrefillEvent(closed=HandoffClosed(outcome=_CLOSED[await keeping]))
+                finally:
+                    await _end(keeping)
         except SlipstreamError as error:
             await grpc_errors.abort(context, error)
 
-    async def _compute(self, request: PrefillRequest, lease: Lease) -> PromptComputed:
-        """Compute the prompt; whatever happens after the engine may know of the lease, the board will tell."""
-        lease.seen_by_engine = True
+    def _check(self, request: PrefillRequest) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ModelNotFoundError, InvalidRequestError
+        """
+        check_model(request.model, self._model)
+        if len(request.handoff_id) != ID_BYTES:
+            raise InvalidRequestError(
+                f"handoff_id: {len(request.handoff_id)} bytes, it has {ID_BYTES} random ones", param="handoff_id"
+            )
+        if not self._computes and not request.cached_only:
+            raise InvalidRequestError(
+                "cached_only: a decode worker computes no prompts for others; set it, or ask a prefill worker",
+                param="cached_only",
+            )
+
+    async def _compute(
+        self, request: PrefillRequest, lease: Lease, keeping: asyncio.Task[Outcome]
+    ) -> PromptComputed | None:
+        """Have the prompt computed; None when its lease ended instead.
+
+        Whatever happens after the engine may know of the lease, the board will tell.
+        """
+        computing = asyncio.create_task(self._engine_prefill(request, lease), name="prefill")
+        awaited: set[asyncio.Task[Any]] = {computing, keeping} if request.cached_only else {computing}
         try:
-            return await self._engine.prefill(request.request_id, request.token_ids, (lease.slot, lease.nonce))
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            return computing.result() if computing.done() else None
         except (InvalidRequestError, EngineDeadError):
             lease.seen_by_engine = False  # refused before it got there, or there is no engine any more
             raise
+        finally:
+            await _end(computing)
+
+    async def _engine_prefill(self, request: PrefillRequest, lease: Lease) -> PromptComputed:
+        lease.seen_by_engine = True
+        return await self._engine.prefill(
+            request.request_id,
+            request.token_ids,
+            (lease.slot, lease.nonce),
+            handoff_id=request.handoff_id,
+            source=request.source if request.HasField("source") else None,
+            cached_only=request.cached_only,
+        )
 
     async def _until_ended(self, lease: Lease) -> Outcome:
+        """Renew the lease until it ends in another way."""
         loop = asyncio.get_running_loop()
         renew_at = loop.time() + self._lease_s / 3
         while (outcome := self._leases.outcome(lease)) is None:
@@ -86,9 +136,23 @@ class PrefillService(PrefillWorkerServicer):
         return outcome
 
     @contextmanager
-    def _leased(self) -> Any:
+    def _leased(self) -> Iterator[Lease]:
         lease = self._leases.open()
         try:
             yield lease
         finally:
             self._leases.close(lease)
+
+
+def _to_wire(computed: PromptComputed) -> worker_pb2.PromptComputed:
+    return worker_pb2.PromptComputed(
+        computed_tokens=computed.computed_tokens,
+        cached_tokens=computed.cached_tokens,
+        received_tokens=computed.received_tokens,
+    )
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task that is not needed any more, and see it end."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

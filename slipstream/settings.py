@@ -40,10 +40,13 @@ class FrontendSettings(Section):
         120.0,
         gt=0,
         le=3600,
-        description="longest wait for a prefill worker's handoff before decode does it alone",
+        description="longest wait for a prefill worker to compute a prompt before decode does it alone",
     )
     first_token_timeout_s: float = Field(
-        120.0, gt=0, le=3600, description="longest wait for the first token from a decode worker"
+        120.0,
+        gt=0,
+        le=3600,
+        description="longest wait for the first token from a decode worker, once the prompt is computed",
     )
     token_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="longest wait for the next token from a decode worker"
@@ -51,6 +54,7 @@ class FrontendSettings(Section):
     max_attempts: int = Field(
         3, ge=1, le=10, description="dispatches of one request before its worker's loss is reported"
     )
+    write_back: bool = Field(True, description="let a prefill worker fetch from decode workers what they generated")
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
-from kv_transfer.transports.process_memory import Copy, allow_readers, merge, read_process
+from kv_transfer.transports.process_memory import allow_readers, read_process
 from slipstream.errors import TransferError
 
 T = TypeVar("T")
@@ -79,9 +79,7 @@ class DirectLink:
         self._pid = pid
 
     def read(self, sources: Sequence[Run], targets: Sequence[Run]) -> None:
-        copies = [Copy(a.address, b.address, a.length) for a, b in zip(sources, targets, strict=True)]
-        for _ in read_process(self._pid, merge(copies)):
-            pass
+        read_process(self._pid, sources, targets)
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from slipstream import __version__
-from slipstream.cli import chat, local, roles, show, status
+from slipstream.cli import chat, local, roles, show, status, transfer
 from slipstream.errors import ConfigError, SlipstreamError
 
 
@@ -44,13 +44,16 @@ app = typer.Typer(
     add_completion=True,
 )
 planner = typer.Typer(help="The control plane.", no_args_is_help=True)
+ways = typer.Typer(help="The ways of KV blocks between workers.", no_args_is_help=True)
 configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 
 local.add_to(app)
 chat.add_to(app)
 status.add_to(app)
+transfer.add_to(ways)
 roles.add_to(app, planner)
 show.add_to(app, configuration)
+app.add_typer(ways, name="transfer", rich_help_panel=transfer.PANEL)
 app.add_typer(planner, name="planner", rich_help_panel=roles.PANEL)
 app.add_typer(configuration, name="config", rich_help_panel=show.PANEL)
 

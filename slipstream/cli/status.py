@@ -1,37 +1,36 @@
-"""`slipstream status`: what the registry knows of the workers."""
+"""`slipstream status`: what the registry knows of the workers, and of the ways of KV blocks between them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slipstream.cli.flags import select, with_settings
+from slipstream.cli.paths import path_rows, paths_table, worth_showing
 from slipstream.cli.show import examples
+from slipstream.cli.worker_sets import worker_sets
 from slipstream.config import LoadedConfig
-from slipstream.errors import ConfigError, DeadlineError, UnavailableError
+from slipstream.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
 
 PANEL = "Use a cluster"
 
-# The registry sends the set at least once a lease period; the longest lease that can be set is 300 s.
-_NEXT_SET_TIMEOUT_S = 330.0
-
 
 def add_to(app: typer.Typer) -> None:
     app.command(
         rich_help_panel=PANEL,
         epilog=examples(
-            ("slipstream status", "one row for each worker"),
+            ("slipstream status", "one row for each worker, and one for each pair of them"),
             ("slipstream status --watch", "the same, kept up to date until Ctrl-C"),
             ("slipstream status --json | jq '.workers[].state'", "for programs"),
         ),
@@ -45,7 +44,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Keep it up to date until Ctrl-C.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout-s", help="Longest wait for the registry's answer.")] = 5.0,
 ) -> None:
-    """Show the cluster's workers: role, state, load, KV use, fallbacks."""
+    """Show the cluster's workers (role, state, load, KV use, fallbacks) and the measured ways between them."""
     if not timeout_s > 0:
         raise ConfigError(f"--timeout-s = {timeout_s:g} must be more than 0")
     address = loaded.settings.control_plane.address
@@ -103,54 +102,21 @@ async def _show(address: str, *, as_json: bool, watch: bool, timeout_s: float) -
     from slipstream.cli.terminal import output
 
     console = output()
-    sets = _worker_sets(address, timeout_s)
+    sets = worker_sets(address, timeout_s)
     try:
         if watch and not as_json and console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 async for worker_set in sets:
-                    live.update(_table(worker_set, address), refresh=True)
+                    live.update(_page(worker_set, address), refresh=True)
         async for worker_set in sets:
             if as_json:
                 print(json.dumps(_as_json(worker_set), indent=None if watch else 2), flush=True)  # noqa: T201
             else:
-                console.print(_table(worker_set, address))
+                console.print(_page(worker_set, address))
             if not watch:
                 return
     finally:
         await sets.aclose()
-
-
-async def _worker_sets(address: str, timeout_s: float) -> AsyncGenerator[WorkerSet, None]:
-    """The registry's sets as they come; each wait has a deadline."""
-    import grpc
-    import grpc.aio
-
-    from slipstream.grpc_errors import from_rpc_error
-    from slipstream.v1.registry_pb2 import WatchRequest, WorkerSet
-    from slipstream.v1.registry_pb2_grpc import RegistryStub
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = RegistryStub(channel).Watch(WatchRequest())
-        wait_s = timeout_s
-        try:
-            while True:
-                async with asyncio.timeout(wait_s):
-                    worker_set = await call.read()
-                if not isinstance(worker_set, WorkerSet):
-                    raise UnavailableError(f"the control plane at {address} ended the connection")
-                yield worker_set
-                wait_s = _NEXT_SET_TIMEOUT_S
-        except TimeoutError:
-            raise DeadlineError(f"the control plane at {address} did not answer within {wait_s:g} s") from None
-        except grpc.RpcError as error:
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise UnavailableError(
-                    f"no control plane answers at {address} ({error.details()}); start a cluster with `slipstream up`, "
-                    "or say where it is with --control-plane HOST:PORT"
-                ) from None
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
 
 
 def _row(record: WorkerRecord, now_unix_s: float) -> WorkerRow:
@@ -186,10 +152,22 @@ def _as_json(worker_set: WorkerSet) -> dict[str, object]:
         "lease_s": worker_set.lease_s,
         "registry_id": worker_set.registry_id,
         "workers": [asdict(row) for row in rows(worker_set, time.time())],
+        "paths": [asdict(row) for row in path_rows(worker_set)],
     }
 
 
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
+
+
+def _page(worker_set: WorkerSet, address: str) -> Group:
+    from rich.console import Group
+
+    from slipstream.v1.registry_pb2 import Role
+
+    prefill_ids = {record.worker_id for record in worker_set.workers if record.role == Role.ROLE_PREFILL}
+    paths, left_out = worth_showing(path_rows(worker_set), prefill_ids)
+    workers = _table(worker_set, address)
+    return Group(workers, "", paths_table(paths, left_out=left_out)) if paths else Group(workers)
 
 
 def _table(worker_set: WorkerSet, address: str) -> Table:

@@ -14,7 +14,7 @@ from planner.server import open_control_plane
 from slipstream.settings import ControlPlaneSettings, FrontendSettings, Settings
 from slipstream.v1.registry_pb2 import Role
 from slipstream.v1.sampling_pb2 import SamplingParams
-from tests.support.scripted_worker import MODEL, ScriptedWorker, until
+from tests.support.scripted_worker import MODEL, Handoffs, ScriptedWorker, until
 
 PROMPT = list(range(5, 45))
 
@@ -50,9 +50,12 @@ async def scripted_cluster(
     before = asyncio.all_tasks()
     async with AsyncExitStack() as stack:
         plane = await stack.enter_async_context(open_control_plane(ControlPlaneSettings(port=0, lease_s=lease_s)))
+        handoffs = Handoffs()
         workers = {
             role: [
-                await stack.enter_async_context(ScriptedWorker(plane.address, role, f"{letter}{index}"))
+                await stack.enter_async_context(
+                    ScriptedWorker(plane.address, role, f"{letter}{index}", handoffs=handoffs)
+                )
                 for index in range(count)
             ]
             for role, letter, count in ((Role.ROLE_PREFILL, "p", prefill), (Role.ROLE_DECODE, "d", decode))

@@ -23,15 +23,15 @@ from slipstream.errors import SlipstreamError
 from slipstream.grpc_channels import server_options
 from slipstream.grpc_errors import abort
 from slipstream.registration import Registration
-from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import Capacity, Load, Role, TransferEndpoint, WorkerRecord, WorkerState
 from slipstream.v1.sampling_pb2 import Candidate, FinishReason, RequestAccount, TokenLogprobs
 from slipstream.v1.worker_pb2 import (
     DecodeEvent,
     DecodeRequest,
     HandoffClosed,
-    HandoffReady,
     PrefillEvent,
     PrefillRequest,
+    PromptComputed,
 )
 from slipstream.v1.worker_pb2_grpc import (
     DecodeWorkerServicer,
@@ -45,6 +45,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MODEL = "scripted"
 HOST_ID = "one-host"
 DEFAULT_TOKENS = 8
+BLOCK_TOKENS = 16
 
 
 def token_at(position: int) -> int:
@@ -62,10 +63,16 @@ class Script:
 
     Attributes:
         refuse: ends each call with this error.
-        hang_at: stops answering at this token (decode) or before the handoff (prefill: 0), but stays connected.
-        die_at: closes the server at this token (decode) or before the handoff (prefill: 0).
+        hang_at: stops answering at this token (decode) or before the prompt is computed (prefill: 0), but stays
+            connected.
+        die_at: closes the server at this token (decode) or before the prompt is computed (prefill: 0).
         end_at: ends the call there with status OK, in the middle of the answer.
         finish_at: generates this many tokens although more were allowed.
+        die_computed: closes the server right after it has said that the prompt is computed.
+        say_after_s: how long after the prompt is computed its caller hears of it.
+        warm: decode has the prompt's blocks and needs nothing from prefill.
+        recompute_s: how long decode takes to compute a prompt whose handoff broke; None: it never does.
+        cached: False: has nothing to hand over when asked for what is cached.
         say_finish: False leaves out the finish reason and waits, as if the last message had been lost.
     """
 
@@ -79,8 +86,32 @@ class Script:
     say_finish: bool = True
     interval_s: float = 0.0
     delay_s: float = 0.0
-    handoff: bytes = b"handoff"
+    die_computed: bool = False
+    say_after_s: float = 0.0
+    warm: bool = False
+    recompute_s: float | None = None
+    cached: bool = True
     fallback: str = ""
+
+
+class Handoffs:
+    """Stands for the transfer agents: what was handed over under which id, and what broke."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[bytes, int | None] = {}
+        self._changed = asyncio.Condition()
+
+    async def settle(self, handoff_id: bytes, tokens: int | None) -> None:
+        """So many tokens can be received under this id from now on; None: it broke. The first word counts."""
+        async with self._changed:
+            self._tokens.setdefault(handoff_id, tokens)
+            self._changed.notify_all()
+
+    async def receive(self, handoff_id: bytes) -> int | None:
+        """Tokens that came, once they have; None when the handoff broke."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: handoff_id in self._tokens)
+            return self._tokens[handoff_id]
 
 
 @dataclass(slots=True)
@@ -96,7 +127,11 @@ class Seen:
 
 
 class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
-    """Serves and is registered while the context is entered; `script` may be changed at any time."""
+    """Serves and is registered while the context is entered; `script` may be changed at any time.
+
+    Args:
+        handoffs: shared by workers that can receive from each other; a worker without takes what it needs at once.
+    """
 
     def __init__(
         self,
@@ -109,8 +144,11 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         host_id: str = HOST_ID,
         state: WorkerState.ValueType = WorkerState.READY,
         epoch: int = 1,
+        handoffs: Handoffs | None = None,
     ) -> None:
         self.script = script or Script()
+        self.prefill_script: Script | None = None  # for its prefill calls, if they shall not follow `script`
+        self.handoffs = handoffs
         self.seen = Seen()
         self.record = WorkerRecord(
             worker_id=worker_id,
@@ -120,8 +158,10 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             host_id=host_id,
             epoch=epoch,
             device="cpu",
-            capacity=Capacity(max_model_len=4096, block_tokens=16, blocks=1024, block_bytes=1024),
+            capacity=Capacity(max_model_len=4096, block_tokens=BLOCK_TOKENS, blocks=1024, block_bytes=1024),
             load=Load(),
+            # Nobody listens there: scripted workers hand over within this process.
+            transfer=TransferEndpoint(address="127.0.0.1:9", epoch=epoch, transports=["shm", "ucx"]),
         )
         self._registry_address = registry_address
         self._server = grpc.aio.server(options=server_options())
@@ -134,9 +174,8 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         return self.record.worker_id
 
     async def __aenter__(self) -> Self:
-        if self.record.role == Role.ROLE_PREFILL:
-            add_PrefillWorkerServicer_to_server(self, self._server)
-        else:
+        add_PrefillWorkerServicer_to_server(self, self._server)
+        if self.record.role == Role.ROLE_DECODE:
             add_DecodeWorkerServicer_to_server(self, self._server)
         self.record.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
@@ -171,15 +210,39 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             yield event
 
     async def _prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:
-        await self._misbehave(0, context)
-        yield PrefillEvent(
-            ready=HandoffReady(handoff=self.script.handoff, computed_tokens=len(request.token_ids) - 1, cached_tokens=1)
-        )
-        await asyncio.sleep(30)
-        yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.EXPIRED))
+        script = self.prefill_script or self.script
+        try:
+            if request.cached_only and not script.cached:
+                yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.NOT_CACHED))
+                return
+            await self._misbehave(0, context, script)
+            computed = await self._computed(request)
+            await self._settle(request.handoff_id, len(request.token_ids))
+            await asyncio.sleep(script.say_after_s)
+            yield PrefillEvent(computed=computed)
+            if script.die_computed:
+                self._dying = asyncio.create_task(self.die())
+            await asyncio.sleep(30)
+            yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.EXPIRED))
+        finally:
+            await self._settle(request.handoff_id, None)
+
+    async def _computed(self, request: PrefillRequest) -> PromptComputed:
+        prompt = len(request.token_ids)
+        if request.cached_only:
+            return PromptComputed(computed_tokens=1, cached_tokens=prompt - 1)
+        offered = None
+        if request.HasField("source") and self.handoffs is not None:
+            offered = await self.handoffs.receive(request.source.id)
+        received = offered - 1 if offered else 0
+        return PromptComputed(computed_tokens=prompt - received - 1, cached_tokens=1, received_tokens=received)
+
+    async def _settle(self, handoff_id: bytes, tokens: int | None) -> None:
+        if self.handoffs is not None:
+            await self.handoffs.settle(handoff_id, tokens)
 
     async def _decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:
-        sampling = request.sampling
+        sampling, received = request.sampling, await self._receive(request)
         allowed = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_TOKENS
         count = allowed if self.script.finish_at is None else min(allowed, self.script.finish_at)
         for index in range(count):
@@ -195,13 +258,13 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             elif index == count - 1 and self.script.say_finish:
                 length = count == allowed
                 event.finish_reason = FinishReason.FINISH_REASON_LENGTH if length else FinishReason.FINISH_REASON_STOP
-                event.account.CopyFrom(self._account(request))
+                event.account.CopyFrom(self._account(request, received))
             yield event
             await asyncio.sleep(self.script.interval_s)
         await self._misbehave(count, context)
 
-    async def _misbehave(self, position: int, context: Context) -> None:
-        script = self.script
+    async def _misbehave(self, position: int, context: Context, script: Script | None = None) -> None:
+        script = script or self.script
         if position == 0:
             await asyncio.sleep(script.delay_s)
         if script.refuse is not None:
@@ -213,15 +276,29 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         if position in (script.die_at, script.hang_at):
             await asyncio.sleep(60)
 
-    def _account(self, request: DecodeRequest) -> RequestAccount:
-        moved = 4 if request.handoff else 0
+    async def _receive(self, request: DecodeRequest) -> bool:
+        """Whether the prompt's blocks came; without them it is computed here."""
+        if not request.HasField("handoff") or self.script.warm:
+            return False
+        script = self.script
+        misbehaves = script.refuse is not None or 0 in (script.hang_at, script.die_at, script.crash_at, script.end_at)
+        if misbehaves or self.handoffs is None:
+            return True  # whatever it does, it does at once
+        if await self.handoffs.receive(request.handoff.id) is not None:
+            return True
+        await asyncio.sleep(60 if self.script.recompute_s is None else self.script.recompute_s)
+        return False
+
+    def _account(self, request: DecodeRequest, received: bool) -> RequestAccount:
+        moved = 4 if received else 0
+        broke = request.HasField("handoff") and not received and not self.script.warm
         return RequestAccount(
             prompt_tokens=len(request.token_ids),
-            decode_computed_tokens=1 if request.handoff else len(request.token_ids),
+            decode_computed_tokens=1 if received else len(request.token_ids),
             kv_blocks_moved=moved,
             kv_bytes_moved=moved * self.record.capacity.block_bytes,
             transport="shm/direct" if moved else "",
-            fallback=self.script.fallback,
+            fallback=self.script.fallback or ("transfer_worker_gone" if broke else ""),
         )
 
     async def _watched(self, request_id: str, events: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -24,7 +24,7 @@ def load(self, model_path, board):
 
 host_process._Host._load_engine = load
 settings = Settings(model=sys.argv[1], worker={"start_timeout_s": float(sys.argv[2])})
-host_process.run(settings, Role.ROLE_DECODE, lambda *service: "")
+host_process.run(settings, Role.ROLE_DECODE, lambda *service: ())
 """
 
 

@@ -29,6 +29,7 @@ from slipstream.errors import (
 from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1.registry_pb2 import Role, WorkerState
 from slipstream.v1.sampling_pb2 import FinishReason
+from slipstream.v1.worker_pb2 import Handoff
 from tests.support.scripted_cluster import PROMPT, a_request, scripted_cluster, tokens_of
 from tests.support.scripted_worker import MODEL, Script, ScriptedWorker, expected_answer, until
 
@@ -64,7 +65,11 @@ async def test_prompt_goes_through_prefill_and_the_handoff_reaches_decode() -> N
         deltas = await cluster.answer(a_request())
         assert tokens_of(deltas) == ANSWER
         assert deltas[-1].finish_reason == FinishReason.FINISH_REASON_LENGTH
-        assert cluster.decodes[0].seen.decodes[0].handoff == b"handoff"
+        prefill, decode = cluster.prefills[0].seen.prefills[0], cluster.decodes[0].seen.decodes[0]
+        assert decode.handoff == Handoff(
+            id=prefill.handoff_id, worker_id="p0", sender=cluster.prefills[0].record.transfer
+        )
+        assert len(prefill.handoff_id) == 16
         account = deltas[-1].account
         assert account is not None
         assert (account.prefill_worker, account.decode_worker) == ("p0", "d0")
@@ -95,6 +100,90 @@ async def test_blocks_are_released_with_the_first_token_not_with_the_last() -> N
         await stream.aclose()
 
 
+async def test_both_workers_are_called_before_the_prompt_is_computed() -> None:
+    async with scripted_cluster(prefill_timeout_s=10) as cluster:
+        cluster.prefills[0].script = Script(hang_at=0)
+        task = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: cluster.prefills[0].seen.prefills and cluster.decodes[0].seen.decodes)
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_tokens_end_a_prefill_that_turned_out_not_to_be_needed() -> None:
+    async with scripted_cluster() as cluster:
+        cluster.prefills[0].script = Script(hang_at=0)
+        cluster.decodes[0].script = Script(warm=True, hang_at=1)
+        stream = cluster.dispatcher.generate(a_request())
+        await anext(stream)
+        await until(lambda: cluster.prefills[0].seen.cancelled == ["r1"])
+        assert cluster.decodes[0].seen.open_calls == 1
+        await stream.aclose()
+        cluster.decodes[0].script = Script(warm=True)
+        account = (await cluster.answer(a_request("r2")))[-1].account
+        assert account is not None
+        assert (account.prefill_worker, account.prefill_s, account.attempts, account.fallback) == ("", 0, 1, "")
+
+
+async def test_what_goes_wrong_on_prefill_after_the_first_tokens_is_counted_and_nothing_else() -> None:
+    failed = Counting("slipstream_frontend_worker_failures_total", role="prefill", kind="failed")
+    redispatched = Counting("slipstream_frontend_redispatches_total", role="prefill", reason="failed")
+    async with scripted_cluster() as cluster:
+        cluster.prefills[0].script = Script(crash_at=0, delay_s=0.05)
+        cluster.decodes[0].script = Script(warm=True, interval_s=0.05)
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        assert deltas[-1].account is not None
+        assert (deltas[-1].account.attempts, deltas[-1].account.fallback) == (1, "")
+    assert (failed.grown(), redispatched.grown()) == (1, 0)
+
+
+async def test_a_prefill_worker_lost_after_the_prompt_was_computed_is_decodes_business() -> None:
+    async with scripted_cluster(prefill=1) as cluster:
+        cluster.prefills[0].script = Script(die_computed=True)
+        cluster.decodes[0].script = Script(delay_s=0.3)
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.attempts, account.prefill_worker, account.fallback) == (1, "p0", "")
+
+
+async def test_the_limit_for_the_first_token_does_not_run_while_prefill_computes() -> None:
+    async with scripted_cluster(first_token_timeout_s=0.4) as cluster:
+        cluster.prefills[0].script = Script(delay_s=0.8)
+        deltas = await cluster.answer(a_request())
+        assert tokens_of(deltas) == ANSWER
+        assert deltas[-1].account is not None
+        assert deltas[-1].account.attempts == 1
+
+
+@pytest.mark.parametrize(("say_after_s", "prefill_worker"), [(0.05, "p0"), (30.0, "")], ids=["late", "never"])
+async def test_an_answer_of_one_token_has_prefills_figures_although_they_came_after_it(
+    say_after_s: float, prefill_worker: str
+) -> None:
+    async with scripted_cluster() as cluster:
+        cluster.prefills[0].script = Script(say_after_s=say_after_s)
+        deltas = await cluster.answer(a_request(max_tokens=1))
+        assert tokens_of(deltas) == ANSWER[:1]
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.prefill_worker, account.kv_blocks_moved) == (prefill_worker, 4)
+
+
+async def test_every_attempt_has_a_handoff_of_its_own() -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(end_at=0)
+        with pytest.raises(WorkerLostError):
+            await cluster.answer(a_request())
+        handed = [request.handoff_id for request in cluster.prefills[0].seen.prefills]
+        received = [one.seen.decodes[0].handoff.id for one in cluster.decodes]
+        assert len(set(handed)) == 2
+        assert set(handed) == set(received)
+
+
 async def test_a_prompt_of_one_token_goes_to_decode_alone_and_is_no_fallback() -> None:
     async with scripted_cluster() as cluster:
         deltas = await cluster.answer(a_request(token_ids=[7]))
@@ -117,7 +206,7 @@ async def test_without_a_prefill_worker_decode_does_it_alone_and_says_so() -> No
         assert deltas[-1].account is not None
         assert deltas[-1].account.fallback == "no_prefill_worker"
         assert deltas[-1].account.prefill_worker == ""
-        assert cluster.decodes[0].seen.decodes[0].handoff == b""
+        assert not cluster.decodes[0].seen.decodes[0].HasField("handoff")
     assert counted.grown() == 1
 
 
@@ -383,16 +472,15 @@ async def test_an_unreachable_worker_is_avoided_after_its_first_failure() -> Non
         assert lost.grown() == 0
 
 
-async def test_closing_the_stream_while_prefill_computes_aborts_prefill() -> None:
+async def test_cancelling_while_prefill_computes_aborts_both() -> None:
     async with scripted_cluster() as cluster:
         cluster.prefills[0].script = Script(hang_at=0)
         task = asyncio.create_task(cluster.answer(a_request()))
-        await until(lambda: cluster.prefills[0].seen.open_calls)
+        await until(lambda: all(worker.seen.open_calls for worker in cluster.workers))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: cluster.prefills[0].seen.cancelled == ["r1"], limit_s=1)
-        assert cluster.decodes[0].seen.decodes == []
+        await until(lambda: [one.seen.cancelled for one in cluster.workers] == [["r1"], ["r1"]], limit_s=1)
 
 
 async def test_cancelling_while_decode_is_silent_aborts_both() -> None:

@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.outstanding import FOREIGN_PROMPT_TOKENS, Outstanding, OutstandingWork
+from frontend.paths import usable
 from frontend.router import Ask, Candidate, Fallback, choose
 from slipstream.errors import ModelNotFoundError, NoWorkerError
-from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Capacity,
+    Load,
+    Role,
+    TransferEndpoint,
+    TransferPath,
+    WorkerRecord,
+    WorkerState,
+)
 
 PREFILL, DECODE = Role.ROLE_PREFILL, Role.ROLE_DECODE
 ASK = Ask("m", prompt_tokens=100, max_tokens=50)
@@ -35,6 +44,8 @@ def worker(
         host_id=fields.get("host_id", "h"),
         capacity=Capacity(max_model_len=fields.get("max_model_len", 1000), block_tokens=16, blocks=100),
         load=Load(blocks_used=used),
+        transfer=fields.get("transfer", TransferEndpoint(address="h:1", epoch=7, transports=["shm"])),
+        paths=fields.get("paths", ()),
     )
     return Candidate(record, suspect, Outstanding(requests, prompt_tokens))
 
@@ -73,12 +84,104 @@ def test_without_prefill_workers_decode_does_it_alone_with_the_reason() -> None:
 @pytest.mark.parametrize("host_id", ["elsewhere", ""])
 def test_a_prefill_worker_on_another_host_is_not_eligible(host_id: str) -> None:
     route = choose(ASK, [worker("p", PREFILL, host_id=host_id), worker("d", DECODE)])
-    assert (route.prefill, route.fallback) == (None, Fallback.NO_PREFILL_WORKER_ON_HOST)
+    assert (route.prefill, route.fallback) == (None, Fallback.NO_PATH)
 
 
 def test_workers_that_do_not_tell_their_host_are_never_a_pair() -> None:
     route = choose(ASK, [worker("p", PREFILL, host_id=""), worker("d", DECODE, host_id="")])
-    assert route.fallback is Fallback.NO_PREFILL_WORKER_ON_HOST
+    assert route.fallback is Fallback.NO_PATH
+
+
+def far(**fields: Any) -> dict[str, Any]:
+    """A worker on a host of its own, with a transport that crosses hosts."""
+    transports = fields.pop("transports", ["shm", "ucx"])
+    return {"transfer": TransferEndpoint(address="h:1", epoch=7, transports=transports), **fields}
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "paired"),
+    [
+        (["shm", "ucx"], ["shm", "ucx"], True),
+        (["nixl", "ucx"], ["ucx"], True),
+        (["nixl"], ["ucx"], False),
+        (["shm"], ["shm"], False),
+        ([], [], False),
+    ],
+    ids=str,
+)
+def test_workers_on_different_hosts_are_a_pair_when_they_share_a_transport_that_crosses_hosts(
+    prefill: list[str], decode: list[str], paired: bool
+) -> None:
+    workers = [
+        worker("p", PREFILL, **far(host_id="a", transports=prefill)),
+        worker("d", DECODE, **far(host_id="b", transports=decode)),
+    ]
+    route = choose(ASK, workers)
+    assert (route.prefill is not None) == paired
+    assert route.fallback is (None if paired else Fallback.NO_PATH)
+
+
+def test_a_pair_on_one_host_is_preferred_to_a_less_loaded_one_on_two() -> None:
+    workers = [
+        worker("p-a", PREFILL, **far(host_id="a", prompt_tokens=900)),
+        worker("p-b", PREFILL, **far(host_id="b")),
+        worker("d-a", DECODE, **far(host_id="a", requests=3)),
+        worker("d-c", DECODE, **far(host_id="c")),
+    ]
+    route = choose(ASK, workers)
+    assert route.prefill is not None
+    assert (route.prefill.worker_id, route.decode.worker_id) == ("p-a", "d-a")
+
+
+def test_a_prefill_worker_without_a_transfer_agent_is_not_used() -> None:
+    workers = [worker("p", PREFILL, transfer=TransferEndpoint()), worker("d", DECODE)]
+    assert choose(ASK, workers).fallback is Fallback.NO_PATH
+
+
+BROKEN = TransferPath(peer_worker_id="p0", peer_epoch=7, transport="shm", error="permission denied")
+
+
+def test_a_pair_whose_way_was_measured_to_be_broken_is_not_used() -> None:
+    decode = worker("d", DECODE, paths=[BROKEN])
+    route = choose(ASK, [worker("p0", PREFILL), worker("p1", PREFILL, prompt_tokens=900), decode])
+    assert route.prefill is not None
+    assert route.prefill.worker_id == "p1"
+    assert choose(ASK, [worker("p0", PREFILL), decode]).fallback is Fallback.NO_PATH
+
+
+def test_a_broken_way_says_nothing_of_a_restarted_sender_nor_of_its_other_transports() -> None:
+    restarted = TransferEndpoint(address="h:1", epoch=8, transports=["shm"])
+    assert choose(ASK, [worker("p0", PREFILL, transfer=restarted), worker("d", DECODE, paths=[BROKEN])]).prefill
+    other = TransferPath(peer_worker_id="p0", peer_epoch=7, transport="ucx", bytes_per_s=1e8)
+    assert choose(ASK, [worker("p0", PREFILL), worker("d", DECODE, paths=[BROKEN, other])]).prefill
+
+
+@pytest.mark.parametrize(
+    ("known", "requests", "chosen"),
+    [(50, 2, "d1"), (50, 3, "d0"), (49, 0, "d0"), (99, 2, "d1")],
+    ids=["half the prompt", "too busy", "too little", "all"],
+)
+def test_a_decode_worker_that_knows_the_prompt_is_preferred_when_it_is_not_much_busier(
+    known: int, requests: int, chosen: str
+) -> None:
+    ask = Ask("m", 100, known={"d1": known})
+    # More KV in use makes d1 the second choice on its own account.
+    workers = [worker("d0", DECODE), worker("d1", DECODE, requests=requests, used=50), worker("p", PREFILL)]
+    assert choose(ask, workers).decode.worker_id == chosen
+
+
+def test_a_full_decode_worker_is_not_preferred_for_what_it_knows() -> None:
+    ask = Ask("m", 100, known={"d1": 96})
+    assert choose(ask, [worker("d0", DECODE), worker("d1", DECODE, used=95)]).decode.worker_id == "d0"
+
+
+@pytest.mark.parametrize(("waiting", "chosen"), [(63, "p1"), (65, "p0")])
+def test_what_a_prefill_worker_knows_of_the_prompt_counts_against_what_waits_there(waiting: int, chosen: str) -> None:
+    ask = Ask("m", 100, known={"p1": 64})
+    workers = [worker("p0", PREFILL), worker("p1", PREFILL, prompt_tokens=waiting), worker("d", DECODE)]
+    route = choose(ask, workers)
+    assert route.prefill is not None
+    assert route.prefill.worker_id == chosen
 
 
 def test_a_busier_decode_worker_beside_a_prefill_worker_is_preferred_to_the_slow_road() -> None:
@@ -143,15 +246,21 @@ def candidates() -> st.SearchStrategy[list[Candidate]]:
         used=st.integers(0, 100),
         suspect=st.booleans(),
         host_id=st.sampled_from(["a", "b", ""]),
+        transfer=st.builds(
+            TransferEndpoint,
+            address=st.sampled_from(["h:1", ""]),
+            epoch=st.just(7),
+            transports=st.lists(st.sampled_from(["shm", "ucx", "nixl"]), unique=True),
+        ),
         state=st.sampled_from([WorkerState.READY, WorkerState.STARTING, WorkerState.DRAINING]),
         model=st.sampled_from(["m", "n"]),
     )
     return st.lists(one, max_size=8, unique_by=lambda candidate: candidate.record.worker_id)
 
 
-@given(candidates(), st.integers(0, 2000), st.randoms(use_true_random=False))
-def test_laws_of_every_route(workers: list[Candidate], prompt_tokens: int, order: Any) -> None:
-    ask = Ask("m", prompt_tokens)
+@given(candidates(), st.integers(0, 2000), st.integers(0, 2000), st.randoms(use_true_random=False))
+def test_laws_of_every_route(workers: list[Candidate], prompt_tokens: int, known: int, order: Any) -> None:
+    ask = Ask("m", prompt_tokens, known={one.record.worker_id: known for one in workers[::2]})
     by_id = {one.record.worker_id: one for one in workers}
     try:
         route = choose(ask, workers, tie_break="x")
@@ -169,7 +278,7 @@ def test_laws_of_every_route(workers: list[Candidate], prompt_tokens: int, order
             assert (chosen.role, chosen.model, chosen.state) == (role, "m", WorkerState.READY)
             assert not by_id[chosen.worker_id].suspect
     if route.prefill is not None:
-        assert route.prefill.host_id == route.decode.host_id != ""
+        assert usable(route.decode, route.prefill)
         assert route.fallback is None
     else:
         assert (route.fallback is None) == (prompt_tokens <= 1)

@@ -1,0 +1,86 @@
+"""What the dispatcher remembers of its requests, so that the next turn of a conversation costs less.
+
+Joins the prefix memory and the prefill rates with the workers' records, and turns what attempts report into both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from frontend import write_back
+from frontend.attempt import Attempt
+from frontend.conversation_cache import ConversationCache, Holder, PrefixChain
+from frontend.dispatch_metrics import WRITE_BACK_TOKENS, WRITE_BACKS, WRITE_BACKS_REFUSED
+from frontend.router import Ask, Candidate, Route
+from frontend.write_back import PrefillRates, WriteBack
+from slipstream.v1.registry_pb2 import WorkerRecord
+
+
+class Conversations:
+    """The memory of one dispatcher; see `frontend.conversation_cache` for what it is worth.
+
+    Args:
+        write_back: whether write-backs are planned; workers that know a prompt are preferred in any case.
+    """
+
+    def __init__(self, *, write_back: bool) -> None:
+        self._write_back = write_back
+        self._cache = ConversationCache()
+        self._rates = PrefillRates()
+
+    def begin(self, model: str, token_ids: Sequence[int], records: Iterable[WorkerRecord]) -> PrefixChain:
+        """The chain of a request. Stays empty where workers disagree on the block size: they cannot exchange any."""
+        sizes = {record.capacity.block_tokens for record in records if record.model == model} - {0}
+        chain = PrefixChain(model, sizes.pop() if len(sizes) == 1 else 0)
+        chain.extend(token_ids)
+        return chain
+
+    def known(self, chain: PrefixChain, records: Iterable[WorkerRecord]) -> dict[str, int]:
+        """By worker id, the tokens from the beginning that the worker has; the last one is always computed."""
+        blocks = self._cache.blocks_known(chain.covering(chain.tokens - 1))
+        if not blocks:
+            return {}
+        holders = {record.worker_id: _holder(record) for record in records}
+        return {name: blocks[held] * chain.block_tokens for name, held in holders.items() if held in blocks}
+
+    def plan(self, ask: Ask, route: Route, candidates: Sequence[Candidate]) -> WriteBack | None:
+        """What a decode worker should hand over to the route's prefill worker, if anything."""
+        if not self._write_back or route.prefill is None or not ask.known:
+            return None
+        rate = self._rates.of(route.prefill.worker_id)
+        planned = write_back.plan(ask, route.prefill, candidates, tokens_per_s=rate)
+        if planned is not None:
+            WRITE_BACKS.inc()
+        return planned
+
+    def note_computed(self, attempt: Attempt, chain: PrefixChain) -> None:
+        """The attempt's prefill worker has computed the prompt."""
+        worker, computed = attempt.route.prefill, attempt.computed
+        assert worker is not None, "a route without a prefill worker computed"
+        assert computed is not None, "called before the prompt was computed"
+        self._rates.note(worker.worker_id, computed.computed_tokens, attempt.prefill_s)
+        self._cache.remember(chain.covering(len(attempt.job.token_ids)), _holder(worker))
+        asked = attempt.write_back
+        if asked is None:
+            return
+        WRITE_BACK_TOKENS.inc(computed.received_tokens)
+        if computed.received_tokens == 0 and computed.cached_tokens < asked.tokens:
+            WRITE_BACKS_REFUSED.inc()
+            self._forget(asked, computed.cached_tokens, chain)
+
+    def note_answered(self, attempt: Attempt, chain: PrefixChain) -> None:
+        """The attempt's decode worker has generated all that the chain holds."""
+        # The last token was generated but has not gone through the model.
+        self._cache.remember(chain.covering(chain.tokens - 1), _holder(attempt.route.decode))
+
+    def forget_all_but(self, worker_ids: set[str]) -> None:
+        """Drop the rates of workers that are gone."""
+        self._rates.forget_all_but(worker_ids)
+
+    def _forget(self, asked: WriteBack, cached_tokens: int, chain: PrefixChain) -> None:
+        kept = len(chain.covering(cached_tokens))
+        self._cache.forget(chain.covering(asked.tokens)[kept:], _holder(asked.source))
+
+
+def _holder(record: WorkerRecord) -> Holder:
+    return record.worker_id, record.epoch

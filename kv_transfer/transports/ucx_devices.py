@@ -1,0 +1,70 @@
+"""Which network devices belong to an address, and whether a link takes a slower one than it could."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from slipstream.errors import TransferError
+
+
+async def devices_of(host: str, rdma_devices: Path) -> list[str]:
+    """UCX's names of the devices behind an address of this machine; none for an unspecified address.
+
+    An interface that belongs to an RDMA device brings that along: `eth2`, `mlx5_0:1`.
+
+    Raises:
+        TransferError: `transport_unavailable`: the address is not one of this machine.
+    """
+    address = await _resolve(host)
+    if address.is_unspecified:
+        return []
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(_same(address, found.address) for found in addresses):
+            return [interface, *(f"{device}:1" for device in _rdma_of(interface, rdma_devices))]
+    raise TransferError(
+        f"transfer.host {host!r} is no address of a network interface of this machine", code="transport_unavailable"
+    )
+
+
+def slow_road(lanes: Sequence[str], rdma_devices: Path) -> str:
+    """A warning if all lanes (`transport/device`) are TCP although there is an RDMA device; else empty."""
+    devices = sorted(device.name for device in rdma_devices.iterdir()) if rdma_devices.is_dir() else []
+    if not devices or not lanes or any(not lane.startswith("tcp/") for lane in lanes):
+        return ""
+    return (
+        f"TCP although this machine has the RDMA device {devices[0]}: let UCX use it, with UCX_NET_DEVICES "
+        f"(for example {devices[0]}:1) and without a UCX_TLS that leaves out rc and ud"
+    )
+
+
+async def _resolve(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TransferError(
+            f"transfer.host {host!r} cannot be resolved: {error}", code="transport_unavailable"
+        ) from error
+    return ipaddress.ip_address(found[0][4][0])
+
+
+def _same(address: ipaddress.IPv4Address | ipaddress.IPv6Address, text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text.partition("%")[0]) == address
+    except ValueError:
+        return False  # a hardware address
+
+
+def _rdma_of(interface: str, rdma_devices: Path) -> list[str]:
+    if not rdma_devices.is_dir():
+        return []
+    return sorted(device.name for device in rdma_devices.iterdir() if (device / "device" / "net" / interface).exists())
