@@ -125,6 +125,10 @@ class NixlAgent:
         """Forget a peer; writes to it that are under way are given up."""
         await self.call(lambda: self._remove_peer(name))
 
+    async def probe(self, name: str) -> None:
+        """Send a peer a message without a meaning, which fails when it is known to be gone."""
+        await self.call(lambda: self._agent.send_notif(name, b"?"))
+
     async def drop_abandoned(self) -> None:
         """Give up the writes that nobody waits for any more."""
         await self.call(self._drop_abandoned)
