@@ -117,7 +117,7 @@ async def test_peers_with_another_backend_are_refused(tmp_path: Path) -> None:
 async def test_a_backend_that_does_not_start_is_told_with_what_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "no_such_transport")
     transport = NixlTransport(backend="UCX", span_bytes=SPAN_BYTES, landing_bytes=SPAN_BYTES, host=None)
-    with pytest.raises(TransferError, match="no working UCX backend here.*UCX_TLS") as caught:
+    with pytest.raises(TransferError, match=r"no working UCX backend here.*UCX_TLS") as caught:
         await transport.open([])
     await transport.close()
     assert caught.value.code == "transport_unavailable"
