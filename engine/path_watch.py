@@ -121,7 +121,7 @@ class PathWatch:
     """Keeps `paths` up to date while `follow` runs.
 
     Args:
-        own: this worker's record; its role and model say who is a peer.
+        role, model: this worker's own; they say who is a peer.
         probe: measures; one call at a time.
         on_change: called when `paths` has changed.
     """
@@ -150,7 +150,9 @@ class PathWatch:
     async def follow(self) -> None:
         """Measure each peer that comes. Runs until cancelled; the last paths stay."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(registry_watch.follow(self._address, take=self._take, lost=_registry_lost))
+            group.create_task(
+                registry_watch.follow(self._address, take=self._take, lost=_registry_lost, identities=True)
+            )
             group.create_task(self._measure_all())
 
     async def _take(self, workers: WorkerSet) -> None:

@@ -72,10 +72,12 @@ class TransferAgent:
         """
         self._thread.start()
         self._started.wait()
-        if self._failure is not None:
+        if isinstance(self._failure, OSError):
             raise StartupError(
                 f"transfer.port: cannot listen on {self._host}:{self._port}: {self._failure}"
             ) from self._failure
+        if self._failure is not None:
+            raise StartupError(f"the transfer agent cannot start: {self._failure}") from self._failure
 
     def stop(self) -> None:
         """End all transfers; those that were under way fail."""
@@ -170,7 +172,9 @@ class TransferAgent:
         probed = ProbeMemory()
         runs = [*self._memory.runs(), *(buffer.run for buffer in buffers), probed.run]
         transports = Transports(self._factories, runs, self._terms.setup_s)
-        exchange = Exchange(self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers)
+        exchange = Exchange(
+            self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers, probed
+        )
         self._stopping = asyncio.Event()
         server = await asyncio.start_server(exchange.welcome, self._host, self._port)
         port = server.sockets[0].getsockname()[1]

@@ -16,7 +16,8 @@ from slipstream.errors import TransferError
 async def devices_of(host: str, rdma_devices: Path) -> list[str]:
     """UCX's names of the devices behind an address of this machine; none for an unspecified address.
 
-    An interface that belongs to an RDMA device brings that along: `eth2`, `mlx5_0:1`.
+    RDMA devices come along (`eth2`, `mlx5_0:1`): those that the interface belongs to, else all. An address on a host's
+    control network says which TCP to use, not that its fabric shall lie idle.
 
     Raises:
         TransferError: `transport_unavailable`: the address is not one of this machine.
@@ -65,6 +66,6 @@ def _same(address: ipaddress.IPv4Address | ipaddress.IPv6Address, text: str) -> 
 
 
 def _rdma_of(interface: str, rdma_devices: Path) -> list[str]:
-    if not rdma_devices.is_dir():
-        return []
-    return sorted(device.name for device in rdma_devices.iterdir() if (device / "device" / "net" / interface).exists())
+    devices = sorted(rdma_devices.iterdir()) if rdma_devices.is_dir() else []
+    own = [device for device in devices if (device / "device" / "net" / interface).exists()]
+    return [device.name for device in own or devices]

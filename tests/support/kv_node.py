@@ -61,7 +61,7 @@ class Options(msgspec.Struct, frozen=True):
 
     Attributes:
         way: how blocks come to it. width: numbers in a head; a block has 384 bytes for each.
-        port: 0 takes a free one.
+        port: 0 takes a free one. small_bytes: what is copied in the event loop, in a peer; else in a thread.
     """
 
     folder: str
@@ -77,6 +77,7 @@ class Options(msgspec.Struct, frozen=True):
     budget: int = 8
     span_bytes: int = 4096
     places: int = 16
+    small_bytes: int | None = None
 
 
 class Happening(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from kv_transfer import exchange
 from tests.support.kv_node import DEADLINE_S, Census, Happening, KvNode, Options, Watched
 
 _COMMANDS = {
@@ -106,7 +107,10 @@ def main() -> None:
         out.write(msgspec.json.encode(answer) + b"\n")
         out.flush()
 
-    node = KvNode(msgspec.json.decode(sys.argv[1], type=Options))
+    options = msgspec.json.decode(sys.argv[1], type=Options)
+    if options.small_bytes is not None:
+        exchange._SMALL_BYTES = options.small_bytes
+    node = KvNode(options)
     say(node.address)
     for line in sys.stdin.buffer:
         answers = []

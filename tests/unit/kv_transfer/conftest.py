@@ -67,5 +67,3 @@ def make(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Callabl
 def ours(make: Callable[..., KvNode]) -> KvNode:
     """A receiver in this process."""
     return make()
-
-

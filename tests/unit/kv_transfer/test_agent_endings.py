@@ -46,9 +46,7 @@ def bring(state: str, handoff: str, peer: KvPeer, ours: KvNode) -> None:
 @pytest.mark.parametrize(
     "state", ["connecting", "open", "started", "nothing here yet", "partly here", "all on its way"]
 )
-def test_a_cancelled_handoff_ends_once_and_its_blocks_are_left_alone(
-    peer: KvPeer, ours: KvNode, state: str
-) -> None:
+def test_a_cancelled_handoff_ends_once_and_its_blocks_are_left_alone(peer: KvPeer, ours: KvNode, state: str) -> None:
     handoff = new_handoff()
     bring(state, handoff, peer, ours)
     ours.cancel(handoff)

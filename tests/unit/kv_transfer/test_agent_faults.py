@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from kv_transfer import wire
@@ -151,7 +152,7 @@ NONSENSE = {
     "a web request": b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n",
     "a huge frame": struct.pack(">I", 2**32 - 1) + b"x" * 100,
     "no message": struct.pack(">I", 3) + b"\xc1\xff\x00",
-    "text that is not UTF-8": struct.pack(">I", 14) + b"\x82\xa4type\xa4link\xa3way\xa2\xff\xfe"[:14],
+    "text that is not UTF-8": wire.frame(wire.Link("XX", b"", "none")).replace(b"XX", b"\xff\xfe"),
     "deeply nested": struct.pack(">I", 100_000) + b"\x91" * 100_000,
     "a message out of place": wire.frame(wire.Credit(bytes(16), 5)),
     "another epoch": wire.frame(wire.Hello(wire.VERSION, 1, 999, "here", ["shm"], None)),
@@ -191,16 +192,22 @@ def test_half_a_frame_holds_a_connection_only_for_the_silence(make: Callable[...
     "message",
     [
         wire.Link("shm/direct", b"no card", "none"),
-        wire.Link("shm/staged", b"\x93\xaf../../etc/passwd\x01\x01", "none"),
+        wire.Link(
+            "shm/staged", msgspec.msgpack.encode({"file": "../x-landing.kv", "places": 1, "place_bytes": 9}), "none"
+        ),
+        wire.Link(
+            "shm/staged", msgspec.msgpack.encode({"file": "a-landing.kv", "places": -1, "place_bytes": 9}), "none"
+        ),
+        wire.Link("shm/staged", b"\x81\xa4file\xa2\xff\xfe", "none"),
         wire.Link("pigeon", b"", "none"),
     ],
-    ids=lambda message: message.way,
+    ids=["no card", "a file of its choice", "no size", "not UTF-8", "an unknown way"],
 )
 def test_a_card_that_makes_no_sense_is_refused_in_words(peer: KvPeer, message: wire.Link) -> None:
     with dial(peer.address) as stranger, stranger.makefile("rb") as answers:
         stranger.sendall(wire.frame(wire.Hello(wire.VERSION, 1, peer.epoch, "here", ["shm"], None)))
         stranger.sendall(wire.frame(message))
-        kinds = []
+        kinds: list[wire.Message] = []
         while not kinds or not isinstance(kinds[-1], wire.Linked):
             (length,) = struct.unpack(">I", answers.read(4))
             kinds.append(wire._decoder.decode(answers.read(length)))

@@ -171,7 +171,9 @@ def test_several_receivers_take_from_one_sender_at_once(peer: KvPeer, make: Call
         assert node.holds(TARGETS[3], seed(peer, IDS[3]))
 
 
-def test_two_nodes_send_to_each_other_at_the_same_time(start: Callable[..., KvPeer], make: Callable[..., KvNode]) -> None:
+def test_two_nodes_send_to_each_other_at_the_same_time(
+    start: Callable[..., KvPeer], make: Callable[..., KvNode]
+) -> None:
     ours, peer = make(), start()
     out, back = new_handoff(), new_handoff()
     ours.send(out, IDS)
