@@ -7,11 +7,11 @@ the addresses of the cluster mean something.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,7 +90,16 @@ class TwoHostCluster:
         near, far = self.hosts.near, self.hosts.far
         join = ("--control-plane", self.control_plane)
         model = ("--model", str(self._model), "--served-model-name", "tiny")
-        worker = (*model, *join, "--dtype", "float32", "--metrics-port", str(METRICS_PORT), "--threads", "1")
+        worker: tuple[str, ...] = (
+            *model,
+            *join,
+            "--dtype",
+            "float32",
+            "--metrics-port",
+            str(METRICS_PORT),
+            "--threads",
+            "1",
+        )
         worker += ("--kv-cache-bytes", str(_KV_CACHE_BYTES), *self._flags)
         ports = ("--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT))
         try:
@@ -102,7 +111,9 @@ class TwoHostCluster:
                 own_memory=self._own_memory,
             )
             self._start(near, DECODE, "decode-worker", "--worker-id", DECODE, "--host", near.address, *worker)
-            self._start(near, "frontend", "frontend", "--host", near.address, *ports, *model, *join, *self._frontend_flags)
+            self._start(
+                near, "frontend", "frontend", "--host", near.address, *ports, *model, *join, *self._frontend_flags
+            )
             wait_for("both workers are ready and have met", self._is_ready, timeout_s=START_TIMEOUT_S, every_s=0.5)
             self.ask([5], max_tokens=1)
         except BaseException:
@@ -118,12 +129,13 @@ class TwoHostCluster:
     def close(self) -> None:
         """End all processes, politely first."""
         family = [one for started in self._processes.values() for one in _family(started.pid)]
-        for one in family:
-            if one.is_running() and one.name() != "unshare":
-                one.send_signal(signal.SIGTERM)
+        for started in self._processes.values():
+            with suppress(psutil.NoSuchProcess):
+                _role(started.pid).terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
         for one in alive:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         for started in self._processes.values():
             started.wait(STOP_TIMEOUT_S)
         self._processes.clear()
@@ -197,6 +209,12 @@ def _ask(target: str, prompt: list[int], max_tokens: int) -> Answer:
         answer = client.complete(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
     assert answer.account is not None
     return Answer(list(answer.token_ids), answer.account)
+
+
+def _role(pid: int) -> psutil.Process:
+    """The process that was asked for, behind the one that gives it PIDs of its own."""
+    process = psutil.Process(pid)
+    return process.children()[0] if process.name() == "unshare" and process.children() else process
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -81,16 +81,17 @@ class Host:
     def __init__(self, name: str, address: str) -> None:
         self.name = name
         self.address = address
+        self._started: list[subprocess.Popen[bytes]] = []
         self._neighbours: ProcessPoolExecutor | None = None
 
-    def start(
-        self, argv: Sequence[str | Path], output: Path, *, own_memory: bool = False, cwd: Path | None = None
-    ) -> subprocess.Popen[bytes]:
+    def start(self, argv: Sequence[str | Path], output: Path, *, own_memory: bool = False) -> subprocess.Popen[bytes]:
         """Start a command here; what it writes goes to `output`. It is killed with the host at the latest."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
         command = [*self._enter, *(_OWN_MEMORY if own_memory else ()), *(str(word) for word in argv)]
         with output.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, cwd=cwd)
+            started = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)
+        self._started.append(started)
+        return started
 
     def run(self, *argv: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str:
         """Run a command here and return what it wrote.
@@ -132,6 +133,8 @@ class Host:
         if self._neighbours is not None:
             self._neighbours.shutdown(wait=False, cancel_futures=True)
         _remove(self.name)
+        for started in self._started:
+            started.wait(_COMMAND_TIMEOUT_S)
 
     @property
     def _enter(self) -> tuple[str, ...]:
@@ -156,7 +159,10 @@ class TwoHosts:
         try:
             for host in self._both:
                 _do("ip", "netns", "add", host.name)
-            ends = (("ip", "-n", self.near.name, "link", "add", DEVICE), ("peer", "name", DEVICE, "netns", self.far.name))
+            ends = (
+                ("ip", "-n", self.near.name, "link", "add", DEVICE),
+                ("peer", "name", DEVICE, "netns", self.far.name),
+            )
             _do(*ends[0], "type", "veth", *ends[1])
             for host in self._both:
                 _do("ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", DEVICE)
