@@ -308,6 +308,9 @@ class Exchange:
         for outbound in self._outbounds.values():
             if outbound.is_attached(post):
                 outbound.detach()
+                # At its end, too, the loss of the connection has ended the handoff. Waiting for the caller's connection
+                # to be found dead as well would keep the blocks for half a minute when a network is cut.
+                self._happened(Taken(outbound.id, refused="worker_gone"))
         for handoff_id, parked in list(self._parked.items()):
             if parked.receiver.post == post:
                 del self._parked[handoff_id]

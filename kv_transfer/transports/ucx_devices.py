@@ -39,8 +39,10 @@ def slow_road(lanes: Sequence[str], rdma_devices: Path) -> str:
     if not devices or not lanes or any(not lane.startswith("tcp/") for lane in lanes):
         return ""
     return (
-        f"TCP although this machine has the RDMA device {devices[0]}: let UCX use it, with UCX_NET_DEVICES "
-        f"(for example {devices[0]}:1) and without a UCX_TLS that leaves out rc and ud"
+        f"TCP although this machine has the RDMA device {devices[0]}: take transfer.transport = nixl, which brings a "
+        "UCX with RDMA. The one that is installed with ucxx has none; one of the system has, with "
+        f"RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true, UCX_NET_DEVICES (for example {devices[0]}:1) and without a "
+        "UCX_TLS that leaves out rc and ud"
     )
 
 

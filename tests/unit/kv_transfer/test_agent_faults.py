@@ -92,10 +92,12 @@ def test_what_a_killed_or_frozen_receiver_did_not_take_another_one_gets(
         else:
             os.kill(receiver.pid, signal.SIGSTOP)
             ours.watch(0.8)
+        assert ours.until("Taken", handoff).error == "worker_gone"
         ours.publish(handoff, IDS, 3, 6)
         assert other.fetch(handoff, ours.address, ours.epoch, TARGETS).error == ""
         assert other.holds(TARGETS[5], f"{ours.epoch}-{IDS[5]}")
-        assert ours.until("Taken", handoff).error == ""
+        ours.watch(0.1)
+        assert [taken.error for taken in ours.all_of("Taken", handoff)] == ["worker_gone", ""]
         if receiver is frozen:
             os.kill(receiver.pid, signal.SIGCONT)
             assert receiver.until("Received", handoff).error in ("worker_gone", "bad_handoff")

@@ -78,7 +78,7 @@ def test_no_warning_where_rdma_is_used(lanes: list[str], rdma_devices: Path) -> 
 
 def test_tcp_beside_an_rdma_device_is_a_warning_that_names_the_settings(rdma_devices: Path, tmp_path: Path) -> None:
     warning = slow_road(["tcp/eth0", "tcp/eth1"], rdma_devices)
-    assert all(word in warning for word in ("mlx5_0", "UCX_NET_DEVICES", "UCX_TLS"))
+    assert all(word in warning for word in ("mlx5_0", "nixl", "UCX_NET_DEVICES", "UCX_TLS"))
     assert slow_road(["tcp/eth0"], tmp_path / "none") == ""
 
 
