@@ -2,19 +2,22 @@
 
 first_light.py     `python -m benchmarks.first_light`: the cluster beside one aggregated engine
 pd_vs_nixl.py      `python -m benchmarks.pd_vs_nixl`: the cluster beside vLLM's own disaggregation
-command.py         what both commands do around their measurement: a deadline, an orderly end
+kv_compression.py  `python -m benchmarks.kv_compression`: what quantizing KV blocks costs, saves and changes
+command.py         what commands do around their measurement: a deadline, an orderly end
 comparison.py      first light: what is measured on each system, in which order, and what is made of it
 pd_comparison.py   the same for pd_vs_nixl
 phases.py          closed loads: one request after another; steady streams disturbed by long prompts
 arrivals.py        the open load: requests at times drawn beforehand
 load.py            one streamed request over HTTP, with the arrival time of each token
+quantized_engine.py  one engine in this process, whose cached blocks are quantized in place
+answer_difference.py  how far answers from quantized blocks are from the others
+text_prompts.py    prompts of exact lengths made of English
 prompts.py         prompts of exact lengths that share no prefix
 server.py          a server that is measured: started, waited for, its CPU time, stopped
 cluster_server.py  `slipstream up`
 vllm_server.py     a vLLM engine behind vLLM's own server, aggregated or one of a pair
 nixl_pair.py       the pair: vLLM with NixlConnector, prefill and decode, behind a proxy
 nixl_proxy.py      that proxy
-nixl_install.py    NIXL, installed into a folder of its own
 affinity.py        which CPUs the threads of a server may use
 samples.py         percentiles and what the samples of a phase come to
 report.py          targets, machine facts, JSON and table

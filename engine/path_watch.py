@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from slipstream import registry_watch, telemetry
 from slipstream.errors import SlipstreamError
+from slipstream.record_limits import MAX_PATH_NAME_CHARS, MAX_PATH_TEXT_CHARS, MAX_PATHS_BYTES
 from slipstream.registry_watch import RegistryView
 from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerSet
 
@@ -90,7 +91,8 @@ class PeerBook:
         if path is not None and not path.error:
             entry.due_s, entry.failures = float("inf"), 0
         else:
-            entry.due_s = now_s + min(FIRST_RETRY_S * 2.0**entry.failures, MAX_RETRY_S)
+            # The exponent is bounded too: a peer may be out of reach for weeks, and floats end at 2**1024.
+            entry.due_s = now_s + min(FIRST_RETRY_S * 2 ** min(entry.failures, 16), MAX_RETRY_S)
             entry.failures += 1
         if path is None:
             return False
@@ -103,15 +105,23 @@ class PeerBook:
         return entry.failures if entry is not None else 0
 
     def paths(self) -> tuple[TransferPath, ...]:
-        """What was measured, by peer."""
-        return tuple(entry.path for _, entry in sorted(self._entries.items()) if entry.path is not None)
+        """What was measured, by peer; with very many peers as much of it as a record takes, the bad news first."""
+        known = [(peer, entry.path) for peer, entry in self._entries.items() if entry.path is not None]
+        known.sort(key=lambda pair: (not pair[1].error, not pair[1].warning, pair[0]))
+        room_bytes, kept = MAX_PATHS_BYTES, []
+        for peer, path in known:
+            room_bytes -= path.ByteSize()
+            if room_bytes < 0:
+                break
+            kept.append((peer, path))
+        return tuple(path for _, path in sorted(kept, key=lambda pair: pair[0]))
 
 
 class PathWatch:
     """Keeps `paths` up to date while `follow` runs.
 
     Args:
-        own: this worker's record; its role and model say who is a peer.
+        role, model: this worker's own; they say who is a peer.
         probe: measures; one call at a time.
         on_change: called when `paths` has changed.
     """
@@ -140,7 +150,9 @@ class PathWatch:
     async def follow(self) -> None:
         """Measure each peer that comes. Runs until cancelled; the last paths stay."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(registry_watch.follow(self._address, take=self._take, lost=_registry_lost))
+            group.create_task(
+                registry_watch.follow(self._address, take=self._take, lost=_registry_lost, identities=True)
+            )
             group.create_task(self._measure_all())
 
     async def _take(self, workers: WorkerSet) -> None:
@@ -181,11 +193,27 @@ class PathWatch:
                 log.warning("path_not_measured", peer=peer.worker_id, reason=str(error) or f"none in {PROBE_S:g} s")
             return None
         _report(path, first=first)
-        return path
+        return fit_for_record(path)
 
     def _publish(self) -> None:
         self.paths = self._book.paths()
         self._on_change()
+
+
+def fit_for_record(path: TransferPath) -> TransferPath:
+    """The same with texts that the registry takes: other programs' words may be long, or of several lines."""
+    fit = TransferPath()
+    fit.CopyFrom(path)
+    for field_name, limit_chars in (
+        ("transport", MAX_PATH_NAME_CHARS),
+        ("detail", MAX_PATH_NAME_CHARS),
+        ("warning", MAX_PATH_TEXT_CHARS),
+        ("error", MAX_PATH_TEXT_CHARS),
+    ):
+        text = "".join(letter if letter.isprintable() else " " for letter in getattr(path, field_name))
+        cut = text if len(text) <= limit_chars else f"{text[: limit_chars - 3]}..."
+        setattr(fit, field_name, cut)
+    return fit
 
 
 def _report(path: TransferPath, *, first: bool) -> None:

@@ -48,6 +48,8 @@ class PrefixChain:
             return
         self._rest.extend(token_ids)
         whole = len(self._rest) - len(self._rest) % self.block_tokens
+        if whole == 0:
+            return
         data, size = self._rest[:whole].tobytes(), self.block_tokens * self._rest.itemsize
         last = self.digests[-1] if self.digests else f"{self.model}/{self.block_tokens}".encode()
         for start in range(0, len(data), size):

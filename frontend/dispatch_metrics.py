@@ -7,7 +7,8 @@ from prometheus_client import Counter, Gauge, Histogram
 FALLBACKS = Counter(
     "slipstream_frontend_fallbacks",
     "Requests whose prompt the decode worker computed although a prefill worker should have, by reason. "
-    "Alert on a rate above zero; no_prefill_worker means that the prefill pool is empty.",
+    "Alert on a rate above zero; no_prefill_worker means that the prefill pool is empty, no_path that KV blocks "
+    "cannot travel from any prefill worker to any decode worker.",
     ["reason"],
 )
 REDISPATCHES = Counter(

@@ -7,6 +7,7 @@
     shm.py             the transport for workers on one host
     scheduler_side.py  the half that lives in vLLM's scheduler
     worker_side.py     the half that lives in vLLM's worker
+    compression.py     quantizes blocks for slow links
     connector.py       the class vLLM loads, which joins the halves
     leases.py          the prefill service's view: opens, renews and releases leases
 

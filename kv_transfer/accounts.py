@@ -52,6 +52,7 @@ class _Account:
     cached_tokens: int = 0
     received_tokens: int = 0
     report: TransferReport = field(default_factory=TransferReport)
+    counted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         report = self.report
@@ -88,6 +89,10 @@ class Accounts:
     def first_step(self, request_id: str, prompt_tokens: int, computed: int, scheduled: int) -> None:
         """A request is scheduled for the first time; `computed` tokens are in its blocks already."""
         account = self.open(request_id, prompt_tokens)
+        if account.report.failure:  # only now: a request that was abandoned meanwhile has recomputed nothing
+            account.counted = True
+            self._board.add(FAILURES.get(account.report.failure, Counter.FAILED_OTHER))
+            log.warning("transfer_failed", request_id=request_id, code=account.report.failure)
         account.cached_tokens = max(0, computed - account.received_tokens)
         self._board.add(Counter.PROMPT_TOKENS_CACHED, account.cached_tokens)
         self._count(account, computed, scheduled)
@@ -107,17 +112,17 @@ class Accounts:
         self.open(request_id, prompt_tokens).received_tokens = tokens
 
     def book(self, request_id: str, report: TransferReport) -> None:
-        """A handoff has ended."""
+        """A handoff has ended. A failure counts once the request goes on without it; else it was cancelled."""
         board = self._board
         account = self._open.get(request_id)
         if account is not None:
             account.report = report
         board.add(Counter.SPANS_RESENT, report.resent)
         if report.failure:
-            board.add(FAILURES.get(report.failure, Counter.FAILED_OTHER))
             if account is not None:
                 account.received_tokens = 0
-            log.warning("transfer_failed", request_id=request_id, code=report.failure)
+            else:
+                board.add(Counter.FAILED_CANCELLED)
             return
         board.add(Counter.TRANSFERS_DONE)
         board.add(Counter.BLOCKS_RECEIVED, report.blocks)
@@ -134,4 +139,8 @@ class Accounts:
     def close(self, request_id: str) -> dict[str, Any] | None:
         """The account of a request that has ended; None when it never got one."""
         account = self._open.pop(request_id, None)
-        return account.to_dict() if account is not None else None
+        if account is None:
+            return None
+        if account.report.failure and not account.counted:
+            self._board.add(Counter.FAILED_CANCELLED)
+        return account.to_dict()

@@ -22,6 +22,7 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.inbound import Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
 from kv_transfer.outbound import Fence
+from kv_transfer.path_probe import ProbeMemory
 from kv_transfer.sender_link import Terms
 from kv_transfer.ways import Factory, Transports
 from slipstream import telemetry
@@ -71,10 +72,12 @@ class TransferAgent:
         """
         self._thread.start()
         self._started.wait()
-        if self._failure is not None:
+        if isinstance(self._failure, OSError):
             raise StartupError(
                 f"transfer.port: cannot listen on {self._host}:{self._port}: {self._failure}"
             ) from self._failure
+        if self._failure is not None:
+            raise StartupError(f"the transfer agent cannot start: {self._failure}") from self._failure
 
     def stop(self) -> None:
         """End all transfers; those that were under way fail."""
@@ -171,9 +174,12 @@ class TransferAgent:
     async def _serve(self) -> None:
         encoded = self._terms.codec != "none" or not self._memory.on_host
         buffers = [SendBuffer(self._limits.span_bytes) for _ in range(_SEND_BUFFERS if encoded else 0)]
-        runs = [*self._memory.runs(), *(buffer.run for buffer in buffers)]
+        probed = ProbeMemory()
+        runs = [*self._memory.runs(), *(buffer.run for buffer in buffers), probed.run]
         transports = Transports(self._factories, runs, self._terms.setup_s)
-        exchange = Exchange(self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers)
+        exchange = Exchange(
+            self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers, probed
+        )
         self._stopping = asyncio.Event()
         server = await asyncio.start_server(exchange.welcome, self._host, self._port)
         port = server.sockets[0].getsockname()[1]

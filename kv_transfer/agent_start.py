@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from kv_transfer import ways
 from kv_transfer.agent import TransferAgent
 from kv_transfer.board import Board
+from kv_transfer.compression import codec_for
 from kv_transfer.exchange import Limits
 from kv_transfer.kv_memory import Codec, KvMemory, Verbatim
 from kv_transfer.layout import Layout
@@ -14,7 +17,7 @@ from kv_transfer.sender_link import Terms
 from kv_transfer.transports.base import Transport
 from kv_transfer.transports.shm import ShmDirect, ShmStaged
 from kv_transfer.ways import Factory
-from slipstream.errors import TransferError
+from slipstream.errors import StartupError, TransferError
 from slipstream.settings import TransferSettings
 
 # One landing place: large beside the cost of a message, small beside the landing area.
@@ -38,6 +41,11 @@ def start(
         StartupError: it cannot listen; or the transport asked for is not installed.
     """
     transports = ways.installed()
+    if settings.transport != "auto" and settings.transport not in transports:
+        raise StartupError(
+            f"transfer.transport = {settings.transport}: not installed here, only {', '.join(transports)}"
+        )
+    _codec(settings.compression, memory)  # complains now, not at the first handoff
     span_bytes = max(_SPAN_BYTES, *memory.piece_bytes)
     terms = Terms(
         epoch=board.epoch,
@@ -47,7 +55,7 @@ def start(
         asked=settings.transport,
         mode=settings.mode,
         codec=settings.compression,
-        codec_of=lambda name: _codec(name, memory),
+        codec_of=partial(_codec, memory=memory),
         rdma=ways.has_rdma(),
         silence_s=settings.silence_s,
         setup_s=settings.timeout_s,
@@ -72,15 +80,46 @@ def read_endpoint(board: Board) -> Endpoint | None:
 
 
 def _codec(name: str, memory: KvMemory) -> Codec | None:
-    if name != "none":
-        raise TransferError(f"transfer.compression = {name}: not built in", code="transport_unavailable")
-    return None if memory.on_host else Verbatim()
+    """What pieces go through on a landing link.
+
+    Raises:
+        StartupError: this KV cache cannot be quantized so.
+    """
+    import torch
+
+    codec = codec_for(name, getattr(torch, memory.dtype))
+    if codec is None:
+        return None if memory.on_host else Verbatim()
+    try:
+        for size in set(memory.piece_bytes):
+            codec.encoded_bytes(size)
+    except TransferError as error:
+        raise StartupError(f"transfer.compression = {name} does not fit this KV cache: {error.message}") from error
+    return codec
 
 
 def _factories(
     memory: KvMemory, board: Board, settings: TransferSettings, host: str, span_bytes: int
 ) -> dict[str, Factory]:
-    def staged() -> Transport:
-        return ShmStaged(board.path.parent, board.stem, span_bytes=span_bytes, landing_bytes=settings.landing_bytes)
+    landing_bytes = settings.landing_bytes
 
-    return {"shm/direct": lambda: ShmDirect(readable=memory.on_host), "shm/staged": staged}
+    def ucx() -> Transport:
+        from kv_transfer.transports.ucx import UcxTransport  # late: loads a library that one host alone never needs
+
+        return UcxTransport(span_bytes=span_bytes, landing_bytes=landing_bytes, host=host)
+
+    def nixl() -> Transport:
+        from kv_transfer.transports.nixl import NixlTransport
+
+        return NixlTransport(
+            backend=settings.nixl_backend, span_bytes=span_bytes, landing_bytes=landing_bytes, host=host
+        )
+
+    return {
+        "shm/direct": lambda: ShmDirect(readable=memory.on_host),
+        "shm/staged": lambda: ShmStaged(
+            board.path.parent, board.stem, span_bytes=span_bytes, landing_bytes=landing_bytes
+        ),
+        "ucx": ucx,
+        "nixl": nixl,
+    }

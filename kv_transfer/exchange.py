@@ -93,7 +93,7 @@ class Exchange:
     Args:
         happened: takes what the engine should know.
         pool: for copying and digesting.
-        buffers: for links that send encoded copies.
+        buffers: for links that send encoded copies. probed: what is sent when a peer measures the way.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Exchange:
         happened: Callable[[Event], None],
         pool: Executor,
         buffers: list[SendBuffer],
+        probed: ProbeMemory,
     ) -> None:
         self._memory = memory
         self._terms = terms
@@ -120,7 +121,7 @@ class Exchange:
         self._parked: dict[bytes, _Parked] = {}
         self._links: dict[tuple[str, int], SenderLink] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._probe_memory: ProbeMemory | None = None
+        self._probed = probed
 
     async def tidy(self) -> None:
         """For ever: turn receivers away that wait for what is never computed; close links that nobody uses."""
@@ -176,6 +177,11 @@ class Exchange:
     # -- the engine, as a receiver ------------------------------------------------------------------------
 
     def open(self, request_id: str, handoff: Handoff) -> None:
+        try:
+            check(handoff)
+        except TransferError as error:
+            self._happened(Received(request_id, Tally(), error))
+            return
         inbound = Inbound(
             handoff=handoff,
             memory=self._memory,
@@ -186,12 +192,7 @@ class Exchange:
             budget=self._limits.resend_budget,
         )
         self._inbounds[request_id] = inbound
-        try:
-            link = self._link_to(check(handoff))
-        except TransferError as error:
-            inbound.failed(error)
-            return
-        self._spawn(link.open(inbound), f"open-{request_id}")
+        self._spawn(self._link_to(handoff).open(inbound), f"open-{request_id}")
 
     def receive(self, request_id: str, want: Want) -> None:
         inbound = self._inbounds.get(request_id)
@@ -271,7 +272,7 @@ class Exchange:
                     line.post(await self._probe_peer(hello))
                     await line.drained()
                 elif isinstance(hello, wire.Hello):
-                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed_memory)
+                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed)
         except TransferError as error:
             log.info("receiver_left", code=error.code, reason=error.message)
 
@@ -281,6 +282,9 @@ class Exchange:
         if outbound is not None:
             outbound.attach(receiver)
         else:
+            earlier = self._parked.get(handoff_id)
+            if earlier is not None:
+                earlier.receiver.give_way(handoff_id, receiver)
             self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
 
     def find(self, handoff_id: bytes) -> Outbound | None:
@@ -289,34 +293,32 @@ class Exchange:
 
     def taken(self, outbound: Outbound) -> None:
         """See `receiver_link.Handoffs`."""
-        outbound.taken = True
         outbound.detach()
         self._happened(Taken(outbound.id))
 
-    def refused(self, handoff_id: bytes, code: str) -> None:
+    def refused(self, handoff_id: bytes, code: str, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
         outbound = self._outbounds.get(handoff_id)
-        if outbound is not None:
+        parked = self._parked.get(handoff_id)
+        if outbound is not None and outbound.is_attached(post):
             outbound.detach()
             self._happened(Taken(handoff_id, refused=code))
-        else:
-            self._parked.pop(handoff_id, None)
+        elif parked is not None and parked.receiver.post == post:
+            del self._parked[handoff_id]
 
     def leave(self, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
         for outbound in self._outbounds.values():
             if outbound.is_attached(post):
                 outbound.detach()
+                # At its end, too, the loss of the connection has ended the handoff. Waiting for the caller's connection
+                # to be found dead as well would keep the blocks for half a minute when a network is cut.
+                self._happened(Taken(outbound.id, refused="worker_gone"))
         for handoff_id, parked in list(self._parked.items()):
             if parked.receiver.post == post:
                 del self._parked[handoff_id]
 
     # -- probes -------------------------------------------------------------------------------------------
-
-    def _probed_memory(self) -> ProbeMemory:
-        if self._probe_memory is None:
-            self._probe_memory = ProbeMemory()
-        return self._probe_memory
 
     async def _probe_peer(self, ask: wire.ProbePeer) -> wire.ProbeResult:
         """Over the link that handoffs use, or, for a named transport, over one of its own."""

@@ -33,10 +33,10 @@ def check(handoff: Handoff) -> Handoff:
     Raises:
         TransferError: `bad_handoff`.
     """
-    if len(handoff.id) != ID_BYTES or handoff.address.count(":") < 1:
+    if len(handoff.id) != ID_BYTES or handoff.address.count(":") < 1 or not 0 <= handoff.epoch < 1 << 64:
         raise TransferError(
-            f"a handoff id has {ID_BYTES} bytes and an address host:port, got {len(handoff.id)} bytes and "
-            f"{handoff.address!r}",
+            f"a handoff has an id of {ID_BYTES} bytes, an address host:port and an epoch of 64 bits, got "
+            f"{len(handoff.id)} bytes, {handoff.address!r} and {handoff.epoch}",
             code="bad_handoff",
         )
     return handoff

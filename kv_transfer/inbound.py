@@ -61,6 +61,10 @@ class _Piece(NamedTuple):
     offset: int
     length: int
 
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.region, self.block
+
 
 class State(Enum):
     OPEN = "open"  # waits for the prompt's computation to begin
@@ -110,8 +114,8 @@ class Inbound:
     _seal: Seal = field(init=False)
     _want: Want | None = None
     _missing: set[tuple[int, int]] = field(default_factory=set)
-    _under_way: set[tuple[int, int]] = field(default_factory=set)
-    _landed: asyncio.Event = field(default_factory=asyncio.Event)
+    _claimed: set[tuple[int, int]] = field(default_factory=set)  # that a lane is writing
+    _unclaimed: asyncio.Event = field(default_factory=asyncio.Event)
     _spans: asyncio.Queue[wire.Sent] = field(default_factory=asyncio.Queue)
     _post: Callable[[wire.Message], None] | None = None
     _link: ReadLink | LandingLink | None = None
@@ -144,6 +148,7 @@ class Inbound:
     def computed(self) -> None:
         if self._computed_at is None:
             self._computed_at = time.monotonic()
+            self._progress.set()  # the deadline counts from here
 
     def sent(self, span: wire.Sent) -> None:
         self._spans.put_nowait(span)
@@ -285,40 +290,43 @@ class Inbound:
 
     async def _take(self, span: wire.Sent, want: Want, link: ReadLink | LandingLink) -> bool:
         """Bring the span's pieces to where they belong. False when one is not intact."""
-        pieces = self._pieces(span, want)
-        places = {(piece.region, piece.block) for piece in pieces}
-        # A sender whose blocks were taken away sends them again from elsewhere. Both copies may be here: what has been
-        # overwritten meanwhile must not be written over what has just been checked.
-        while not self._under_way.isdisjoint(places):
-            self._landed.clear()
-            await self._landed.wait()
-        self._under_way |= places
+        wanted = await self._claim(self._pieces(span, want))
         try:
-            return await self._take_wanted(span, pieces, link)
+            intact = await self._write(span, wanted, link) if wanted else True
+            if intact:
+                self._missing.difference_update(piece.place for piece in wanted)
+            return intact
         finally:
-            self._under_way -= places
-            self._landed.set()
+            self._claimed.difference_update(piece.place for piece in wanted)
+            self._unclaimed.set()
 
-    async def _take_wanted(self, span: wire.Sent, pieces: list[_Piece], link: ReadLink | LandingLink) -> bool:
-        wanted = [piece for piece in pieces if (piece.region, piece.block) in self._missing]
-        if not wanted:
-            return True
+    async def _claim(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The pieces that are still missing. While another lane writes to one of them this one waits.
+
+        After a preemption the same piece comes a second time, and the first copy may have been of blocks with a new
+        use: written late, it would destroy the second one, which has been checked.
+        """
+        while True:
+            wanted = [piece for piece in pieces if piece.place in self._missing]
+            if self._claimed.isdisjoint(piece.place for piece in wanted):
+                self._claimed.update(piece.place for piece in wanted)
+                return wanted
+            self._unclaimed.clear()
+            await self._unclaimed.wait()
+
+    async def _write(self, span: wire.Sent, wanted: list[_Piece], link: ReadLink | LandingLink) -> bool:
         if isinstance(link, ReadLink):
-            intact = await self.in_thread(lambda: self._read(link, wanted), span.length)
-        else:
-            if span.ticket not in self._tickets:
-                raise TransferError("a span under a ticket that was not given", code="bad_message")
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    data = await link.receive(span.ticket, span.length)
-            except TimeoutError as error:
-                raise TransferError(
-                    f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"
-                ) from error
-            intact = await self.in_thread(lambda: self._unpack(data, wanted), span.length)
-        if intact:
-            self._missing.difference_update((piece.region, piece.block) for piece in wanted)
-        return intact
+            return await self.in_thread(lambda: self._read(link, wanted), span.length)
+        if span.ticket not in self._tickets:
+            raise TransferError("a span under a ticket that was not given", code="bad_message")
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                data = await link.receive(span.ticket, span.length)
+        except TimeoutError as error:
+            raise TransferError(
+                f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"
+            ) from error
+        return await self.in_thread(lambda: self._unpack(data, wanted), span.length)
 
     def _pieces(self, span: wire.Sent, want: Want) -> list[_Piece]:
         """What the span says it holds.

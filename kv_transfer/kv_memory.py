@@ -74,8 +74,15 @@ class KvMemory:
         return (self.blocks - 1) * region.stride + region.block_bytes
 
     def runs(self) -> list[Run]:
-        """All of it, for transports that register what they send from."""
-        return [Run(region.address, self._extent(region)) for region in self.regions] if self.on_host else []
+        """All of it, for transports that register what they send from; regions that overlap or touch are one run."""
+        merged: list[Run] = []
+        for region in sorted(self.regions, key=lambda region: region.address) if self.on_host else ():
+            start, end = region.address, region.address + self._extent(region)
+            if merged and start <= merged[-1].address + merged[-1].length:
+                first = merged.pop()
+                start, end = first.address, max(end, first.address + first.length)
+            merged.append(Run(start, end - start))
+        return merged
 
     def run(self, region: int, block_id: int) -> Run:
         where = self.regions[region]

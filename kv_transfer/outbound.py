@@ -51,6 +51,11 @@ class Receiver:
         self.end = 0
         self.tickets: deque[int] = deque()
 
+    def give_way(self, handoff_id: bytes, other: Receiver) -> None:
+        """Tell it that another one has opened its handoff. The same connection may also open it again."""
+        if self.post != other.post:
+            self.post(wire.Closed(handoff_id, "bad_handoff", "another worker has opened this handoff"))
+
 
 class Outbound:
     """One handoff at its sender. Lives in the agent's event loop.
@@ -73,7 +78,6 @@ class Outbound:
         self.digest = 0
         self.started = False
         self.computed = False
-        self.taken = False
         self._memory = memory
         self._seal = Seal(handoff_id, epoch)
         self._in_thread = in_thread
@@ -124,13 +128,15 @@ class Outbound:
         self.reset()
         receiver = self._receiver
         self.detach()
-        if receiver is not None and not self.taken:
+        if receiver is not None:
             receiver.post(wire.Closed(self.id, code, message))
 
     # -- the receiver's side ------------------------------------------------------------------------------
 
     def attach(self, receiver: Receiver) -> None:
-        """A receiver opened this handoff (another one may have before, and is forgotten)."""
+        """A receiver opened this handoff; another one that had opened it before gives way."""
+        if self._receiver is not None:
+            self._receiver.give_way(self.id, receiver)
         self.detach()
         self._receiver = receiver
         if self.started:
@@ -196,7 +202,14 @@ class Outbound:
             error = group.exceptions[0]
             assert isinstance(error, TransferError)
             log.warning("send_failed", handoff=self.id.hex(), code=error.code, error=error.message)
-            receiver.post(wire.Closed(self.id, error.code, error.message))
+            self._drop(receiver, error)
+        except* Exception as group:  # an unforeseen failure must still end the receiver's wait
+            log.exception("send_broke", handoff=self.id.hex(), exc_info=group)
+            self._drop(receiver, TransferError("the transfer broke", code="internal_error"))
+
+    def _drop(self, receiver: Receiver, error: TransferError) -> None:
+        receiver.post(wire.Closed(self.id, error.code, error.message))
+        if self._receiver is receiver:  # not another one that has opened the handoff meanwhile
             self._sending = None
             self.detach()
 
@@ -236,7 +249,8 @@ class Outbound:
             if buffer is not None:
                 self._buffers.put_nowait(buffer)
         self._number += 1
-        self._sent[self._number] = extent
+        if generation == self._generation:  # else it is not to be sent again: it will be published anew
+            self._sent[self._number] = extent
         receiver.post(
             wire.Sent(
                 handoff=self.id,

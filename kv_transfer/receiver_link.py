@@ -32,8 +32,8 @@ class Handoffs(Protocol):
         """The receiver has all it wanted."""
         ...
 
-    def refused(self, handoff_id: bytes, code: str) -> None:
-        """The receiver has given the handoff up."""
+    def refused(self, handoff_id: bytes, code: str, post: Callable[[wire.Message], None]) -> None:
+        """The receiver behind this connection has given the handoff up; it may be another one's by now."""
         ...
 
     def leave(self, post: Callable[[wire.Message], None]) -> None:
@@ -47,7 +47,7 @@ async def serve(
     terms: Terms,
     transports: Transports,
     handoffs: Handoffs,
-    probe_memory: Callable[[], ProbeMemory],
+    probed: ProbeMemory,
 ) -> None:
     """Serve a receiver until it goes.
 
@@ -73,7 +73,7 @@ async def serve(
                     of_codec = terms.codec_of(codec) if isinstance(link, LandingLink) else None
                     handoffs.attach(message.handoff, Receiver(post, link, of_codec))
                 case wire.ProbeAsk() if link is not None:
-                    task = asyncio.create_task(_answer_probe(line, link, message, probe_memory()))
+                    task = asyncio.create_task(_answer_probe(line, link, message, probed))
                     probes.add(task)
                     task.add_done_callback(probes.discard)
                 case _:
@@ -88,9 +88,10 @@ async def serve(
 
 def _route(message: wire.Message, handoffs: Handoffs, post: Callable[[wire.Message], None]) -> None:
     handoff_id = getattr(message, "handoff", b"")
+    if isinstance(message, wire.Closed):
+        handoffs.refused(handoff_id, message.code, post)
+        return
     outbound = handoffs.find(handoff_id)
-    if outbound is None and isinstance(message, wire.Closed):
-        handoffs.refused(handoff_id, message.code)  # it may be parked
     if outbound is None or not outbound.is_attached(post):
         return  # about a handoff that has ended here, or that another receiver has taken over
     match message:
@@ -102,8 +103,6 @@ def _route(message: wire.Message, handoffs: Handoffs, post: Callable[[wire.Messa
             outbound.again(message.number)
         case wire.Done():
             handoffs.taken(outbound)
-        case wire.Closed():
-            handoffs.refused(handoff_id, message.code)
         case _:
             raise TransferError(f"unexpected {type(message).__name__} from a receiver", code="bad_message")
 

@@ -215,5 +215,5 @@ async def read(reader: asyncio.StreamReader) -> Message | None:
         return _decoder.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError, OSError):
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TransferError(f"an unreadable control message: {error}", code="bad_message") from error

@@ -81,6 +81,7 @@ class WorkerSide:
         self._loading: set[str] = set()
         self._unstarted: list[str] = []  # loads of handoffs that had failed before
         self._holding: dict[str, Hold] = {}
+        self._sent: set[bytes] = set()  # handoffs that have begun here and are not over
         self._taken: dict[bytes, str] = {}
         self._sending: list[Send] = []
         self._tokens = 0
@@ -94,10 +95,11 @@ class WorkerSide:
         for handoff_id in step.expects:
             agent.expect(handoff_id)
         for handoff_id, why in step.ends:
-            self._taken.pop(handoff_id, None)
+            self._forget(handoff_id)
             agent.end(handoff_id, why, "the sender has given the prompt up")
         for send in step.sends:
             if send.begin is not None:
+                self._sent.add(send.handoff_id)
                 agent.begin(send.handoff_id, *send.begin)
                 self._publish(send, 0, send.ready, 0, self._all_regions)
         self._sending = step.sends
@@ -155,8 +157,10 @@ class WorkerSide:
                     results.started[request_id] = (tokens, digest)
                 case Received():
                     self._ended(event, results)
-                case Taken(handoff_id, refused):
+                case Taken(handoff_id, refused) if handoff_id in self._sent:
                     self._taken[handoff_id] = refused
+                case Taken():
+                    pass  # on its way while the handoff was ended here
         for request_id in self._unstarted:
             results.received.add(request_id)
             results.failed.add(request_id)
@@ -208,11 +212,15 @@ class WorkerSide:
 
     def _end(self, hold: Hold, outcome: Outcome) -> None:
         board = self._board
-        self._taken.pop(hold.handoff_id, None)
+        self._forget(hold.handoff_id)
         self._agent.end(hold.handoff_id, "lease_ended", f"the lease on the blocks has ended: {outcome.name.lower()}")
         board.put(hold.slot, Word.HELD, 0)
         board.put(hold.slot, Word.OUTCOME, hold.nonce | outcome)
         board.add(_COUNTERS[outcome])
+
+    def _forget(self, handoff_id: bytes) -> None:
+        self._sent.discard(handoff_id)
+        self._taken.pop(handoff_id, None)
 
     def shutdown(self) -> None:
         """End all transfers."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 
 from slipstream.errors import InvalidRequestError
-from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.record_limits import MAX_PATH_NAME_CHARS, MAX_PATH_TEXT_CHARS, MAX_PATHS_BYTES, MAX_RECORD_BYTES
+from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
 
-MAX_RECORD_BYTES = 8192
 MAX_MODEL_CHARS = 256
 MAX_URL_CHARS = 512
 MAX_HOST_ID_CHARS = 256
+
+MAX_TRANSPORTS = 8
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 _DEVICE = re.compile(r"[a-z0-9:_-]{0,32}")
@@ -37,7 +39,7 @@ def check_record(record: WorkerRecord) -> None:
     if record.state not in (WorkerState.STARTING, WorkerState.READY, WorkerState.DRAINING):
         raise _wrong("state", record.state, "STARTING, READY or DRAINING")
     _check_text("model", record.model, MAX_MODEL_CHARS, required=True)
-    _check_address(record.address)
+    _check_address("address", record.address)
     _check_text("host_id", record.host_id, MAX_HOST_ID_CHARS)
     _check_text("metrics_url", record.metrics_url, MAX_URL_CHARS)
     if record.metrics_url and not record.metrics_url.startswith(("http://", "https://")):
@@ -46,6 +48,30 @@ def check_record(record: WorkerRecord) -> None:
         raise _wrong("device", record.device, "a name like cpu or cuda:0")
     if record.epoch < 1:
         raise _wrong("epoch", record.epoch, "a number that grows with each start, from 1")
+    if record.HasField("transfer"):
+        _check_endpoint(record.transfer)
+    for path in record.paths:
+        _check_path(path)
+    paths_bytes = sum(path.ByteSize() for path in record.paths)
+    if paths_bytes > MAX_PATHS_BYTES:
+        raise _wrong("paths", f"{len(record.paths)} of {paths_bytes} bytes", f"at most {MAX_PATHS_BYTES} bytes")
+
+
+def _check_endpoint(endpoint: TransferEndpoint) -> None:
+    _check_address("transfer.address", endpoint.address)
+    if len(endpoint.transports) > MAX_TRANSPORTS:
+        raise _wrong("transfer.transports", f"{len(endpoint.transports)} names", f"at most {MAX_TRANSPORTS}")
+    for name in endpoint.transports:
+        _check_text("transfer.transports", name, MAX_PATH_NAME_CHARS, required=True)
+
+
+def _check_path(path: TransferPath) -> None:
+    if not _WORKER_ID.fullmatch(path.peer_worker_id):
+        raise _wrong("paths.peer_worker_id", path.peer_worker_id, "a worker's id")
+    _check_text("paths.transport", path.transport, MAX_PATH_NAME_CHARS)
+    _check_text("paths.detail", path.detail, MAX_PATH_NAME_CHARS)
+    _check_text("paths.warning", path.warning, MAX_PATH_TEXT_CHARS)
+    _check_text("paths.error", path.error, MAX_PATH_TEXT_CHARS)
 
 
 def check_worker_id(worker_id: str) -> None:
@@ -65,10 +91,10 @@ def _check_text(field: str, value: str, max_chars: int, *, required: bool = Fals
         raise _wrong(field, value, f"at most {max_chars} printable characters")
 
 
-def _check_address(address: str) -> None:
+def _check_address(field: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not (_HOST.fullmatch(host) and _PORT.fullmatch(port) and int(port) <= 65535):
-        raise _wrong("address", address, "host:port, as other processes reach it, with a port from 1 to 65535")
+        raise _wrong(field, address, "host:port, as other processes reach it, with a port from 1 to 65535")
 
 
 def _wrong(field: str, value: object, expected: str) -> InvalidRequestError:

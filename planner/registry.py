@@ -23,7 +23,7 @@ class Change(enum.IntEnum):
     """How much of what watchers see changed, least first."""
 
     NOTHING = 0
-    LOAD = 1  # load or renewals alone: watchers may learn of it a little later
+    LOAD = 1  # load, renewals or measured paths alone: watchers may learn of it a little later
     WORKERS = 2  # who is there, in which state: watchers learn of it at once
 
 
@@ -148,13 +148,13 @@ class Registry:
 def _difference(before: WorkerRecord, after: WorkerRecord) -> Change:
     if _identity(before) != _identity(after):
         return Change.WORKERS
-    if before.load != after.load or before.renewals != after.renewals:
+    if before.load != after.load or before.renewals != after.renewals or before.paths != after.paths:
         return Change.LOAD
     return Change.NOTHING
 
 
 def _identity(record: WorkerRecord) -> tuple[object, ...]:
-    capacity = record.capacity
+    capacity, transfer = record.capacity, record.transfer
     return (
         record.epoch,
         record.state,
@@ -167,4 +167,5 @@ def _identity(record: WorkerRecord) -> tuple[object, ...]:
         record.pid,
         record.started_unix_s,
         (capacity.max_model_len, capacity.block_tokens, capacity.blocks, capacity.block_bytes),
+        (transfer.address, transfer.epoch, *transfer.transports),
     )

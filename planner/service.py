@@ -61,9 +61,9 @@ class RegistryService(RegistryServicer):
         self._pending = Change.NOTHING
         self._wake = asyncio.Event()
         self._board = asyncio.Condition()
-        self._posted = self._current_set()
-        self._posted_number = 1
-        self._posted_at_s = clock()
+        self._posted = self._identities = self._current_set()
+        self._posted_number = self._identities_number = 1
+        self._posted_at_s = self._identities_at_s = clock()
 
     async def Register(self, request: RegisterRequest, context: Context) -> RegisterResponse:  # noqa: N802
         record = request.worker
@@ -101,8 +101,11 @@ class RegistryService(RegistryServicer):
         self.watchers += 1
         try:
             seen = 0
-            while await self._await_newer_than(seen):
-                seen, workers = self._posted_number, self._posted
+            while await self._await_newer_than(seen, identities=request.identities):
+                if request.identities:
+                    seen, workers = self._identities_number, self._identities
+                else:
+                    seen, workers = self._posted_number, self._posted
                 yield workers
         finally:
             self.watchers -= 1
@@ -149,10 +152,15 @@ class RegistryService(RegistryServicer):
         return self._posted_at_s + interval_s - now_s
 
     async def _post(self, now_s: float) -> None:
-        self._pending = Change.NOTHING
+        before, pending, self._pending = self._posted, self._pending, Change.NOTHING
         self._posted = self._current_set()
         self._posted_number += 1
         self._posted_at_s = now_s
+        due = now_s - self._identities_at_s >= self._lease_s / 2
+        if pending is Change.WORKERS or before.settled != self._posted.settled or due:
+            self._identities = _identities(self._posted)
+            self._identities_number = self._posted_number
+            self._identities_at_s = now_s
         async with self._board:
             self._board.notify_all()
 
@@ -164,10 +172,24 @@ class RegistryService(RegistryServicer):
             registry_id=self.registry_id,
         )
 
-    async def _await_newer_than(self, number: int) -> bool:
+    async def _await_newer_than(self, number: int, *, identities: bool) -> bool:
+        def newest() -> int:
+            return self._identities_number if identities else self._posted_number
+
         async with self._board:
-            await self._board.wait_for(lambda: self._closed or self._posted_number > number)
+            await self._board.wait_for(lambda: self._closed or newest() > number)
         return not self._closed
+
+
+def _identities(workers: WorkerSet) -> WorkerSet:
+    """The same set without what changes all the time."""
+    copy = WorkerSet()
+    copy.CopyFrom(workers)
+    for record in copy.workers:
+        record.ClearField("load")
+        record.ClearField("renewals")
+        record.ClearField("paths")
+    return copy
 
 
 def _log_record(event: str, record: WorkerRecord) -> None:

@@ -56,13 +56,18 @@ class RegistryView:
 
 
 async def follow(
-    registry_address: str, *, take: Callable[[WorkerSet], Awaitable[None]], lost: Callable[[str], None]
+    registry_address: str,
+    *,
+    take: Callable[[WorkerSet], Awaitable[None]],
+    lost: Callable[[str], None],
+    identities: bool = False,
 ) -> NoReturn:
     """Watch the registry, and watch it again after every failure. Runs until cancelled.
 
     Args:
         take: awaited with each set.
         lost: called with the reason whenever a watch, or an attempt at one, has ended.
+        identities: see `WatchRequest.identities`.
     """
     backoff_s = FIRST_BACKOFF_S
 
@@ -71,11 +76,12 @@ async def follow(
         backoff_s = FIRST_BACKOFF_S
         await take(workers)
 
+    request = WatchRequest(identities=identities)
     options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
     async with grpc.aio.insecure_channel(registry_address, options=options) as channel:
         while True:
             try:
-                reason = await _follow_one_watch(RegistryStub(channel).Watch(WatchRequest()), taken)
+                reason = await _follow_one_watch(RegistryStub(channel).Watch(request), taken)
             except grpc.aio.AioRpcError as error:
                 reason = from_rpc_error(error).message
             except TimeoutError:

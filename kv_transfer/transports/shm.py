@@ -136,7 +136,7 @@ class ShmStaged:
         try:
             with (self._directory / peer.file).open("r+b") as file:
                 theirs = mmap.mmap(file.fileno(), peer.places * peer.place_bytes)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise TransferError(
                 f"the other worker's landing area {peer.file} cannot be mapped: {error}", code="transport_unavailable"
             ) from error
@@ -188,5 +188,5 @@ class StagedLink:
 def _read_card(card: bytes, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(card, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TransferError(f"an unreadable transport card: {error}", code="bad_message") from error

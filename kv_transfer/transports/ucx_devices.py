@@ -16,7 +16,8 @@ from slipstream.errors import TransferError
 async def devices_of(host: str, rdma_devices: Path) -> list[str]:
     """UCX's names of the devices behind an address of this machine; none for an unspecified address.
 
-    An interface that belongs to an RDMA device brings that along: `eth2`, `mlx5_0:1`.
+    RDMA devices come along (`eth2`, `mlx5_0:1`): those that the interface belongs to, else all. An address on a host's
+    control network says which TCP to use, not that its fabric shall lie idle.
 
     Raises:
         TransferError: `transport_unavailable`: the address is not one of this machine.
@@ -38,8 +39,10 @@ def slow_road(lanes: Sequence[str], rdma_devices: Path) -> str:
     if not devices or not lanes or any(not lane.startswith("tcp/") for lane in lanes):
         return ""
     return (
-        f"TCP although this machine has the RDMA device {devices[0]}: let UCX use it, with UCX_NET_DEVICES "
-        f"(for example {devices[0]}:1) and without a UCX_TLS that leaves out rc and ud"
+        f"TCP although this machine has the RDMA device {devices[0]}: take transfer.transport = nixl, which brings a "
+        "UCX with RDMA. The one that is installed with ucxx has none; one of the system has, with "
+        f"RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true, UCX_NET_DEVICES (for example {devices[0]}:1) and without a "
+        "UCX_TLS that leaves out rc and ud"
     )
 
 
@@ -65,6 +68,6 @@ def _same(address: ipaddress.IPv4Address | ipaddress.IPv6Address, text: str) -> 
 
 
 def _rdma_of(interface: str, rdma_devices: Path) -> list[str]:
-    if not rdma_devices.is_dir():
-        return []
-    return sorted(device.name for device in rdma_devices.iterdir() if (device / "device" / "net" / interface).exists())
+    devices = sorted(rdma_devices.iterdir()) if rdma_devices.is_dir() else []
+    own = [device for device in devices if (device / "device" / "net" / interface).exists()]
+    return [device.name for device in own or devices]

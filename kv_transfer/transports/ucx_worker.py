@@ -41,9 +41,8 @@ class Claim:
 class Endpoint:
     """The way to one peer. `failed` is called once, when UCX finds that it leads nowhere any more."""
 
-    ucx: Any
+    ucx: Any  # None once it was given back
     failed: Callable[[str], None]
-    closing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +127,21 @@ class UcxWorker:
         self._soon()
 
     async def disconnect(self, endpoint: Endpoint) -> None:
-        """Give the endpoint back; what is under way on it ends with an error. Again is fine."""
-        if endpoint.closing:
+        """Give the endpoint back; what is under way on it ends with an error. Again is fine.
+
+        UCX holds on to what it has begun to send to a frozen peer until that goes on, or is found dead. It is not
+        waited for.
+        """
+        ucx, endpoint.ucx = endpoint.ucx, None
+        if ucx is None:
             return
-        endpoint.closing = True
         self._endpoints.discard(endpoint)
-        if not endpoint.ucx.alive:
-            self._library.discard(endpoint.ucx.handle)
+        if not ucx.alive:
+            self._library.discard(ucx.handle)
             self._soon()
             return
         closed = asyncio.Event()
-        self._running[endpoint.ucx.close()] = _Running(lambda _: closed.set(), self._bin[:0])
+        self._running[ucx.close()] = _Running(lambda _: closed.set(), self._bin[:0])
         self._soon()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):

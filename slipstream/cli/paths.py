@@ -124,7 +124,7 @@ def _way(row: PathRow) -> Text:
     from rich.text import Text
 
     if row.error:
-        return Text("none", style="bold red")
+        return Text(f"{row.transport}: none" if row.transport else "none", style="bold red")
     if not row.measured_unix_s:
         return Text("not measured", style="dim")
     return Text(f"{row.transport}/{row.detail}", style="yellow" if row.warning else "green")

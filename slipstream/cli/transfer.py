@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -150,7 +150,7 @@ async def _measure(sender: WorkerRecord, receiver: WorkerRecord, transport: str,
                 reason = f"{receiver.worker_id} at {receiver.address} gave no answer in {timeout_s:g} s"
             return PathRow(sender.worker_id, receiver.worker_id, transport=transport, error=reason)
     row = from_wire(path, receiver.worker_id)
-    return row if row.transport else PathRow(row.sender, row.receiver, transport, error=row.error or "no answer")
+    return row if row.transport else replace(row, transport=transport)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -62,6 +62,9 @@ class Account:
     fallback: str
     attempts: int
     partial: bool
+    transfer_exposed_s: float
+    kv_wire_bytes: int
+    kv_spans_resent: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,12 +379,19 @@ Global___DeregisterResponse: _TypeAlias = DeregisterResponse  # noqa: Y015
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    identities: _builtins.bool
+    """Leave out load, renewals and measured paths, and send a set only when workers come, go or change state (and
+    at least once a lease period): all that workers want of each other, and there are many of them.
+    """
     def __init__(
         self,
+        *,
+        identities: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

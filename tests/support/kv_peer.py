@@ -1,88 +1,124 @@
-"""A prefill worker's memory without the engine: a process that holds known KV blocks on a real lease board.
+"""A `KvNode` in a process of its own, and the handle by which a test commands it.
 
-    python -m tests.support.kv_peer FOLDER [--elsewhere]
+    python -m tests.support.kv_peer OPTIONS
 
-Says the board's file name and its own pid in one JSON line, then serves staging requests like the engine does,
-until its standard input closes. `--elsewhere` says that its memory cannot be read directly, as on a GPU. A line
-`end SLOT` on standard input ends the lease of a slot.
+OPTIONS is a `kv_node.Options` as JSON. The process says its address in one JSON line; then each line on its standard
+input is a list of commands ([name, arguments...], the methods of `KvNode`), which it carries out and answers with the
+list of what they returned. It ends when its standard input closes.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import select
+import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
-import torch
+import msgspec
 
-from kv_transfer import layout as layouts
-from kv_transfer.board import Board, Word
-from kv_transfer.layout import Layout
-from kv_transfer.memory import allow_readers
-from kv_transfer.shm import Stager
+from kv_transfer import exchange
+from tests.support.kv_node import DEADLINE_S, Census, Happening, KvNode, Options, Watched
 
-BLOCKS = 32
-SLOTS = 16
-HELD = list(range(8))  # slots that hold a lease from the start; its nonce is (slot + 1) * 8
-BLOCK_IDS = [9, 3, 4, 5, 30, 0]
+_COMMANDS = {
+    *("begin", "publish", "computed", "send", "reset", "end", "pause"),
+    *("open", "receive", "cancel", "take", "read", "write", "refill", "holds", "census"),
+}
 
 
-def caches(seed: int) -> dict[str, torch.Tensor]:
-    """Three layers of 32 blocks: two joint and permuted, one with K and V apart."""
-    torch.manual_seed(seed)
-    return {
-        "layers.0": torch.randn(BLOCKS, 2, 16, 8),
-        "layers.1": torch.randn(BLOCKS, 16, 2, 8).permute(0, 2, 1, 3),
-        "layers.2": torch.randn(2, BLOCKS, 16, 8),
-    }
+class KvPeer(Watched):
+    """A started process. Close it."""
 
+    def __init__(self, options: Options, *prefix: str) -> None:
+        """Args:
+        prefix: words of the command line before the interpreter's.
+        """
+        super().__init__()
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "tests.support.kv_peer", msgspec.json.encode(options).decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.epoch = options.epoch
+        try:
+            self.address = msgspec.json.decode(self._answer(60.0), type=str)
+        except BaseException:
+            self.close()
+            raise
 
-def layout_of(views: list[torch.Tensor], *, epoch: int, probe_address: int, direct: bool) -> Layout:
-    return Layout(
-        fingerprint="tests",
-        pid=os.getpid(),
-        epoch=epoch,
-        probe_address=probe_address,
-        direct=direct,
-        blocks=BLOCKS,
-        block_tokens=16,
-        regions=layouts.regions_of(views),
-    )
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
+    def all(self, commands: list[list[Any]]) -> list[Any]:
+        """Have these carried out, without a break."""
+        self.post(commands)
+        return self.answers()
 
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    def post(self, commands: list[list[Any]]) -> None:
+        """The same, without waiting for the `answers`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(commands) + b"\n")
+        self.process.stdin.flush()
+
+    def answers(self) -> list[Any]:
+        return msgspec.json.decode(self._answer(DEADLINE_S), type=list[Any])
+
+    def do(self, name: str, *arguments: Any) -> Any:
+        return self.all([[name, *arguments]])[0]
+
+    def take(self, wait_s: float) -> list[Happening]:
+        return msgspec.convert(self.do("take", wait_s), type=list[Happening])
+
+    def census(self) -> Census:
+        return msgspec.convert(self.do("census"), type=Census)
+
+    def kill(self) -> None:
+        """SIGKILL; also for a process that is stopped."""
+        self.process.kill()
+        self.process.wait(timeout=DEADLINE_S)
+
+    def stop(self) -> None:
+        """Let it end as a worker does."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(timeout=DEADLINE_S) == 0
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _answer(self, deadline_s: float) -> bytes:
+        stdout = self.process.stdout
+        assert stdout is not None
+        assert select.select([stdout], [], [], deadline_s)[0], "the peer says nothing"
+        line = stdout.readline()
+        assert line, "the peer has ended"
+        return line
 
 
 def main() -> None:
-    folder, direct = Path(sys.argv[1]), "--elsewhere" not in sys.argv
-    allow_readers()
-    kept = caches(1)
-    views = layouts.block_views(kept, BLOCKS)
-    board = Board.create(folder, slots=SLOTS)
-    probe = ctypes.c_uint64(board.epoch)
-    layout = layout_of(views, epoch=board.epoch, probe_address=ctypes.addressof(probe), direct=direct)
-    board.publish_layout(layouts.encode(layout))
-    for slot in HELD:
-        board.put(slot, Word.HELD, (slot + 1) * 8)
-    stager = Stager(board, views)
-    say(json.dumps({"board": board.path.name, "epoch": board.epoch, "pid": os.getpid()}))
-    while True:
-        readable, _, _ = select.select([sys.stdin], [], [], 0.001)
-        if readable:
-            line = sys.stdin.readline().split()
-            if not line:
-                break
-            assert line[0] == "end"
-            board.put(int(line[1]), Word.HELD, 0)
-            say("done")
-        for slot in HELD:
-            stager.serve(slot, (slot + 1) * 8, BLOCK_IDS)
-    board.unlink()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the product logs is no answer
+
+    def say(answer: object) -> None:
+        out.write(msgspec.json.encode(answer) + b"\n")
+        out.flush()
+
+    options = msgspec.json.decode(sys.argv[1], type=Options)
+    if options.small_bytes is not None:
+        exchange._SMALL_BYTES = options.small_bytes
+    node = KvNode(options)
+    say(node.address)
+    for line in sys.stdin.buffer:
+        answers = []
+        for name, *arguments in msgspec.json.decode(line):
+            assert name in _COMMANDS, name
+            answers.append(getattr(node, name)(*arguments))
+        say(answers)
+    node.close()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
@@ -14,6 +15,9 @@ from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1.registry_pb2 import TransferEndpoint, TransferPath, WorkerRecord
 from slipstream.v1.worker_pb2 import GetStatusRequest, ProbePathRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
+
+if TYPE_CHECKING:
+    from slipstream.v1.worker_pb2_grpc import WorkerAsyncStub
 
 PEER = TransferEndpoint(address="h:1", epoch=3, transports=["shm"])
 
@@ -36,7 +40,7 @@ def engine() -> ProbingEngine:
 
 
 @pytest.fixture
-async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerStub]:
+async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerAsyncStub]:
     server = grpc.aio.server()
     service = _WorkerService(lambda: WorkerRecord(worker_id="w"), engine)  # type: ignore[arg-type]
     _add_standard_services(server, (), service)
@@ -47,17 +51,17 @@ async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerStub]:
     await server.stop(None)
 
 
-async def test_a_worker_tells_how_it_is_now(worker: WorkerStub) -> None:
+async def test_a_worker_tells_how_it_is_now(worker: WorkerAsyncStub) -> None:
     assert await worker.GetStatus(GetStatusRequest()) == WorkerRecord(worker_id="w")
 
 
-async def test_a_probe_measures_the_way_from_the_named_worker(worker: WorkerStub, engine: ProbingEngine) -> None:
+async def test_a_probe_measures_the_way_from_the_named_worker(worker: WorkerAsyncStub, engine: ProbingEngine) -> None:
     path = await worker.ProbePath(ProbePathRequest(worker_id="p", peer=PEER, transport="shm"))
     assert engine.probed == [("p", PEER, "shm")]
     assert (path.peer_worker_id, path.peer_epoch, path.bytes_per_s) == ("p", 3, 1e9)
 
 
-async def test_a_probe_of_nobody_is_refused(worker: WorkerStub, engine: ProbingEngine) -> None:
+async def test_a_probe_of_nobody_is_refused(worker: WorkerAsyncStub, engine: ProbingEngine) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await worker.ProbePath(ProbePathRequest(worker_id="p"))
     error = from_rpc_error(caught.value)
@@ -65,7 +69,7 @@ async def test_a_probe_of_nobody_is_refused(worker: WorkerStub, engine: ProbingE
     assert (error.param, engine.probed) == ("peer", [])
 
 
-async def test_a_probe_that_fails_here_says_why(worker: WorkerStub, engine: ProbingEngine) -> None:
+async def test_a_probe_that_fails_here_says_why(worker: WorkerAsyncStub, engine: ProbingEngine) -> None:
     engine.failure = TransferError("the transfer agent gave no answer in 60 s", code="timeout")
     with pytest.raises(grpc.aio.AioRpcError, match="no answer in 60 s") as caught:
         await worker.ProbePath(ProbePathRequest(worker_id="p", peer=PEER))

@@ -16,7 +16,7 @@ import sys, time
 from pathlib import Path
 from kv_transfer.board import Board
 board = Board.create(Path(sys.argv[1]), slots=4)
-board.segment_path(2).write_bytes(b"staged")
+board.path.with_name(f"{board.stem}-landing.kv").write_bytes(b"landed")
 print(board.path.name, flush=True)
 time.sleep(600)
 """
@@ -26,14 +26,18 @@ def test_what_one_side_writes_the_other_side_reads(tmp_path: Path) -> None:
     ours = Board.create(tmp_path, slots=8)
     theirs = Board.open(ours.path)
     nonce = new_nonce()
-    theirs.put(7, Word.TAKEN, nonce)
+    theirs.put(7, Word.HELD, nonce)
     ours.add(Counter.BYTES_RECEIVED, 5)
-    ours.publish_layout(b"layout")
-    assert ours.get(7, Word.TAKEN) == nonce
-    assert ours.get(6, Word.TAKEN) == 0
+    ours.publish_endpoint(b"endpoint")
+    assert ours.get(7, Word.HELD) == nonce
+    assert ours.get(6, Word.HELD) == 0
     assert theirs.counter(Counter.BYTES_RECEIVED) == 5
-    assert theirs.layout() == b"layout"
+    assert theirs.endpoint() == b"endpoint"
     assert (theirs.epoch, theirs.slots) == (ours.epoch, 8)
+
+
+def test_there_is_no_endpoint_before_the_engine_has_loaded(tmp_path: Path) -> None:
+    assert Board.create(tmp_path, slots=2).endpoint() == b""
 
 
 def test_an_outcome_belongs_to_one_lease_only(tmp_path: Path) -> None:
@@ -79,9 +83,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Board.create(tmp_path / "nowhere", slots=8)
 
 
-def test_a_layout_larger_than_its_room_is_refused(tmp_path: Path) -> None:
+def test_an_endpoint_larger_than_its_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="room"):
-        Board.create(tmp_path, slots=2).publish_layout(bytes(1 << 20))
+        Board.create(tmp_path, slots=2).publish_endpoint(bytes(1 << 20))
 
 
 def test_boards_of_killed_workers_are_swept_and_those_of_living_ones_kept(tmp_path: Path) -> None:
@@ -93,12 +97,12 @@ def test_boards_of_killed_workers_are_swept_and_those_of_living_ones_kept(tmp_pa
         owner.send_signal(signal.SIGKILL)
         owner.wait(timeout=10)
     assert remove_stale(tmp_path) == [name]
-    assert [path.name for path in tmp_path.iterdir()] == [mine.path.name]  # the staged copy went with its board
+    assert [path.name for path in tmp_path.iterdir()] == [mine.path.name]  # the landing area went with its board
 
 
-def test_unlink_removes_the_board_and_its_staged_copies(tmp_path: Path) -> None:
+def test_unlink_removes_the_board_and_its_landing_area(tmp_path: Path) -> None:
     board = Board.create(tmp_path, slots=2)
-    board.segment_path(1).write_bytes(b"x")
+    board.path.with_name(f"{board.stem}-landing.kv").write_bytes(b"x")
     board.unlink()
     assert list(tmp_path.iterdir()) == []
     board.put(0, Word.HELD, 8)  # mapped views stay valid until they are closed

@@ -1,40 +1,67 @@
-"""What crosses from prefill to decode by way of the frontend."""
+"""What names a handoff, and what binds bytes to it."""
 
-import msgspec
+from __future__ import annotations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer import handoff as handoffs
-from kv_transfer.handoff import Handoff
+from kv_transfer.handoff import Handoff, Seal, check, digest_tokens
 from slipstream.errors import TransferError
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=50)
+IDS = st.binary(min_size=16, max_size=16)
+EPOCHS = st.integers(0, 2**64 - 1)
+PLACES = st.integers(0, 1 << 20)
+BYTES = st.binary(max_size=300)
+SEALED = st.tuples(IDS, EPOCHS, PLACES, PLACES, BYTES)
 
 
-def a_handoff(**changes: object) -> Handoff:
-    made = Handoff(handoffs.VERSION, "slipstream-1.board", 7, 3, 8, 200, 99, [4, 5])
-    return msgspec.structs.replace(made, **changes)
-
-
-@given(st.lists(st.integers(0, 2**20)), st.integers(0, 2**63), st.integers(0, 2**63))
-def test_a_handoff_survives_the_wire(block_ids: list[int], epoch: int, digest: int) -> None:
-    made = a_handoff(block_ids=block_ids, epoch=epoch, digest=digest)
-    assert handoffs.decode(handoffs.encode(made)) == made
-
-
-@given(st.binary(max_size=200))
-def test_bytes_that_are_no_handoff_are_refused_with_a_type(raw: bytes) -> None:
-    with pytest.raises(TransferError) as caught:
-        handoffs.decode(raw)
-    assert caught.value.code == "bad_handoff"
-
-
-def test_another_version_is_refused_and_the_remedy_named() -> None:
-    with pytest.raises(TransferError, match="one version on all workers"):
-        handoffs.decode(handoffs.encode(a_handoff(version=handoffs.VERSION + 1)))
+def sealed(handoff: bytes, epoch: int, block: int, region: int, data: bytes) -> int:
+    return Seal(handoff, epoch).digest(memoryview(data), block, region)
 
 
 @given(TOKENS, TOKENS)
 def test_digests_are_equal_for_equal_prompts_only(a: list[int], b: list[int]) -> None:
-    assert (handoffs.digest_tokens(a) == handoffs.digest_tokens(b)) == (a == b)
+    assert (digest_tokens(a) == digest_tokens(b)) == (a == b)
+
+
+@given(SEALED, SEALED)
+def test_a_digest_belongs_to_one_piece_of_one_handoff(
+    a: tuple[bytes, int, int, int, bytes], b: tuple[bytes, int, int, int, bytes]
+) -> None:
+    assert (sealed(*a) == sealed(*b)) == (a == b)
+
+
+@given(SEALED, st.integers(0, 4), st.data())
+def test_one_difference_is_enough(piece: tuple[bytes, int, int, int, bytes], which: int, data: st.DataObject) -> None:
+    other = list(piece)
+    other[which] = data.draw((IDS, EPOCHS, PLACES, PLACES, BYTES)[which].filter(lambda value: value != piece[which]))
+    assert sealed(*piece) != sealed(*other)  # type: ignore[arg-type]
+
+
+def test_neighbours_in_a_prompt_have_different_digests() -> None:
+    digests = {sealed(bytes(16), 1, block, region, b"the same") for block in range(200) for region in range(200)}
+    assert len(digests) == 200 * 200
+
+
+def test_a_handoff_that_is_well_formed_is_itself() -> None:
+    for address in ("127.0.0.1:5000", "[::1]:5000", "worker-0.workers:5000"):
+        handoff = Handoff(bytes(16), address, 2**64 - 1)
+        assert check(handoff) is handoff
+
+
+@pytest.mark.parametrize(
+    "handoff",
+    [
+        Handoff(b"", "host:1", 1),
+        Handoff(bytes(17), "host:1", 1),
+        Handoff(bytes(16), "host", 1),
+        Handoff(bytes(16), "host:1", 2**64),
+        Handoff(bytes(16), "host:1", -1),
+    ],
+)
+def test_a_handoff_that_is_not_is_refused(handoff: Handoff) -> None:
+    with pytest.raises(TransferError) as caught:
+        check(handoff)
+    assert caught.value.code == "bad_handoff"

@@ -1,6 +1,5 @@
 """Where blocks lie, for the shapes in which engines keep their KV caches."""
 
-import msgspec
 import pytest
 import torch
 
@@ -11,7 +10,7 @@ from slipstream.errors import StartupError, TransferError
 
 def a_layout(fingerprint: str = "same", blocks: int = 4, base: int = 0) -> Layout:
     regions = [Region(base, 16, 8), Region(base + 1000, 32, 32)]
-    return Layout(fingerprint, 1, 1, 0, True, blocks, 16, regions)
+    return Layout(fingerprint, blocks, 16, regions)
 
 
 def block_bytes(cache: torch.Tensor, block: int) -> set[int]:
@@ -57,30 +56,17 @@ def test_blocks_with_gaps_and_unknown_shapes_are_refused_by_name() -> None:
         layouts.block_views({"layers.3": torch.zeros(4, 3, 16)}, 5)
 
 
-def test_a_plan_names_every_region_of_every_pair() -> None:
-    copies = layouts.plan(a_layout(base=0), a_layout(base=5000), [(1, 3), (2, 0)])
-    assert [tuple(copy) for copy in copies] == [
-        (16, 5048, 8),
-        (32, 5000, 8),
-        (1032, 6096, 32),
-        (1064, 6000, 32),
-    ]
-    assert sum(copy.length for copy in copies) == 2 * a_layout().block_bytes
+def test_a_run_is_where_the_block_is() -> None:
+    assert a_layout(base=5000).run(0, 3) == (5048, 8)
+    assert a_layout(base=5000).run(1, 0) == (6000, 32)
+    assert a_layout().block_bytes == 40
 
 
-def test_layouts_that_differ_and_blocks_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(TransferError) as differ:
-        layouts.plan(a_layout("one"), a_layout("other"), [(0, 0)])
-    assert differ.value.code == "layout"
-    for pair in ((4, 0), (0, 4), (-1, 0)):
-        with pytest.raises(TransferError, match="no such KV block"):
-            layouts.plan(a_layout(), a_layout(), [pair])
-
-
-def test_a_layout_survives_the_board_and_garbage_is_a_typed_error() -> None:
-    assert layouts.decode(layouts.encode(a_layout())) == a_layout()
-    with pytest.raises(TransferError):
-        layouts.decode(msgspec.msgpack.encode({"fingerprint": 3}))
+@pytest.mark.parametrize("block", [-1, 4, 1 << 40])
+def test_a_block_that_does_not_exist_has_no_place(block: int) -> None:
+    with pytest.raises(TransferError, match="no such KV block") as caught:
+        a_layout().run(0, block)
+    assert caught.value.code == "bad_message"
 
 
 def test_fingerprints_depend_on_every_fact_and_not_on_their_order() -> None:

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from planner.record_check import MAX_RECORD_BYTES, check_record
+from planner.record_check import check_record
 from planner.registry import Change, Registry
 from slipstream.errors import InvalidRequestError, UnavailableError
-from slipstream.v1.registry_pb2 import Load, Role, WorkerRecord, WorkerState
+from slipstream.record_limits import MAX_RECORD_BYTES
+from slipstream.v1.registry_pb2 import Load, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
 
 LEASE_S = 10.0
 
@@ -110,6 +111,18 @@ def test_renewal_with_other_load_is_a_change_of_load_only() -> None:
     assert registry.register(a_record(), 1) is Change.NOTHING
     assert registry.register(a_record(load=Load(running=3)), 2) is Change.LOAD
     assert registry.register(a_record(load=Load(running=3), renewals=9), 3) is Change.LOAD
+    paths = [TransferPath(peer_worker_id="p", transport="shm", bytes_per_s=1e9)]
+    assert registry.register(a_record(load=Load(running=3), renewals=9, paths=paths), 4) is Change.LOAD
+    assert registry.register(a_record(load=Load(running=3), renewals=9, paths=paths), 5) is Change.NOTHING
+
+
+def test_a_transfer_agent_that_comes_or_moves_is_a_change_of_workers() -> None:
+    registry = a_registry()
+    registry.register(a_record(), 0)
+    there = TransferEndpoint(address="h:1", epoch=1, transports=["shm"])
+    assert registry.register(a_record(transfer=there), 1) is Change.WORKERS
+    there = TransferEndpoint(address="h:1", epoch=2, transports=["shm"])
+    assert registry.register(a_record(transfer=there), 2) is Change.WORKERS
     assert registry.register(a_record(state=WorkerState.DRAINING), 4) is Change.WORKERS
     assert registry.register(a_record(epoch=2), 5) is Change.WORKERS
 
@@ -168,6 +181,14 @@ def test_addresses_as_they_are_used_are_accepted(address: str) -> None:
         ({"role": 7}, "role"),
         ({"state": 9}, "state"),
         ({"host_id": "h" * MAX_RECORD_BYTES}, "worker"),
+        ({"transfer": TransferEndpoint(address="nowhere", epoch=1)}, "transfer.address"),
+        ({"transfer": TransferEndpoint(address="h:1", transports=["shm"] * 9)}, "transfer.transports"),
+        ({"transfer": TransferEndpoint(address="h:1", transports=["\x1b[2J"])}, "transfer.transports"),
+        ({"paths": [TransferPath(peer_worker_id="a\nb")]}, "paths.peer_worker_id"),
+        ({"paths": [TransferPath(peer_worker_id="p", detail="d" * 65)]}, "paths.detail"),
+        ({"paths": [TransferPath(peer_worker_id="p", warning="a\x1b[2J")]}, "paths.warning"),
+        ({"paths": [TransferPath(peer_worker_id="p", error="e" * 241)]}, "paths.error"),
+        ({"paths": [TransferPath(peer_worker_id="p", error="e" * 240)] * 110}, "paths"),
     ],
     ids=lambda value: str(value)[:40],
 )

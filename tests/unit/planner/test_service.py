@@ -20,7 +20,14 @@ from slipstream.errors import InvalidRequestError, StartupError, UnavailableErro
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.registration import Registration
 from slipstream.settings import ControlPlaneSettings
-from slipstream.v1.registry_pb2 import DeregisterRequest, RegisterRequest, WatchRequest, WorkerSet
+from slipstream.v1.registry_pb2 import (
+    DeregisterRequest,
+    Load,
+    RegisterRequest,
+    TransferPath,
+    WatchRequest,
+    WorkerSet,
+)
 from slipstream.v1.registry_pb2 import WorkerState as State
 from slipstream.v1.registry_pb2_grpc import RegistryStub
 from tests.support.scripted_worker import until
@@ -102,6 +109,37 @@ async def test_changes_of_load_are_gathered_and_the_newest_arrives() -> None:
             sets += 1
         elapsed_s = asyncio.get_running_loop().time() - began_s
         assert sets <= 1 + elapsed_s / LOAD_INTERVAL_S
+
+
+async def test_a_watch_of_identities_hears_of_workers_and_not_of_their_load_or_paths() -> None:
+    async with a_plane(lease_s=30) as (_, stub):
+        paths = [TransferPath(peer_worker_id="p", transport="shm")]
+        await stub.Register(RegisterRequest(worker=a_record(load=Load(running=1), renewals=1, paths=paths)))
+        whole, identities = stub.Watch(WatchRequest()), stub.Watch(WatchRequest(identities=True))
+        first = await set_where(identities, lambda workers: workers.workers)
+        expected = a_record()
+        expected.ClearField("load")
+        assert list(first.workers) == [expected]
+        for running in range(2, 5):
+            record = a_record(load=Load(running=running), renewals=running, paths=paths)
+            await stub.Register(RegisterRequest(worker=record))
+            await set_where(whole, lambda workers: workers.workers and workers.workers[0].load.running == running)  # noqa: B023
+        await stub.Register(RegisterRequest(worker=a_record(state=State.DRAINING)))
+        following = await next_set(identities)
+        assert [record.state for record in following.workers] == [State.DRAINING], "nothing was sent in between"
+        whole.cancel()
+        identities.cancel()
+
+
+async def test_a_watch_of_identities_too_hears_a_set_often_enough_to_know_that_the_registry_lives() -> None:
+    async with a_plane() as (_, stub):
+        watch = stub.Watch(WatchRequest(identities=True))
+        await next_set(watch)
+        for renewals in range(1, 5):
+            await stub.Register(RegisterRequest(worker=a_record(worker_id="busy", renewals=renewals)))
+            async with asyncio.timeout(2 * LEASE_S):
+                await next_set(watch)
+        watch.cancel()
 
 
 async def test_a_watcher_that_does_not_read_holds_up_nobody_and_gets_the_newest_set() -> None:

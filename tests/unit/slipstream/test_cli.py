@@ -31,6 +31,7 @@ COMMANDS = [
     ["decode-worker"],
     ["planner", "serve"],
     ["status"],
+    ["transfer", "probe"],
     ["config", "show"],
     ["version"],
 ]
@@ -148,6 +149,9 @@ def test_a_bad_value_is_one_line_with_the_flag_and_exit_code_2() -> None:
         ["up", "--config", "none.yaml"],
         ["config", "show", "--json", "--yaml"],
         ["status", "--timeout-s", "0"],
+        ["transfer", "probe", "a"],
+        ["transfer", "probe", "a", "b", "--transport", "tcp"],
+        ["transfer", "probe", "a", "b", "--timeout-s", "0"],
     ],
     ids=" ".join,
 )

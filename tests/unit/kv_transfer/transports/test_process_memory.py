@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.memory import Copy, merge, read_process
+from kv_transfer.transports.base import Run
+from kv_transfer.transports.process_memory import read_process
 from slipstream.errors import TransferError
 
 SIZE = 1 << 20
 PEER = """
 import ctypes, sys
-from kv_transfer.memory import allow_readers
+from kv_transfer.transports.process_memory import allow_readers
 allow_readers()
 data = (ctypes.c_ubyte * (1 << 20))(*(i * 7 % 251 for i in range(1 << 20)))
 print(ctypes.addressof(data), flush=True)
@@ -41,36 +42,39 @@ def expected(offset: int, length: int) -> bytes:
 def test_bytes_arrive_as_they_are(peer: tuple[int, int]) -> None:
     pid, address = peer
     target = (ctypes.c_ubyte * 1000)()
-    assert sum(read_process(pid, [Copy(address + 5, ctypes.addressof(target), 1000)])) == 1000
+    assert read_process(pid, [Run(address + 5, 1000)], [Run(ctypes.addressof(target), 1000)]) == 1000
     assert bytes(target) == expected(5, 1000)
 
 
 def test_more_pieces_than_the_kernel_takes_at_once(peer: tuple[int, int]) -> None:
     pid, address = peer
     target = (ctypes.c_ubyte * 6000)()
-    copies = [Copy(address + 2 * i, ctypes.addressof(target) + 2 * i, 2) for i in range(3000)]
-    assert sum(read_process(pid, copies)) == 6000
+    sources = [Run(address + 2 * i, 2) for i in range(3000)]
+    assert read_process(pid, sources, [Run(ctypes.addressof(target) + 2 * i, 2) for i in range(3000)]) == 6000
     assert bytes(target) == expected(0, 6000)
 
 
 @given(st.data())
-def test_merging_changes_the_number_of_pieces_and_nothing_else(peer: tuple[int, int], data: st.DataObject) -> None:
+def test_each_piece_goes_to_its_own_place(peer: tuple[int, int], data: st.DataObject) -> None:
     pid, address = peer
-    blocks = data.draw(st.permutations(range(16)))
-    target = (ctypes.c_ubyte * (16 * 64))()
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=20))
+    starts = data.draw(st.lists(st.integers(0, SIZE - 300), min_size=len(lengths), max_size=len(lengths)))
+    target = (ctypes.c_ubyte * sum(lengths))()
     base = ctypes.addressof(target)
-    copies = [Copy(address + source * 64, base + at * 64, 64) for at, source in enumerate(blocks)]
-    merged = merge(copies)
-    assert sum(copy.length for copy in merged) == 16 * 64
-    list(read_process(pid, merged))
-    assert bytes(target) == b"".join(expected(source * 64, 64) for source in blocks)
+    targets = [Run(base + sum(lengths[:i]), length) for i, length in enumerate(lengths)]
+    read_process(pid, [Run(address + start, run.length) for start, run in zip(starts, targets, strict=True)], targets)
+    assert bytes(target) == b"".join(expected(*piece) for piece in zip(starts, lengths, strict=True))
 
 
-def test_neighbours_become_one_piece() -> None:
-    assert merge([Copy(64, 1064, 64), Copy(0, 1000, 64), Copy(128, 2000, 64)]) == [
-        Copy(0, 1000, 128),
-        Copy(128, 2000, 64),
-    ]
+def test_nothing_to_copy_is_no_error(peer: tuple[int, int]) -> None:
+    assert read_process(peer[0], [], []) == 0
+
+
+def test_pieces_of_unequal_length_are_refused(peer: tuple[int, int]) -> None:
+    pid, address = peer
+    target = (ctypes.c_ubyte * 8)()
+    with pytest.raises(ValueError, match="differ"):
+        read_process(pid, [Run(address, 16)], [Run(ctypes.addressof(target), 8)])
 
 
 def test_a_process_that_is_gone_is_a_typed_error() -> None:
@@ -78,7 +82,7 @@ def test_a_process_that_is_gone_is_a_typed_error() -> None:
     gone.wait(timeout=30)
     target = ctypes.c_uint64()
     with pytest.raises(TransferError) as caught:
-        list(read_process(gone.pid, [Copy(4096, ctypes.addressof(target), 8)]))
+        read_process(gone.pid, [Run(4096, 8)], [Run(ctypes.addressof(target), 8)])
     assert caught.value.code == "worker_gone"
 
 
@@ -86,5 +90,5 @@ def test_memory_that_is_not_there_is_a_typed_error(peer: tuple[int, int]) -> Non
     pid, _ = peer
     target = ctypes.c_uint64()
     with pytest.raises(TransferError) as caught:
-        list(read_process(pid, [Copy(16, ctypes.addressof(target), 8)]))
+        read_process(pid, [Run(16, 8)], [Run(ctypes.addressof(target), 8)])
     assert caught.value.code == "worker_gone"

@@ -1,0 +1,76 @@
+"""Transfer agents for tests: ours in this process, and a peer in another one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.support.kv_node import WAYS, KvNode, Options, Wrap, is_installed
+from tests.support.kv_peer import KvPeer
+
+_epochs = itertools.count(os.getpid() << 16)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way that blocks can take."""
+    chosen: str = request.param
+    if not is_installed(chosen):
+        pytest.skip(f"{chosen} is not installed")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def shared_peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KvPeer]:
+    """A sender that all tests share; it lives through whatever they do to it."""
+    started = KvPeer(Options(str(tmp_path_factory.getbasetemp()), next(_epochs)))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def peer(shared_peer: KvPeer) -> KvPeer:
+    """The sender that all tests share, with the blocks that it had in the beginning."""
+    shared_peer.do("refill")
+    return shared_peer
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., KvPeer]]:
+    """Starts peers of this test's own."""
+    peers: list[KvPeer] = []
+
+    def started(*prefix: str, **changes: Any) -> KvPeer:
+        options = Options(str(tmp_path_factory.getbasetemp()), next(_epochs))
+        peers.append(KvPeer(msgspec.structs.replace(options, **changes), *prefix))
+        return peers[-1]
+
+    yield started
+    for one in peers:
+        one.close()
+
+
+@pytest.fixture
+def make(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Callable[..., KvNode]]:
+    """Makes nodes in this process, which receive over the way that is tested."""
+    nodes: list[KvNode] = []
+
+    def made(*, wrap: Wrap = lambda transport: transport, **changes: Any) -> KvNode:
+        options = Options(str(tmp_path_factory.getbasetemp()), next(_epochs), way)
+        nodes.append(KvNode(msgspec.structs.replace(options, **changes), wrap))
+        return nodes[-1]
+
+    yield made
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def ours(make: Callable[..., KvNode]) -> KvNode:
+    """A receiver in this process."""
+    return make()
