@@ -14,6 +14,7 @@ from kv_transfer.exchange import Exchange, Limits
 from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout
 from kv_transfer.outbound import Fence, Receiver
+from kv_transfer.path_probe import ProbeMemory
 from kv_transfer.sender_link import Terms
 from kv_transfer.transports.shm import DirectLink
 from kv_transfer.ways import Transports
@@ -29,7 +30,7 @@ async def exchange() -> AsyncIterator[Exchange]:
     terms = Terms(1, "host", ["shm"], layout, "auto", "auto", "none", lambda _: None, False, 5.0, 5.0)
     limits = Limits(timeout_s=5.0, parked_s=PARKED_S, resend_budget=4, span_bytes=1 << 20)
     with ThreadPoolExecutor(1) as pool:
-        made = Exchange(memory, terms, limits, Transports({}, [], 1.0), lambda _: None, pool, [])
+        made = Exchange(memory, terms, limits, Transports({}, [], 1.0), lambda _: None, pool, [], ProbeMemory())
         tidying = asyncio.create_task(made.tidy())
         yield made
         tidying.cancel()
