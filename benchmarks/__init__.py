@@ -18,7 +18,6 @@ cluster_server.py  `slipstream up`
 vllm_server.py     a vLLM engine behind vLLM's own server, aggregated or one of a pair
 nixl_pair.py       the pair: vLLM with NixlConnector, prefill and decode, behind a proxy
 nixl_proxy.py      that proxy
-nixl_install.py    NIXL, installed into a folder of its own
 affinity.py        which CPUs the threads of a server may use
 samples.py         percentiles and what the samples of a phase come to
 report.py          targets, machine facts, JSON and table

@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import affinity, nixl_install
+from benchmarks import affinity
 from benchmarks.affinity import BusyThread
 from benchmarks.cluster_server import WorkerFacts
 from benchmarks.server import Server, child_environ, running
@@ -84,12 +84,11 @@ class Placements:
 
 @asynccontextmanager
 async def nixl_pair(
-    name: str, model_folder: Path, folder: Path, facts: WorkerFacts, *, dtype: str, nixl: Path, correct: bool
+    name: str, model_folder: Path, folder: Path, facts: WorkerFacts, *, dtype: str, correct: bool
 ) -> AsyncIterator[tuple[Server, Placements]]:
     """The pair and its proxy while the block runs; their logs go into `folder`.
 
     Args:
-        nixl: the folder that NIXL was installed in.
         correct: undo what the connector does to the engines' CPU affinity.
 
     Raises:
@@ -100,7 +99,7 @@ async def nixl_pair(
     async with AsyncExitStack() as stack:
         engines: dict[str, Server] = {}
         for role, share in shares.items():
-            flavour = Flavour(cpus=share, flags=connector_flags(), environ=_environ(nixl))
+            flavour = Flavour(cpus=share, flags=connector_flags(), environ=_side_channel())
             entered = vllm_server(f"{name}-{role}", model_folder, folder, facts, dtype=dtype, flavour=flavour)
             engines[role] = await stack.enter_async_context(entered)
         placements = Placements(shares, {role: engine.pid for role, engine in engines.items()})
@@ -136,9 +135,8 @@ def _shares() -> dict[str, tuple[int, ...]]:
     return dict(zip(("prefill", "decode"), divided, strict=True))
 
 
-def _environ(nixl: Path) -> dict[str, str]:
-    side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": _LOOPBACK, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    return {**nixl_install.with_path({"PYTHONPATH": os.environ.get("PYTHONPATH", "")}, nixl), **side_channel}
+def _side_channel() -> dict[str, str]:
+    return {"VLLM_NIXL_SIDE_CHANNEL_HOST": _LOOPBACK, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
 
 
 def _proxy(name: str, url: str, prefill_url: str, decode_url: str, folder: Path) -> Component:

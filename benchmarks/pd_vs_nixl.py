@@ -7,7 +7,7 @@ vLLM engine, and to `slipstream up`; one system at a time, on the same cores.
 from __future__ import annotations
 
 import asyncio
-import os
+import importlib.util
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import command, nixl_install, pd_comparison
+from benchmarks import command, pd_comparison
 from benchmarks.arrivals import Load
 from benchmarks.cluster_server import cluster
 from benchmarks.command import Say
@@ -30,7 +30,6 @@ from benchmarks.server import Server
 from benchmarks.vllm_server import aggregated
 from engine import device as devices
 from slipstream import model_folder
-from slipstream.errors import UnavailableError
 from slipstream.settings import DEFAULT_MODEL
 
 _RUN_TIMEOUT_S = 1500.0
@@ -66,29 +65,20 @@ async def _all(settings: Settings, facts: Machine, logs: Path, say: Say) -> Repo
     model = (await asyncio.to_thread(model_folder.resolve, settings.model)).path
     words = word_ids(model)
     skipped: dict[str, str] = {}
-    nixl = await _nixl(logs, say, skipped)
     say("starting the cluster")
     async with cluster(settings.model, logs) as (server, worker):
         seen = {SLIPSTREAM: await pd_comparison.measure(server, settings, words, say)}
     say("starting one aggregated engine")
     async with aggregated(AGGREGATED, model, logs, worker, dtype=settings.dtype, step_tokens=None) as server:
         seen[AGGREGATED] = await pd_comparison.measure(server, settings, words, say)
-    if nixl is not None:
-        for name in (NIXL, AS_SHIPPED):
-            say(f"starting {name}")
-            pair = nixl_pair(name, model, logs, worker, dtype=settings.dtype, nixl=nixl, correct=name == NIXL)
-            seen[name] = await _measure_pair(pair, settings, words, say)
+    for name in (NIXL, AS_SHIPPED):
+        if importlib.util.find_spec("nixl") is None:
+            skipped[name] = "nixl is not installed; `make install` does that"
+            continue
+        say(f"starting {name}")
+        pair = nixl_pair(name, model, logs, worker, dtype=settings.dtype, correct=name == NIXL)
+        seen[name] = await _measure_pair(pair, settings, words, say)
     return report(settings, facts, seen, skipped)
-
-
-async def _nixl(logs: Path, say: Say, skipped: dict[str, str]) -> Path | None:
-    say("looking for nixl, which is installed when it is missing")
-    try:
-        return await nixl_install.installed(os.environ, logs)
-    except UnavailableError as error:
-        say(f"[yellow]without vLLM's NixlConnector:[/] {error}")
-        skipped.update({NIXL: str(error), AS_SHIPPED: str(error)})
-        return None
 
 
 async def _measure_pair(

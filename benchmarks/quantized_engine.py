@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.transformers_utils.config import get_config
 
 from benchmarks.answer_difference import Answer
+from engine.device import kv_token_bytes
 from kv_transfer.compression import Codec
 from kv_transfer.layout import block_views
 from slipstream.errors import StartupError
@@ -56,14 +58,17 @@ class QuantizedEngine:
         self._prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         self._lengths = [len(prompt) for prompt in prompts]
         self._max_tokens = max_tokens
-        blocks = sum(length // BLOCK_TOKENS + _ANSWER_BLOCKS for length in self._lengths)
+        blocks = 2 * sum(length // BLOCK_TOKENS + _ANSWER_BLOCKS for length in self._lengths)
+        token_bytes = kv_token_bytes(get_config(str(model), trust_remote_code=False).get_text_config(), 4)
         self._llm = LLM(
             str(model),
             dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=max(self._lengths) + BLOCK_TOKENS,
             block_size=BLOCK_TOKENS,
-            num_gpu_blocks_override=blocks * 2,
+            num_gpu_blocks_override=blocks,
+            # At most. Without it vLLM claims nearly all memory there is, and does not start where others use some.
+            kv_cache_memory_bytes=blocks * BLOCK_TOKENS * token_bytes,
             enforce_eager=True,
             enable_prefix_caching=True,
             generation_config="vllm",

@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import command
+from benchmarks import command, nixl_alone
 from benchmarks.command import Say
 from benchmarks.report import Machine, Target, at_least, below, machine, ratio, targets_table
 from benchmarks.transfer_peer import BLOCK_BYTES, BLOCKS, make_worker

@@ -60,6 +60,12 @@ _COUNTERS = (
         "slipstream_kv_handoffs_reset",
         "Times a preemption took blocks away while they were being sent; they are computed and sent once more.",
     ),
+    (
+        Counter.PREEMPTIONS,
+        "slipstream_worker_preemptions",
+        "Requests that were put back because the KV blocks did not suffice; what they had is computed again. Many: "
+        "raise worker.kv_cache_bytes, or send fewer requests at a time.",
+    ),
 )
 _SECONDS = (
     (

@@ -62,8 +62,9 @@ class Counter(enum.IntEnum):
     HANDOFFS_RELEASED = 20
     HANDOFFS_EXPIRED = 21
     HANDOFFS_NOT_CACHED = 22
-    HIDDEN_NS = 24
     HANDOFFS_RESET = 23  # blocks taken away by a preemption while they were being sent
+    HIDDEN_NS = 24
+    PREEMPTIONS = 25  # of any request, for lack of blocks
     BYTES_SHM_DIRECT = 32
     BYTES_SHM_STAGED = 33
     BYTES_UCX = 34

@@ -369,19 +369,21 @@ class Inbound:
         )
 
     def _unpack(self, data: memoryview, pieces: list[_Piece]) -> bool:
-        """In a thread: copy the landed bytes to where they belong, then look at them.
+        """In a thread: copy the landed bytes to where they belong.
 
-        In this order: what a sender of the past still writes to the landing place is seen, also when it comes between.
+        What is looked at is the copy. A sender that was given up, but was frozen in the middle of writing, may go on
+        at any moment, and the landing place is another handoff's by then.
         """
         memory, codec = self.memory, self._codec
         for piece in pieces:
-            landed = data[piece.offset : piece.offset + piece.length]
+            copy = data[piece.offset : piece.offset + piece.length]
             if codec is None:
-                memory.fill(piece.region, piece.target, landed)
+                memory.fill(piece.region, piece.target, copy)
+                copy = memory.piece(piece.region, piece.target)
             else:
-                codec.decode(tensor_of(landed), [memory.tensor(piece.region, piece.target)])
-        return all(
-            self._seal.digest(data[piece.offset : piece.offset + piece.length], piece.block, piece.region)
-            == piece.digest
-            for piece in pieces
-        )
+                copy = memoryview(bytearray(copy))
+            if self._seal.digest(copy, piece.block, piece.region) != piece.digest:
+                return False
+            if codec is not None:
+                codec.decode(tensor_of(copy), [memory.tensor(piece.region, piece.target)])
+        return True

@@ -268,6 +268,7 @@ class SchedulerSide:
     def take_step(self, output: SchedulerOutput) -> Step:
         """Count the prompt tokens of this step; hand over what was decided since the last one."""
         for request_id in output.preempted_req_ids or ():
+            self._board.add(Counter.PREEMPTIONS)
             outgoing = self._outgoing.get(request_id)
             if outgoing is not None and outgoing.begun:
                 outgoing.begun = False

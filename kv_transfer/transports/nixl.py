@@ -21,7 +21,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 import psutil
@@ -40,6 +40,8 @@ _CARD_VERSION = 1
 _TICKET = struct.Struct("<Q")
 # How long a receiver goes on helping with a span whose ticket was released before it came.
 _LATE_S = 2.0
+# How often a receiver that waits in vain looks whether its peer is still there.
+_PROBE_S = 1.0
 _INFINIBAND = Path("/sys/class/infiniband")
 _TCP_REMEDY = {"UCX": "UCX_TLS and UCX_NET_DEVICES", "LIBFABRIC": "FI_PROVIDER"}
 
@@ -86,6 +88,8 @@ class NixlTransport:
         self._card = b""
         self._peers: dict[str, _Peer] = {}
         self._meeting = asyncio.Lock()
+        # LIBFABRIC never returns from a message to a peer that is gone.
+        self.can_probe = backend == "UCX"
         # Tickets under which something may come: granted ones, and those released before it came.
         self._tickets: dict[int, _Ticket] = {}
 
@@ -283,9 +287,7 @@ class NixlLink:
         try:
             await self._unless_gone(self._agent.write(self.peer.card.agent, joined, targets, _TICKET.pack(ticket)))
         except TransferError as error:
-            self.peer.gone = True
-            self._fail(error)
-            raise TransferError(error.message, code="worker_gone") from error
+            self._lost(error)
 
     async def receive(self, ticket: int, length: int) -> memoryview:
         self._check()
@@ -293,13 +295,7 @@ class NixlLink:
         if entry is None or not 0 <= length <= self._own.place_bytes:
             raise TransferError(f"no ticket {ticket} for {length} bytes was granted", code="bad_handoff")
         if not entry.arrived:
-            entry.waiter = asyncio.get_running_loop().create_future()
-            self._transport.watch()
-            try:
-                await self._unless_gone(entry.waiter)
-            finally:
-                entry.waiter = None
-                self._transport.watch()
+            await self._arrival(entry)
         return self._own.place(ticket)[:length]
 
     def release(self, ticket: int) -> None:
@@ -316,6 +312,33 @@ class NixlLink:
         for ticket in list(self._granted):
             self.release(ticket)
         await self._transport.leave(self, self.peer)
+
+    async def _arrival(self, entry: _Ticket) -> None:
+        entry.waiter = waiter = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiter)
+        self._transport.watch()
+        try:
+            while not entry.arrived:
+                await asyncio.wait([waiter], timeout=_PROBE_S)
+                self._check()
+                if not waiter.done() and self._transport.can_probe:
+                    await self._probe()
+        finally:
+            entry.waiter = None
+            self._waiting.discard(waiter)
+            self._transport.watch()
+
+    async def _probe(self) -> None:
+        """Nothing comes: see whether the peer is still there. UCX may tell only at the next try."""
+        try:
+            await self._agent.probe(self.peer.card.agent)
+        except TransferError as error:
+            self._lost(error)
+
+    def _lost(self, error: TransferError) -> NoReturn:
+        self.peer.gone = True
+        self._fail(error)
+        raise TransferError(error.message, code="worker_gone") from error
 
     async def _unless_gone(self, waiting: asyncio.Future[T]) -> T:
         self._waiting.add(waiting)

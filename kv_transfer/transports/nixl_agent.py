@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import logging
 import queue
 import threading
@@ -123,6 +125,10 @@ class NixlAgent:
         """Forget a peer; writes to it that are under way are given up."""
         await self.call(lambda: self._remove_peer(name))
 
+    async def probe(self, name: str) -> None:
+        """Send a peer a message without a meaning, which fails when it is known to be gone."""
+        await self.call(lambda: self._agent.send_notif(name, b"?"))
+
     async def drop_abandoned(self) -> None:
         """Give up the writes that nobody waits for any more."""
         await self.call(self._drop_abandoned)
@@ -138,7 +144,7 @@ class NixlAgent:
         return answer
 
     def expect(self, messages: int, *, urgent: int) -> None:
-        """How many messages may come now; with none and no write under way the thread sleeps.
+        """How many messages may come now; with none and no write under way the thread soon sleeps.
 
         Args:
             urgent: how many of them are being waited for.
@@ -201,14 +207,13 @@ class NixlAgent:
             self._tell(self._stopped.set)
 
     def _pause_s(self) -> float | None:
-        if not self._writes and not self._expected:
-            return None
         quiet_s = time.monotonic() - self._happened_at
         if quiet_s < _BUSY_S:
             return _BUSY_PAUSE_S
-        if quiet_s < _SLOW_S and (self._writes or self._urgent):
-            return _SLOW_PAUSE_S
-        return _IDLE_PAUSE_S
+        if quiet_s < _SLOW_S:
+            # Also when all seems done: LIBFABRIC ends a write before its message has left, over `tcp`.
+            return _SLOW_PAUSE_S if self._writes or self._urgent else _IDLE_PAUSE_S
+        return _IDLE_PAUSE_S if self._writes or self._expected else None
 
     def _perform(self, job: _Call) -> None:
         self._happened_at = time.monotonic()
@@ -227,7 +232,7 @@ class NixlAgent:
             if ended:
                 self._happened_at = time.monotonic()
                 self._writes = [write for write in self._writes if write not in ended]
-        if self._expected and self._agent is not None:
+        if self._agent is not None:
             for peer, messages in self._agent.get_new_notifs().items():
                 self._happened_at = time.monotonic()
                 for message in messages:
@@ -367,9 +372,11 @@ _REMEDY = {
 
 def _import_nixl() -> Any:
     """NIXL's Python side, without what importing it does to the process's logging."""
+    # `nixl` chooses among its builds by importing torch: seconds, and needless where there is only one.
+    builds = [name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name) is not None]
     loud = logging.raiseExceptions
     try:
-        import nixl._api as api
+        api = importlib.import_module(f"{builds[0] if len(builds) == 1 else 'nixl'}._api")
     finally:
         logging.raiseExceptions = loud
     logger = logging.getLogger("nixl")  # it comes with a handler that writes to standard output

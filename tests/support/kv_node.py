@@ -31,10 +31,13 @@ from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout
 from kv_transfer.sender_link import Terms
 from kv_transfer.transports.base import Transport
+from kv_transfer.transports.nixl import NixlTransport
 from kv_transfer.transports.shm import ShmDirect, ShmStaged
+from kv_transfer.transports.ucx import UcxTransport
+from kv_transfer.ways import Factory
 
 # Every way that blocks can take, and the module that has to be installed for it.
-WAYS = {"shm/direct": "mmap", "shm/staged": "mmap"}
+WAYS = {"shm/direct": "mmap", "shm/staged": "mmap", "ucx": "ucxx", "nixl": "nixl"}
 BLOCKS = 48
 REGIONS = 4
 DEADLINE_S = 20.0
@@ -142,8 +145,7 @@ class KvNode(Watched):
         views = layouts.block_views(self._caches, BLOCKS)
         self.memory = KvMemory(views, dtype="float32")
         self.block_bytes = self.memory.block_bytes
-        for block in range(BLOCKS):
-            self.write(block, f"{options.epoch}-{block}")
+        self.refill()
         self.layout = Layout(options.fingerprint, BLOCKS, 16, self.memory.regions)
         self.agent = _agent(options, self.memory, self.layout, wrap)
         self.agent.start()
@@ -168,6 +170,11 @@ class KvNode(Watched):
         """Overwrite a block with the bytes that `content` gives."""
         for region, length in enumerate(self.memory.piece_bytes):
             self.memory.fill(region, block, memoryview(bytearray(content(seed, region, length))))
+
+    def refill(self) -> None:
+        """All blocks as they were in the beginning: written with EPOCH-BLOCK."""
+        for block in range(BLOCKS):
+            self.write(block, f"{self.options.epoch}-{block}")
 
     def holds(self, block: int, seed: str) -> bool:
         return self.read(block) == [content(seed, r, length) for r, length in enumerate(self.memory.piece_bytes)]
@@ -273,7 +280,15 @@ def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap) -> Tr
             )
         )
 
-    factories = {"shm/direct": lambda: wrap(ShmDirect(readable=True)), "shm/staged": staged}
+    landing_bytes = options.places * options.span_bytes
+    factories: dict[str, Factory] = {
+        "shm/direct": lambda: wrap(ShmDirect(readable=True)),
+        "shm/staged": staged,
+        "ucx": lambda: wrap(UcxTransport(span_bytes=options.span_bytes, landing_bytes=landing_bytes, host="127.0.0.1")),
+        "nixl": lambda: wrap(
+            NixlTransport(backend="UCX", span_bytes=options.span_bytes, landing_bytes=landing_bytes, host="127.0.0.1")
+        ),
+    }
     return TransferAgent(memory, terms, limits, factories, host="127.0.0.1", port=options.port)
 
 

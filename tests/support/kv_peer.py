@@ -22,7 +22,7 @@ from tests.support.kv_node import DEADLINE_S, Census, Happening, KvNode, Options
 
 _COMMANDS = {
     *("begin", "publish", "computed", "send", "reset", "end", "pause"),
-    *("open", "receive", "cancel", "take", "read", "write", "holds", "census"),
+    *("open", "receive", "cancel", "take", "read", "write", "refill", "holds", "census"),
 }
 
 

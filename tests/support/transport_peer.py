@@ -33,6 +33,7 @@ from typing import Any
 import uvloop
 
 from kv_transfer.transports.base import LandingLink, Run, Transport
+from kv_transfer.transports.nixl import NixlTransport
 from kv_transfer.transports.shm import ShmStaged
 from kv_transfer.transports.ucx import UcxTransport
 from slipstream.errors import TransferError
@@ -53,7 +54,11 @@ def _shm_staged(folder: Path, stem: str) -> Transport:
     return ShmStaged(folder, stem, span_bytes=SPAN_BYTES, landing_bytes=PLACES * SPAN_BYTES)
 
 
-TRANSPORTS: dict[str, Factory] = {"ucx": _ucx, "shm-staged": _shm_staged}
+def _nixl(folder: Path, stem: str) -> Transport:
+    return NixlTransport(backend="UCX", span_bytes=SPAN_BYTES, landing_bytes=PLACES * SPAN_BYTES, host=None)
+
+
+TRANSPORTS: dict[str, Factory] = {"ucx": _ucx, "nixl": _nixl, "shm-staged": _shm_staged}
 
 
 class Memory:

@@ -84,8 +84,13 @@ def test_the_wait_of_one_transfer_hides_nothing_of_another(url: str, board: Boar
 
 def test_failures_are_told_by_cause_and_a_client_that_left_is_none(url: str, board: Board) -> None:
     accounts = Accounts(board)
-    for cause in (*FAILURES, "worker_gone", "something_new"):
-        accounts.book("r", report("", seconds=0, exposed_s=0, failure=cause))
+    for number, cause in enumerate((*FAILURES, "worker_gone", "something_new")):
+        accounts.open(f"r{number}", prompt_tokens=10)
+        accounts.book(f"r{number}", report("", seconds=0, exposed_s=0, failure=cause))
+        accounts.first_step(f"r{number}", 10, computed=0, scheduled=10)
+    accounts.open("left", prompt_tokens=10)
+    accounts.book("left", report("", seconds=0, exposed_s=0, failure="lease_ended"))
+    accounts.close("left")
     seen = scrape(url)
     causes = {
         name.partition(":")[2]: value
@@ -101,7 +106,7 @@ def test_failures_are_told_by_cause_and_a_client_that_left_is_none(url: str, boa
         "other": 1,
     }
     assert seen["slipstream_kv_transfers_total:failed"] == sum(causes.values())
-    assert seen["slipstream_kv_transfers_total:cancelled"] == 1
+    assert seen["slipstream_kv_transfers_total:cancelled"] == 2
     assert seen["slipstream_kv_transfer_bytes_total"] == 0
 
 

@@ -26,11 +26,18 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KvPeer]:
+def shared_peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KvPeer]:
     """A sender that all tests share; it lives through whatever they do to it."""
     started = KvPeer(Options(str(tmp_path_factory.getbasetemp()), next(_epochs)))
     yield started
     started.close()
+
+
+@pytest.fixture
+def peer(shared_peer: KvPeer) -> KvPeer:
+    """The sender that all tests share, with the blocks that it had in the beginning."""
+    shared_peer.do("refill")
+    return shared_peer
 
 
 @pytest.fixture

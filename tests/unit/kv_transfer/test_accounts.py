@@ -73,10 +73,32 @@ def test_bytes_are_counted_by_way(board: Board, accounts: Accounts, path: str, c
     assert board.counter(Counter.TRANSFERS_DONE) == 1
 
 
+def failures(board: Board) -> dict[Counter, int]:
+    counters = {*FAILURES.values(), Counter.FAILED_OTHER}
+    return {counter: board.counter(counter) for counter in counters if board.counter(counter)}
+
+
 @pytest.mark.parametrize("code", [*FAILURES, "something else"])
-def test_failures_are_counted_by_cause(board: Board, accounts: Accounts, code: str) -> None:
+def test_a_failure_counts_by_its_cause_when_the_prompt_is_computed_instead(
+    board: Board, accounts: Accounts, code: str
+) -> None:
+    accounts.expect("a", 100, 96)
     accounts.book("a", TransferReport(failure=code))
-    assert board.counter(FAILURES.get(code, Counter.FAILED_OTHER)) == 1
+    assert failures(board) == {}
+    accounts.first_step("a", 100, 0, 100)
+    accounts.close("a")
+    assert failures(board) == {FAILURES.get(code, Counter.FAILED_OTHER): 1}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_failure_of_a_request_that_was_abandoned_is_a_cancellation(
+    board: Board, accounts: Accounts, known: bool
+) -> None:
+    if known:
+        accounts.expect("a", 100, 96)
+    accounts.book("a", TransferReport(failure="worker_gone"))
+    accounts.close("a")
+    assert failures(board) == {Counter.FAILED_CANCELLED: 1}
 
 
 def test_a_request_that_never_ran_has_no_account(accounts: Accounts) -> None:

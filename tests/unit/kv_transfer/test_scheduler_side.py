@@ -189,6 +189,7 @@ def test_another_prompts_blocks_are_refused(side: SchedulerSide, board: Board, t
     assert receivable(side, request) == 0
     assert take(side).cancels == ["r"]
     side.take_reports({"r": TransferReport(failure="cancelled")})
+    take(side, a_step(request, 0, 100, new=True))
     assert board.counter(Counter.FAILED_OTHER) == 1
     assert board.counter(Counter.FAILED_CANCELLED) == 0
 
@@ -201,6 +202,7 @@ def test_a_sender_that_does_not_begin_is_given_up_when_patience_ends(side: Sched
     step = take(side)
     assert ([request_id for request_id, _ in step.opens], step.cancels) == (["r"], ["r"])
     side.take_reports({"r": TransferReport(failure="cancelled")})
+    take(side, a_step(request, 0, 100, new=True))
     assert board.counter(Counter.FAILED_TIMEOUT) == 1
     side.take_started({"r": (100, digest_tokens(PROMPT))})  # too late
     assert receivable(side, request) == 0
@@ -216,6 +218,7 @@ def test_a_failure_before_the_start_means_computing_here(side: SchedulerSide, bo
     side.take_reports({"r": TransferReport(failure="worker_gone")})
     assert receivable(side, request) == 0
     assert take(side).cancels == []
+    take(side, a_step(request, 0, 100, new=True))
     assert board.counter(Counter.FAILED_WORKER_GONE) == 1
 
 
