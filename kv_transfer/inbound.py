@@ -118,7 +118,8 @@ class Inbound:
     _unclaimed: asyncio.Event = field(default_factory=asyncio.Event)
     _spans: asyncio.Queue[wire.Sent] = field(default_factory=asyncio.Queue)
     _post: Callable[[wire.Message], None] | None = None
-    _link: ReadLink | LandingLink | None = None
+    _reading: ReadLink | None = None
+    _landing: LandingLink | None = None
     _source: Layout | None = None
     _codec: Codec | None = None
     _tickets: set[int] = field(default_factory=set)
@@ -136,7 +137,11 @@ class Inbound:
     def connected(self, way: Sender) -> None:
         """There is a way; ask for the handoff."""
         post, link = way.post, way.link
-        self._post, self._link, self._codec, self._source = post, link, way.codec, way.layout
+        self._post, self._codec, self._source = post, way.codec, way.layout
+        if isinstance(link, ReadLink):
+            self._reading = link
+        else:
+            self._landing = link
         self.tally.way = str(link.way)
         post(wire.Open(self.handoff.id))
 
@@ -191,8 +196,8 @@ class Inbound:
 
     def _settle(self, error: TransferError | None) -> None:
         for ticket in self._tickets:
-            assert isinstance(self._link, LandingLink)
-            self._link.release(ticket)
+            assert self._landing is not None
+            self._landing.release(ticket)
         self._tickets.clear()
         if self._post is not None:
             if error is None:
@@ -204,17 +209,16 @@ class Inbound:
     # -- taking spans -------------------------------------------------------------------------------------
 
     async def _take_all(self) -> None:
-        want, link = self._want, self._link
+        want = self._want
         assert want is not None
-        assert link is not None
         assert self._post is not None
         error: TransferError | None = None
         try:
             self._post(wire.Announce(self.handoff.id, want.first, len(want.targets), []))
             async with asyncio.TaskGroup() as lanes:
-                running = [lanes.create_task(self._lane(want, link)) for _ in range(_LANES)]
-                if isinstance(link, LandingLink):
-                    running.append(lanes.create_task(self._grant(link)))
+                running = [lanes.create_task(self._lane(want)) for _ in range(_LANES)]
+                if self._landing is not None:
+                    running.append(lanes.create_task(self._grant(self._landing)))
                 lanes.create_task(self._until_complete(running))
         except* TransferError as group:
             first = group.exceptions[0]
@@ -255,27 +259,27 @@ class Inbound:
         for task in running:
             task.cancel()
 
-    async def _lane(self, want: Want, link: ReadLink | LandingLink) -> None:
+    async def _lane(self, want: Want) -> None:
         while True:
             span = await self._spans.get()
             began = time.monotonic()
             try:
-                intact = await self._take(span, want, link)
+                intact = await self._take(span, want)
             finally:
                 if span.ticket:
-                    self._give_back(span.ticket, link)
+                    self._give_back(span.ticket)
             self.tally.busy_s += span.send_ns / 1e9 + time.monotonic() - began
             self.tally.wire_bytes += span.length
             if not intact:
                 self._ask_again(span)
             self._progress.set()
 
-    def _give_back(self, ticket: int, link: ReadLink | LandingLink) -> None:
+    def _give_back(self, ticket: int) -> None:
         if ticket in self._tickets:
-            assert isinstance(link, LandingLink)
+            assert self._landing is not None
             self._tickets.discard(ticket)
             self._places = min(self._places + 1, _MOST_PLACES)
-            link.release(ticket)
+            self._landing.release(ticket)
             self._freed.set()
 
     def _ask_again(self, span: wire.Sent) -> None:
@@ -288,11 +292,11 @@ class Inbound:
             )
         self._post(wire.Again(self.handoff.id, span.number))
 
-    async def _take(self, span: wire.Sent, want: Want, link: ReadLink | LandingLink) -> bool:
+    async def _take(self, span: wire.Sent, want: Want) -> bool:
         """Bring the span's pieces to where they belong. False when one is not intact."""
         wanted = await self._claim(self._pieces(span, want))
         try:
-            intact = await self._write(span, wanted, link) if wanted else True
+            intact = await self._write(span, wanted) if wanted else True
             if intact:
                 self._missing.difference_update(piece.place for piece in wanted)
             return intact
@@ -314,14 +318,15 @@ class Inbound:
             self._unclaimed.clear()
             await self._unclaimed.wait()
 
-    async def _write(self, span: wire.Sent, wanted: list[_Piece], link: ReadLink | LandingLink) -> bool:
-        if isinstance(link, ReadLink):
-            return await self.in_thread(lambda: self._read(link, wanted), span.length)
-        if span.ticket not in self._tickets:
+    async def _write(self, span: wire.Sent, wanted: list[_Piece]) -> bool:
+        reading, landing = self._reading, self._landing
+        if reading is not None:
+            return await self.in_thread(lambda: self._read(reading, wanted), span.length)
+        if landing is None or span.ticket not in self._tickets:
             raise TransferError("a span under a ticket that was not given", code="bad_message")
         try:
             async with asyncio.timeout(self.timeout_s):
-                data = await link.receive(span.ticket, span.length)
+                data = await landing.receive(span.ticket, span.length)
         except TimeoutError as error:
             raise TransferError(
                 f"a span did not arrive in transfer.timeout_s = {self.timeout_s:g} s", code="timeout"

@@ -45,7 +45,7 @@ class Receiver:
 
     def __init__(self, post: Callable[[wire.Message], None], link: ReadLink | LandingLink, codec: Codec | None) -> None:
         self.post = post
-        self.link = link
+        self.landing = link if isinstance(link, LandingLink) else None
         self.codec = codec
         self.first = 0
         self.end = 0
@@ -214,15 +214,16 @@ class Outbound:
             self.detach()
 
     async def _lane(self, receiver: Receiver) -> None:
-        landing = isinstance(receiver.link, LandingLink)
+        landing = receiver.landing
+        limit = landing.span_bytes if landing is not None else _READ_SPAN_BYTES
         while True:
-            if not self._queued or (landing and not receiver.tickets):
+            if not self._queued or (landing is not None and not receiver.tickets):
                 self._work.clear()
                 await self._work.wait()
                 continue
-            ticket = receiver.tickets.popleft() if landing else 0
-            extent = self._pop(receiver.link.span_bytes if isinstance(receiver.link, LandingLink) else _READ_SPAN_BYTES)
-            if not await self._send_extent(receiver, extent, ticket) and landing:
+            ticket = receiver.tickets.popleft() if landing is not None else 0
+            extent = self._pop(limit)
+            if not await self._send_extent(receiver, extent, ticket) and landing is not None:
                 receiver.tickets.appendleft(ticket)  # not used
 
     def _pop(self, limit_bytes: int) -> Extent:
@@ -243,8 +244,8 @@ class Outbound:
             pieces, digests = await self._prepare(receiver.codec, extent, ids, buffer)
             if generation != self._fence.generation:
                 return False
-            if isinstance(receiver.link, LandingLink):
-                await receiver.link.send(ticket, pieces)
+            if receiver.landing is not None:
+                await receiver.landing.send(ticket, pieces)
         finally:
             if buffer is not None:
                 self._buffers.put_nowait(buffer)

@@ -30,6 +30,7 @@ from kv_transfer.transports import nixl_roads
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.nixl_agent import NixlAgent
+from kv_transfer.transports.ucx_devices import check_is_up
 from slipstream import telemetry
 from slipstream.errors import TransferError
 
@@ -101,6 +102,7 @@ class NixlTransport:
     async def open(self, memory: Sequence[Run]) -> None:
         parameters: dict[str, str] = {}
         if self._backend == "UCX" and not self._rdma and (device := _interface(self._host)):
+            check_is_up(device, self._host or "")
             parameters["engine_config"] = f"NET_DEVICES={device}"
         self._agent = agent = NixlAgent(
             f"slipstream-{secrets.token_hex(6)}",  # UCX cuts names after 31 characters, its own suffix included

@@ -20,17 +20,31 @@ async def devices_of(host: str, rdma_devices: Path) -> list[str]:
     control network says which TCP to use, not that its fabric shall lie idle.
 
     Raises:
-        TransferError: `transport_unavailable`: the address is not one of this machine.
+        TransferError: `transport_unavailable`: the address is not one of this machine, or its interface is down. UCX
+            would never look at an interface again that was down when it started.
     """
     address = await _resolve(host)
     if address.is_unspecified:
         return []
     for interface, addresses in psutil.net_if_addrs().items():
         if any(_same(address, found.address) for found in addresses):
+            check_is_up(interface, host)
             return [interface, *(f"{device}:1" for device in _rdma_of(interface, rdma_devices))]
     raise TransferError(
         f"transfer.host {host!r} is no address of a network interface of this machine", code="transport_unavailable"
     )
+
+
+def check_is_up(interface: str, host: str) -> None:
+    """Raises:
+    TransferError: `transport_unavailable`: the network interface is down; later it may be up.
+    """
+    state = psutil.net_if_stats().get(interface)
+    if state is not None and not state.isup:
+        raise TransferError(
+            f"the network interface {interface}, which has transfer.host {host!r}, is down",
+            code="transport_unavailable",
+        )
 
 
 def slow_road(lanes: Sequence[str], rdma_devices: Path) -> str:

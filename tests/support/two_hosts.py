@@ -114,6 +114,14 @@ class Host:
         """`submit`, and wait for what it returns."""
         return self.submit(function, *args, **kwargs).result(timeout=_COMMAND_TIMEOUT_S)
 
+    def until_up(self) -> None:
+        """Wait until the cable carries: the kernel says so a moment after both ends are up."""
+        deadline = time.monotonic() + _COMMAND_TIMEOUT_S
+        while "state UP" not in self.run("ip", "-o", "link", "show", "dev", DEVICE):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{DEVICE} of {self.name} does not come up")
+            time.sleep(0.02)
+
     def sent_bytes(self) -> int:
         """Bytes that have left over the cable so far."""
         (link,) = json.loads(self.run("ip", "-s", "-j", "link", "show", "dev", DEVICE))
@@ -168,6 +176,8 @@ class TwoHosts:
                 _do("ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", DEVICE)
                 for device in ("lo", DEVICE):
                     _do("ip", "-n", host.name, "link", "set", device, "up")
+            for host in self._both:
+                host.until_up()
         except BaseException:
             self.close()
             raise

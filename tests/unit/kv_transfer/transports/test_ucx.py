@@ -16,6 +16,7 @@ from kv_transfer.transports.base import Run
 from kv_transfer.transports.ucx import UcxLink, UcxTransport
 from kv_transfer.transports.ucx_devices import devices_of, slow_road
 from slipstream.errors import TransferError
+from tests.support.two_hosts import DEVICE, TwoHosts, why_not
 
 SPAN_BYTES = 1 << 16
 
@@ -69,6 +70,38 @@ async def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(TransferError, match=r"192\.0\.2\.7") as caught:
         await transport(host="192.0.2.7").open([])
     assert caught.value.code == "transport_unavailable"
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f"two hosts cannot be made here: {why_not()}")
+def test_an_interface_that_is_down_is_not_opened_but_may_be_later() -> None:
+    program = f"""
+import asyncio, subprocess
+from kv_transfer.transports.ucx import UcxTransport
+from slipstream.errors import TransferError
+from tests.support.two_hosts import DEVICE, TwoHosts, why_not
+
+async def opened():
+    transport = UcxTransport(span_bytes=4096, landing_bytes=8192, host="10.77.0.1")
+    try:
+        await transport.open([])
+    except TransferError as error:
+        return error.code + " " + error.message
+    finally:
+        await transport.close()
+    return "open"
+
+print(asyncio.run(opened()))
+subprocess.run(["ip", "link", "set", "{DEVICE}", "up"], check=True)
+while "state UP" not in subprocess.run(["ip", "link"], capture_output=True, text=True).stdout.split("{DEVICE}")[1]:
+    pass
+print(asyncio.run(opened()))
+"""
+    with TwoHosts() as hosts:
+        hosts.near.run("ip", "link", "set", DEVICE, "down")
+        first, second = hosts.near.run(sys.executable, "-c", program).splitlines()
+    assert first.startswith("transport_unavailable")
+    assert f"{DEVICE}, which has transfer.host '10.77.0.1', is down" in first
+    assert second == "open"
 
 
 @pytest.mark.parametrize("lanes", [["rc_mlx5/mlx5_0:1"], ["tcp/eth0", "rc_mlx5/mlx5_0:1"], []])
