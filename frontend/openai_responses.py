@@ -183,8 +183,8 @@ def _plain(account: RequestAccount | None) -> dict[str, Any] | None:
     fields: dict[str, Any] = MessageToDict(
         account, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    # protobuf's JSON form writes 64-bit integers as strings; a count of bytes fits every JSON reader's number.
-    return fields | {"kv_bytes_moved": account.kv_bytes_moved}
+    # protobuf's JSON form writes 64-bit integers as strings; counts of bytes fit every JSON reader's number.
+    return fields | {"kv_bytes_moved": account.kv_bytes_moved, "kv_wire_bytes": account.kv_wire_bytes}
 
 
 def chat_logprobs(tokens: Sequence[PlacedToken], text_model: TextModel) -> ChatLogprobs:
