@@ -76,9 +76,9 @@ def _account_rows(account: Account | None) -> list[tuple[str, str]]:
         return [("account", "none was sent")]
     prefill = f"{account.prefill_computed_tokens} computed, {account.prefill_cached_tokens} cached"
     decode = f"{account.decode_computed_tokens} computed, {account.decode_cached_tokens} cached"
-    rate = account.kv_bytes_moved / account.transfer_s / 1e9 if account.transfer_s > 0 else 0.0
     moved = f"{account.kv_blocks_moved} blocks, {account.kv_bytes_moved:,} bytes"
-    transfer = f"{account.transfer_s * 1e3:.2f} ms, {rate:.2f} GB/s, {account.transport or 'nothing moved'}"
+    transfer = f"{account.transfer_s * 1e3:.2f} ms of work, {account.transfer_exposed_s * 1e3:.2f} ms after prefill, "
+    transfer += account.transport or "nothing moved"
     if account.partial:
         decode = moved = transfer = "not told: a stop string ended the answer"
     return [

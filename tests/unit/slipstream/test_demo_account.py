@@ -51,7 +51,7 @@ async def test_the_answer_is_printed_and_every_figure_accounted_for() -> None:
     assert rows["prompt"].strip() == "5 tokens"
     assert rows["prefill"].strip() == "3 computed, 2 cached on prefill-0 in 10.0 ms"
     assert rows["KV"].split(maxsplit=1)[1].strip() == "1 blocks, 4,096 bytes"
-    assert rows["transfer"].strip() == "2.00 ms, 0.00 GB/s, shm/direct"
+    assert rows["transfer"].strip() == "2.00 ms of work, 0.00 ms after prefill, shm/direct"
     assert rows["decode"].strip() == "prompt tokens 1 computed, 0 cached on decode-0"
     assert rows["fallback"].strip() == "none"
     assert rows["answer"].strip() == "3 tokens, ended by stop"
