@@ -72,6 +72,11 @@ class Peer:
                 answer.set_exception(TransferError(f"at the peer: {result['error']}", code=result["error"]))
             else:
                 answer.set_result(result)
+        status = await self.process.wait()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(TransferError(f"the peer ended with status {status}", code="worker_gone"))
+                answer.exception()  # whoever asked may have given up
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
