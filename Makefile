@@ -62,6 +62,8 @@ test: install model  ## Everything: style, types, import rules, all tests
 	@$(MAKE) test-light
 	@echo "==> All tests"
 	@$(BIN)/python -m pytest $(ARGS)
+	@echo "==> Tests of NIXL, which needs a process without ucxx"
+	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
 
 lint: install  ## Style: ruff check and ruff format --check
 	@echo "==> Style"

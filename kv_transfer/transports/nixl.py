@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import msgspec
 import psutil
 
-from kv_transfer.transports import nixl_roads
+from kv_transfer.transports import nixl_roads, one_ucx
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.nixl_agent import NixlAgent
@@ -100,6 +100,7 @@ class NixlTransport:
         self._tickets: dict[int, _Ticket] = {}
 
     async def open(self, memory: Sequence[Run]) -> None:
+        one_ucx.claim(self.name)
         parameters: dict[str, str] = {}
         if self._backend == "UCX" and not self._rdma and (device := _interface(self._host)):
             check_is_up(device, self._host or "")

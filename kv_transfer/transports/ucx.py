@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from kv_transfer.transports import one_ucx
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.ucx_devices import devices_of, slow_road
@@ -98,6 +99,7 @@ class UcxTransport:
         self._links: set[UcxLink] = set()
 
     async def open(self, memory: Sequence[Run]) -> None:
+        one_ucx.claim(self.name)
         options = dict(_OPTIONS)
         if self._host is not None and (devices := await devices_of(self._host, self._rdma_devices)):
             options["NET_DEVICES"] = ",".join(devices)
