@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import typer
 from rich.console import Console
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import command, nixl_alone
 from benchmarks.command import Say
-from benchmarks.report import Machine, Target, at_least, below, machine, ratio, targets_table
+from benchmarks.report import Machine, Target, at_least, below, machine, ratio, targets_table, to_json
 from benchmarks.transfer_peer import BLOCK_BYTES, BLOCKS, make_worker
 from kv_transfer import ways
 from kv_transfer.agent import TransferAgent
@@ -101,9 +102,13 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="print everything as JSON"),
     rounds: int = typer.Option(7, min=1, help="handoffs of each size and transport; the median counts"),
     idle_s: float = typer.Option(10.0, min=1, help="seconds of idling in which CPU time is counted"),
+    only: str = typer.Option("", help="one transport by name, in this process"),
 ) -> None:
     """Measure the transports beside raw copies and beside NIXL alone."""
     settings, facts = Settings(rounds, 50, idle_s), machine()
+    if only:
+        sys.stdout.write(to_json(_one(only, settings)) + "\n")
+        return
     result = command.run(lambda logs, say: _all(settings, facts, say), _TIMEOUT_S)
     command.show(result, as_json, _print)
 
@@ -116,15 +121,14 @@ def _measure(settings: Settings, facts: Machine, say: Say) -> Report:
     skipped: dict[str, str] = {}
     seen: list[OfWay] = []
     baselines: list[OfWay] = []
-    for name, transfer in _WAYS.items():
+    for name in _WAYS:
         if name.partition("/")[0] not in ways.installed():
             skipped[name] = "not installed"
             continue
         say(name)
-        with _pair(transfer) as pair:
-            measured, beside = pair.measure(name, settings, ("memcpy", "process_vm_readv") if not seen else ())
-            seen.append(measured)
-            baselines += beside
+        measured, beside = _in_a_process(name, settings)
+        seen.append(measured)
+        baselines += beside
     if "nixl" in ways.installed():
         say("NIXL alone")
         try:
@@ -132,6 +136,24 @@ def _measure(settings: Settings, facts: Machine, say: Say) -> Report:
         except UnavailableError as error:
             skipped["NIXL alone"] = str(error)
     return Report(settings, facts, seen, baselines, skipped, _targets(seen, baselines, settings))
+
+
+def _one(name: str, settings: Settings) -> tuple[OfWay, list[OfWay]]:
+    with _pair(_WAYS[name]) as pair:
+        return pair.measure(name, settings, ("memcpy", "process_vm_readv") if name == "shm/direct" else ())
+
+
+def _in_a_process(name: str, settings: Settings) -> tuple[OfWay, list[OfWay]]:
+    """Each transport in a process of its own: ucxx and NIXL do not share one."""
+    argv = [sys.executable, "-m", "benchmarks.transfer", "--only", name]
+    argv += ["--rounds", str(settings.rounds), "--idle-s", str(settings.idle_s)]
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(f"{name} took longer than {_TIMEOUT_S:g} s") from error
+    if done.returncode != 0:
+        raise UnavailableError(f"{name}: {done.stderr.decode(errors='replace')[-400:]}")
+    return msgspec.json.decode(done.stdout, type=tuple[OfWay, list[OfWay]])
 
 
 class _Pair:
