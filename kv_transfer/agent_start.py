@@ -21,7 +21,7 @@ from slipstream.errors import StartupError, TransferError
 from slipstream.settings import TransferSettings
 
 # One landing place: large beside the cost of a message, small beside the landing area.
-_SPAN_BYTES = 2 << 20
+_SPAN_BYTES = 8 << 20
 
 
 class Endpoint(msgspec.Struct, frozen=True):

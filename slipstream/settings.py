@@ -121,7 +121,7 @@ class TransferSettings(Section):
         8, ge=0, le=1024, description="spans of one handoff that may be sent again before decode recomputes"
     )
     landing_bytes: int = Field(
-        64 << 20, ge=1 << 20, le=16 << 30, description="memory in which blocks land before they are checked"
+        128 << 20, ge=1 << 20, le=16 << 30, description="memory in which blocks land before they are checked"
     )
     board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a worker can hold at the same time")
     probe: bool = Field(True, description="measure the path to each new peer at registration")
