@@ -3,6 +3,8 @@
 first_light.py     `python -m benchmarks.first_light`: the cluster beside one aggregated engine
 pd_vs_nixl.py      `python -m benchmarks.pd_vs_nixl`: the cluster beside vLLM's own disaggregation
 kv_compression.py  `python -m benchmarks.kv_compression`: what quantizing KV blocks costs, saves and changes
+transfer.py        `python -m benchmarks.transfer`: the transports beside raw copies and beside NIXL alone
+transfer_peer.py   the sending worker of it; nixl_alone.py NIXL by itself
 command.py         what commands do around their measurement: a deadline, an orderly end
 comparison.py      first light: what is measured on each system, in which order, and what is made of it
 pd_comparison.py   the same for pd_vs_nixl

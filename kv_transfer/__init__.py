@@ -1,15 +1,26 @@
-"""Moves a prompt's KV blocks from the prefill worker that computed them to the decode worker that needs them.
+"""Moves a prompt's KV blocks to the worker that needs them, while another one computes them.
 
-    handoff.py         what the prefill side tells the decode side about one prompt
-    board.py           the shared page on which the two sides agree who may read which blocks, and until when
-    layout.py          where a worker's KV blocks lie in memory
-    memory.py          one-sided copies between processes
-    shm.py             the transport for workers on one host
-    scheduler_side.py  the half that lives in vLLM's scheduler
-    worker_side.py     the half that lives in vLLM's worker
+    connector.py       the class vLLM loads, which joins the two halves of it
+    scheduler_side.py  the half in vLLM's scheduler: what is received and sent
+    worker_side.py     the half in vLLM's worker: tells the agent what each step does, watches leases
+    accounts.py        what each request cost
+
+    agent.py           the thread that owns all transfers of an engine; agent_start.py makes it from the settings
+    exchange.py        its handoffs and connections
+    inbound.py         the receiver's part of one handoff; outbound.py the sender's
+    sender_link.py     the receiver's end of a control connection; receiver_link.py the sender's
+    channel.py         framed messages with signs of life; wire.py the messages
+    ways.py            which way two workers use; path_probe.py measures one
+    transports/        ways of moving bytes, behind one small interface
+
+    handoff.py         what names a handoff, and the digests that bind bytes to it
+    extents.py         which pieces of a prompt are meant
+    kv_memory.py       an engine's blocks as bytes; layout.py where they lie
     compression.py     quantizes blocks for slow links
-    connector.py       the class vLLM loads, which joins the halves
-    leases.py          the prefill service's view: opens, renews and releases leases
+    model_identity.py  which model's blocks they are
 
-A handoff ends in one of four ways (`board.Outcome`); none of them leaves blocks pinned or a request waiting.
+    board.py           the shared page of an engine and its service: leases, counters
+    leases.py          the service's view of it
+
+A handoff ends in one of a few ways (`board.Outcome`); none of them leaves blocks pinned or a request waiting.
 """

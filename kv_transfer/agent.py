@@ -26,6 +26,7 @@ from kv_transfer.path_probe import ProbeMemory
 from kv_transfer.sender_link import Terms
 from kv_transfer.ways import Factory, Transports
 from slipstream import telemetry
+from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 
 log = telemetry.get_logger(__name__)
@@ -85,10 +86,6 @@ class TransferAgent:
             self._tell(self._stopping.set)
         self._thread.join(_STOP_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     def take_events(self) -> list[Event]:
         """What has happened since the last call."""
@@ -183,7 +180,7 @@ class TransferAgent:
         self._stopping = asyncio.Event()
         server = await asyncio.start_server(exchange.welcome, self._host, self._port)
         port = server.sockets[0].getsockname()[1]
-        self.address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
+        self.address = host_port(self._host, port)
         self._exchange, self._loop = exchange, asyncio.get_running_loop()
         self._started.set()
         tidying = asyncio.create_task(exchange.tidy())

@@ -88,7 +88,6 @@ class SlipstreamConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._blocks = kv_cache_config.num_blocks
-        self._facts = _facts(vllm_config)
         self._step_reports: StepReports | None = None
         if role is KVConnectorRole.SCHEDULER:
             _belong_to(int(config.get_from_extra_config("owner_pid", 0)))
@@ -150,8 +149,8 @@ class SlipstreamConnector(KVConnectorBase_V1):
         cache_config = self._vllm_config.cache_config
         views = layouts.block_views(kv_caches, self._blocks)
         memory = KvMemory(views, dtype=str(next(iter(kv_caches.values())).dtype).removeprefix("torch."))
-        self._facts["pieces"] = memory.piece_bytes
-        layout = Layout(layouts.fingerprint(self._facts), self._blocks, cache_config.block_size, memory.regions)
+        facts = {**_facts(self._vllm_config), "pieces": memory.piece_bytes}
+        layout = Layout(layouts.fingerprint(facts), self._blocks, cache_config.block_size, memory.regions)
         config = self._kv_transfer_config
         agent = agents.start(
             memory,

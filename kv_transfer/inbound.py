@@ -214,7 +214,7 @@ class Inbound:
         assert self._post is not None
         error: TransferError | None = None
         try:
-            self._post(wire.Announce(self.handoff.id, want.first, len(want.targets), []))
+            self._post(wire.Announce(self.handoff.id, want.first, len(want.targets)))
             async with asyncio.TaskGroup() as lanes:
                 running = [lanes.create_task(self._lane(want)) for _ in range(_LANES)]
                 if self._landing is not None:

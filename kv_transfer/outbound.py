@@ -155,12 +155,11 @@ class Outbound:
             self._sending.cancel()
             self._sending = None
 
-    def announce(self, first: int, count: int, tickets: list[int]) -> None:
+    def announce(self, first: int, count: int) -> None:
         receiver = self._receiver
         if receiver is None:
             return
         receiver.first, receiver.end = first, first + count
-        receiver.tickets.extend(tickets)
         for extent in self._published:
             self._queue(extent)
         if self._sending is None:

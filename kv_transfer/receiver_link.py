@@ -96,7 +96,7 @@ def _route(message: wire.Message, handoffs: Handoffs, post: Callable[[wire.Messa
         return  # about a handoff that has ended here, or that another receiver has taken over
     match message:
         case wire.Announce():
-            outbound.announce(message.first, message.count, message.tickets)
+            outbound.announce(message.first, message.count)
         case wire.Credit():
             outbound.credit(message.ticket)
         case wire.Again():

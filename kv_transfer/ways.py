@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kv_transfer.transports.base import Run, Transport
+from kv_transfer.transports.ucx_devices import RDMA_DEVICES
 from slipstream import telemetry
 from slipstream.errors import TransferError
 
@@ -26,7 +27,7 @@ def installed() -> list[str]:
     return ["shm", *(name for name, module in _MODULES.items() if importlib.util.find_spec(module) is not None)]
 
 
-def has_rdma(devices: Path = Path("/sys/class/infiniband")) -> bool:
+def has_rdma(devices: Path = RDMA_DEVICES) -> bool:
     """Whether this host has an RDMA device; EFA, InfiniBand and RoCE devices are all listed there."""
     return devices.is_dir() and any(devices.iterdir())
 

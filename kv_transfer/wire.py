@@ -72,12 +72,11 @@ class Started(msgspec.Struct, tag="started", frozen=True):
 
 
 class Announce(msgspec.Struct, tag="announce", frozen=True):
-    """The receiver has room for blocks `first` to `first + count` of the prompt, and these landing places."""
+    """The receiver has room for blocks `first` to `first + count` of the prompt."""
 
     handoff: bytes
     first: int
     count: int
-    tickets: list[int]
 
 
 class Sent(msgspec.Struct, tag="sent", frozen=True):
@@ -110,7 +109,7 @@ class Computed(msgspec.Struct, tag="computed", frozen=True):
 
 
 class Credit(msgspec.Struct, tag="credit", frozen=True):
-    """Another landing place."""
+    """A landing place."""
 
     handoff: bytes
     ticket: int

@@ -6,8 +6,11 @@ A ticket is a place and a serial number, so that a ticket of the past is never t
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections import deque
+from collections.abc import Sequence
 
+from kv_transfer.transports.base import Run
 from slipstream.errors import TransferError
 
 _SERIAL_BITS = 40
@@ -79,3 +82,11 @@ class Landing:
         if not 0 <= number < self.places:
             raise TransferError(f"there is no landing place {number} among {self.places}", code="bad_handoff")
         return number * self.place_bytes
+
+
+def gather(pieces: Sequence[Run], place: memoryview) -> None:
+    """Copy `pieces` to the front of `place`, one after the other; releases the GIL while it copies."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(place))
+    for piece in pieces:
+        ctypes.memmove(address, piece.address, piece.length)
+        address += piece.length

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
-import psutil
 
 from kv_transfer.transports import nixl_roads, one_ucx
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.nixl_agent import NixlAgent
-from kv_transfer.transports.ucx_devices import check_is_up
+from kv_transfer.transports.ucx_devices import RDMA_DEVICES, check_is_up, interface_of
 from slipstream import telemetry
 from slipstream.errors import TransferError
 
@@ -43,12 +42,11 @@ _CARD_VERSION = 1
 _TICKET = struct.Struct("<Q")
 # How long a receiver goes on helping with a span whose ticket was released before it came.
 _LATE_S = 2.0
-# How long a write may take before it is posted again; a span of 2 MiB takes a millisecond on one host.
+# How long a write may take before it is posted again; a span of 8 MiB takes milliseconds on one host.
 _LOCAL_PATIENCE_S, _PATIENCE_S = 0.3, 2.0
 _LOCAL_ROADS = ("cma/memory", "posix/memory", "sysv/memory", "xpmem/memory")
 # How often a receiver that waits in vain looks whether its peer is still there.
 _PROBE_S = 1.0
-_INFINIBAND = Path("/sys/class/infiniband")
 _TCP_REMEDY = {"UCX": "UCX_TLS and UCX_NET_DEVICES", "LIBFABRIC": "FI_PROVIDER"}
 
 
@@ -82,7 +80,7 @@ class NixlTransport:
         span_bytes: int,
         landing_bytes: int,
         host: str | None,
-        infiniband: Path = _INFINIBAND,
+        infiniband: Path = RDMA_DEVICES,
     ) -> None:
         self._backend: Backend = backend
         self._rdma = sorted(path.name for path in infiniband.glob("*"))
@@ -102,7 +100,7 @@ class NixlTransport:
     async def open(self, memory: Sequence[Run]) -> None:
         one_ucx.claim(self.name)
         parameters: dict[str, str] = {}
-        if self._backend == "UCX" and not self._rdma and (device := _interface(self._host)):
+        if self._backend == "UCX" and not self._rdma and (device := interface_of(self._host or "")):
             check_is_up(device, self._host or "")
             parameters["engine_config"] = f"NET_DEVICES={device}"
         self._agent = agent = NixlAgent(
@@ -403,14 +401,6 @@ def _read_card(card: bytes, backend: Backend) -> _Card:
         message = f"transfer.nixl_backend is {backend} here and {peer.backend} there; both ends need the same"
         raise TransferError(message, code="transport_unavailable")
     return peer
-
-
-def _interface(host: str | None) -> str | None:
-    """The network interface that has this address."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == host for address in addresses):
-            return name
-    return None
 
 
 def _join(pieces: Sequence[Run]) -> list[Run]:

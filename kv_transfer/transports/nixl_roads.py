@@ -13,33 +13,13 @@ import ctypes
 import re
 from pathlib import Path
 
-_EP_FIELD_TRANSPORTS = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
+from kv_transfer.transports.ucx_lanes import lanes_of
+
 _PROVIDERS = ("cxi", "efa", "tcp", "sockets")
 _FI_VERSION_1_18 = 1 << 16 | 18
 
 # Lanes of an endpoint that carry large writes only if there is no better one, the worst last.
 _SLOW_LANES = ("posix", "sysv", "tcp", "self")
-
-
-class _Entry(ctypes.Structure):
-    """ucp_transport_entry_t"""
-
-    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
-
-
-class _EpAttributes(ctypes.Structure):
-    """ucp_ep_attr_t"""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("name", ctypes.c_char * 32),
-        ("local_address", ctypes.c_uint64 * 16),
-        ("remote_address", ctypes.c_uint64 * 16),
-        ("entries", ctypes.POINTER(_Entry)),
-        ("entry_count", ctypes.c_uint),
-        ("entry_size", ctypes.c_size_t),
-        ("user_data", ctypes.c_void_p),
-    )
 
 
 _ListName = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
@@ -60,20 +40,7 @@ def ucx_endpoints(agent: str) -> set[int]:
 def ucx_lanes(endpoint: int) -> list[tuple[str, str]]:
     """(transport, device) of each lane of a UCX endpoint. To be called by the thread that uses the endpoint."""
     ucp = _loaded("libucp")
-    if ucp is None:
-        return []
-    entries = (_Entry * 64)()
-    attributes = _EpAttributes(
-        field_mask=_EP_FIELD_TRANSPORTS,
-        entries=ctypes.cast(entries, ctypes.POINTER(_Entry)),
-        entry_count=len(entries),
-        entry_size=ctypes.sizeof(_Entry),
-    )
-    ucp.ucp_ep_query.argtypes = (ctypes.c_void_p, ctypes.POINTER(_EpAttributes))
-    if ucp.ucp_ep_query(endpoint, ctypes.byref(attributes)) != 0:
-        return []
-    found = entries[: attributes.entry_count]
-    return [(entry.transport.decode(), entry.device.decode()) for entry in found]
+    return lanes_of(ucp, endpoint) if ucp is not None else []
 
 
 def fastest(lanes: list[tuple[str, str]]) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from kv_transfer.transports.base import Run, Way
-from kv_transfer.transports.landing import Landing
+from kv_transfer.transports.landing import Landing, gather
 from kv_transfer.transports.process_memory import allow_readers, read_process
 from slipstream.errors import TransferError
 
@@ -165,15 +165,7 @@ class StagedLink:
         place = self._theirs.place(ticket)
         if sum(piece.length for piece in pieces) > len(place):
             raise TransferError(f"a span is larger than a landing place of {len(place)} bytes", code="bad_handoff")
-        address = ctypes.addressof(ctypes.c_char.from_buffer(place))
-
-        def copy() -> None:
-            offset = 0
-            for piece in pieces:
-                ctypes.memmove(address + offset, piece.address, piece.length)
-                offset += piece.length
-
-        await asyncio.to_thread(copy)
+        await asyncio.to_thread(gather, pieces, place)
 
     async def receive(self, ticket: int, length: int) -> memoryview:
         return self._own.place(ticket)[:length]

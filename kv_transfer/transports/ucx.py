@@ -16,7 +16,6 @@ peer has died, and for one host there is the `shm` transport.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import mmap
 import os
 import zlib
@@ -29,8 +28,8 @@ import msgspec
 
 from kv_transfer.transports import one_ucx
 from kv_transfer.transports.base import Run, Way
-from kv_transfer.transports.landing import Landing
-from kv_transfer.transports.ucx_devices import devices_of, slow_road
+from kv_transfer.transports.landing import Landing, gather
+from kv_transfer.transports.ucx_devices import RDMA_DEVICES, devices_of, slow_road
 from kv_transfer.transports.ucx_worker import Claim, Endpoint, UcxWorker
 from slipstream.errors import TransferError
 
@@ -87,7 +86,7 @@ class UcxTransport:
         span_bytes: int,
         landing_bytes: int,
         host: str | None,
-        rdma_devices: Path = Path("/sys/class/infiniband"),
+        rdma_devices: Path = RDMA_DEVICES,
     ) -> None:
         self._span_bytes = span_bytes
         self._places = max(1, landing_bytes // span_bytes)
@@ -256,7 +255,7 @@ class UcxLink:
         else:
             await self._slots.acquire()  # at once
         buffer = self._buffers.pop() if self._buffers else _pages(self.span_bytes)
-        _gather(pieces, buffer)
+        gather(pieces, buffer)
         self._worker.send(self._endpoint, buffer[:length], ticket, lambda error: self._sent(buffer, error))
 
     async def receive(self, ticket: int, length: int) -> memoryview:
@@ -328,11 +327,3 @@ def _set_error(future: asyncio.Future[int], error: TransferError) -> None:
 def _pages(length: int) -> memoryview:
     """Memory that takes no room before it is used."""
     return memoryview(mmap.mmap(-1, length))
-
-
-def _gather(pieces: Sequence[Run], buffer: memoryview) -> None:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    offset = 0
-    for piece in pieces:
-        ctypes.memmove(address + offset, piece.address, piece.length)
-        offset += piece.length

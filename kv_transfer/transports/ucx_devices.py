@@ -12,6 +12,9 @@ import psutil
 
 from slipstream.errors import TransferError
 
+RDMA_DEVICES = Path("/sys/class/infiniband")
+"""Where the kernel lists InfiniBand, RoCE and EFA devices."""
+
 
 async def devices_of(host: str, rdma_devices: Path) -> list[str]:
     """UCX's names of the devices behind an address of this machine; none for an unspecified address.
@@ -26,13 +29,24 @@ async def devices_of(host: str, rdma_devices: Path) -> list[str]:
     address = await _resolve(host)
     if address.is_unspecified:
         return []
+    interface = interface_of(str(address))
+    if interface is None:
+        raise TransferError(
+            f"transfer.host {host!r} is no address of a network interface of this machine", code="transport_unavailable"
+        )
+    check_is_up(interface, host)
+    return [interface, *(f"{device}:1" for device in _rdma_of(interface, rdma_devices))]
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has this address; None for a name, too."""
+    wanted = _parsed(address)
+    if wanted is None:
+        return None
     for interface, addresses in psutil.net_if_addrs().items():
-        if any(_same(address, found.address) for found in addresses):
-            check_is_up(interface, host)
-            return [interface, *(f"{device}:1" for device in _rdma_of(interface, rdma_devices))]
-    raise TransferError(
-        f"transfer.host {host!r} is no address of a network interface of this machine", code="transport_unavailable"
-    )
+        if any(_parsed(found.address) == wanted for found in addresses):
+            return interface
+    return None
 
 
 def check_is_up(interface: str, host: str) -> None:
@@ -74,11 +88,11 @@ async def _resolve(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.ip_address(found[0][4][0])
 
 
-def _same(address: ipaddress.IPv4Address | ipaddress.IPv6Address, text: str) -> bool:
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(text.partition("%")[0]) == address
+        return ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False  # a hardware address
+        return None  # a name, or a hardware address
 
 
 def _rdma_of(interface: str, rdma_devices: Path) -> list[str]:

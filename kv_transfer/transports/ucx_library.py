@@ -11,34 +11,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from kv_transfer.transports.ucx_lanes import lanes_of
 from slipstream.errors import TransferError
 
 _UCS_OK = 0
-_FIELD_TRANSPORTS = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 _FIELD_FLAGS = 1 << 4  # UCP_OP_ATTR_FIELD_FLAGS
 _CLOSE_FORCE = 1  # UCP_EP_CLOSE_FLAG_FORCE
-_MOST_LANES = 64
-
-
-class _Lane(ctypes.Structure):
-    """ucp_transport_entry_t"""
-
-    _fields_ = [("transport", ctypes.c_char_p), ("device", ctypes.c_char_p)]
-
-
-class _EndpointAttributes(ctypes.Structure):
-    """ucp_ep_attr_t"""
-
-    _fields_ = [
-        ("field_mask", ctypes.c_uint64),
-        ("name", ctypes.c_char * 32),
-        ("local_address", ctypes.c_uint64 * 16),
-        ("remote_address", ctypes.c_uint64 * 16),
-        ("lanes", ctypes.POINTER(_Lane)),
-        ("lane_count", ctypes.c_uint),
-        ("lane_bytes", ctypes.c_size_t),
-        ("user_data", ctypes.c_void_p),
-    ]
 
 
 class _RequestParameters(ctypes.Structure):
@@ -75,15 +53,7 @@ class Library:
 
     def lanes(self, endpoint: int) -> list[str]:
         """`transport/device` of everything that UCX may use for this endpoint, without repetitions."""
-        room = (_Lane * _MOST_LANES)()
-        asked = _EndpointAttributes(
-            field_mask=_FIELD_TRANSPORTS, lanes=room, lane_count=_MOST_LANES, lane_bytes=ctypes.sizeof(_Lane)
-        )
-        status = self._ucp.ucp_ep_query(ctypes.c_void_p(endpoint), ctypes.byref(asked))
-        if status != _UCS_OK:
-            return []
-        used = [lane for lane in room[: asked.lane_count] if lane.transport and lane.device]
-        return list(dict.fromkeys(f"{lane.transport.decode()}/{lane.device.decode()}" for lane in used))
+        return [f"{transport}/{device}" for transport, device in lanes_of(self._ucp, endpoint)]
 
     def discard(self, endpoint: int) -> None:
         """Give back an endpoint that has failed: ucxx closes only those that have not."""

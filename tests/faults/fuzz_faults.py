@@ -116,7 +116,7 @@ def _nonsense(rng: random.Random) -> list[bytes]:
             [struct.pack(">I", 0xFFFF_FFFF), rng.randbytes(64)],
             [struct.pack(">I", 1000), rng.randbytes(10)],
             [wire.frame(hello)[: rng.randrange(1, 20)]],
-            [wire.frame(hello), wire.frame(wire.Open(handoff)), wire.frame(wire.Announce(handoff, 0, 1 << 40, []))],
+            [wire.frame(hello), wire.frame(wire.Open(handoff)), wire.frame(wire.Announce(handoff, 0, 1 << 40))],
             [wire.frame(wire.Done(handoff)), wire.frame(wire.Again(handoff, 1 << 50))],
             [struct.pack(">I", 5) + msgspec.msgpack.encode(None) * 5],
             [wire.frame(wire.Link("shm/staged", rng.randbytes(30), "zip"))],

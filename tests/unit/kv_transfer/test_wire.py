@@ -23,7 +23,7 @@ MESSAGES: list[wire.Message] = [
     wire.Linked(b"", "why not"),
     wire.Open(ID),
     wire.Started(ID, 4096, 2**64 - 1),
-    wire.Announce(ID, 3, 29, [1 << 40, 2 << 40]),
+    wire.Announce(ID, 3, 29),
     wire.Sent(ID, 1, (3, 2), [7, 9], (0, 4), [2**64 - 1] * 8, 1 << 40, 4096, 123),
     wire.Computed(ID),
     wire.Credit(ID, 1 << 62),
