@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.tiny_model import make_tiny_model
+
+# The same cases in every run, so that a change is judged by what it did. To look for new ones:
+# `pytest --hypothesis-profile=default`.
+settings.register_profile("repeatable", derandomize=True, parent=settings.get_profile("default"))
+settings.load_profile("repeatable")
 
 _CLUSTER_TESTS = tuple(Path(__file__).parent / name for name in ("e2e", "faults"))
 _CLUSTER_TEST_TIMEOUT_S = 400

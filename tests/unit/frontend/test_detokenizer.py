@@ -50,7 +50,7 @@ def any_tokens(text_model: TextModel) -> st.SearchStrategy[list[int]]:
 def tokens_of_text(text_model: TextModel) -> st.SearchStrategy[list[int]]:
     """Tokens whose bytes are mostly text, characters split over several of them included."""
     whole = [token for token in range(text_model.vocab_size) if "\ufffd" not in text_model.decode([token])]
-    character = st.characters().map(lambda one: text_model.encode_now(one, add_special_tokens=False))
+    character = st.characters(codec="utf-8").map(lambda one: text_model.encode_now(one, add_special_tokens=False))
     parts = st.lists(st.one_of(st.sampled_from(whole).map(lambda token: [token]), character), max_size=20)
     return parts.map(lambda lists: [token for part in lists for token in part])
 
