@@ -261,6 +261,12 @@ class _WorkerService(worker_pb2_grpc.WorkerServicer):
         except SlipstreamError as error:
             await grpc_errors.abort(context, error)
 
+    async def WatchCache(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[worker_pb2.CacheUpdate]:
+        record = self._record()
+        yield worker_pb2.CacheUpdate(epoch=record.epoch, snapshot=True, load=record.load)
+
 
 def _add_standard_services(
     server: grpc.aio.Server, role_services: tuple[str, ...], worker_service: _WorkerService

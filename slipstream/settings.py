@@ -61,6 +61,14 @@ class FrontendSettings(Section):
 class WorkerSettings(Section):
     """One prefill or decode worker."""
 
+    engine: Literal["vllm", "simulated"] = Field(
+        "vllm", description="what computes: `vllm`, or an engine that only keeps time, for tests and planning"
+    )
+    profile: Path | None = Field(
+        None,
+        description="file that says how fast this worker computes (made by `slipstream profile`); helps the router, "
+        "and is what the simulated engine keeps time by",
+    )
     worker_id: str | None = Field(None, description="name in the registry; made from role, host and pid when absent")
     host: str = Field("127.0.0.1", description="address the worker's gRPC and metrics listen on, as others reach it")
     port: int = Field(0, ge=0, le=65535, description="port of its gRPC services; 0 takes a free one")

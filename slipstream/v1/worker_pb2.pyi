@@ -21,6 +21,25 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_DEVICE: _Tier.ValueType  # 0
+    """the engine's own KV cache"""
+    TIER_HOST: _Tier.ValueType  # 1
+    """host memory, moved back before use"""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper): ...
+
+TIER_DEVICE: Tier.ValueType  # 0
+"""the engine's own KV cache"""
+TIER_HOST: Tier.ValueType  # 1
+"""host memory, moved back before use"""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
 @_typing.final
 class GetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -35,6 +54,77 @@ class GetStatusRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class WatchCacheRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchCacheRequest: _TypeAlias = WatchCacheRequest  # noqa: Y015
+
+@_typing.final
+class CacheUpdate(_message.Message):
+    """Blocks are named by slipstream.block_keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    BLOCKS_KNOWN_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """WorkerRecord.epoch"""
+    sequence: _builtins.int
+    """one more than the last one's; after a gap the receiver asks anew"""
+    snapshot: _builtins.bool
+    """`stored` is all there is: forget what was known before"""
+    blocks_known: _builtins.bool
+    """false: this engine does not tell what it caches"""
+    tier: Global___Tier.ValueType
+    """where `stored` lies"""
+    profile: _builtins.bytes
+    """first update: JSON of slipstream.performance.Profile, if the worker has one"""
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def load(self) -> _registry_pb2.Load:
+        """when it has changed"""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        stored: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+        load: _registry_pb2.Load | None = ...,
+        blocks_known: _builtins.bool = ...,
+        tier: Global___Tier.ValueType = ...,
+        profile: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "epoch", b"epoch", "load", b"load", "profile", b"profile", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheUpdate: _TypeAlias = CacheUpdate  # noqa: Y015
 
 @_typing.final
 class ProbePathRequest(_message.Message):

@@ -211,6 +211,11 @@ class WorkerStub(object):
                 request_serializer=slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_registry__pb2.TransferPath.FromString,
                 _registered_method=True)
+        self.WatchCache = channel.unary_stream(
+                '/slipstream.v1.Worker/WatchCache',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_worker__pb2.CacheUpdate.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -231,6 +236,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCache(self, request, context):
+        """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -243,6 +255,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.ProbePath,
                     request_deserializer=slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_registry__pb2.TransferPath.SerializeToString,
+            ),
+            'WatchCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCache,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_worker__pb2.CacheUpdate.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -300,6 +317,33 @@ class Worker(object):
             '/slipstream.v1.Worker/ProbePath',
             slipstream_dot_v1_dot_worker__pb2.ProbePathRequest.SerializeToString,
             slipstream_dot_v1_dot_registry__pb2.TransferPath.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/slipstream.v1.Worker/WatchCache',
+            slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+            slipstream_dot_v1_dot_worker__pb2.CacheUpdate.FromString,
             options,
             channel_credentials,
             insecure,

@@ -127,6 +127,8 @@ class WorkerStub:
     """as it is now, not as last registered"""
     ProbePath: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ProbePathRequest, _registry_pb2.TransferPath]
     """Measures the way on which KV blocks would come from `peer` to this worker."""
+    WatchCache: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheUpdate]
+    """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -137,6 +139,8 @@ class WorkerAsyncStub(WorkerStub):
     """as it is now, not as last registered"""
     ProbePath: _aio.UnaryUnaryMultiCallable[_worker_pb2.ProbePathRequest, _registry_pb2.TransferPath]  # type: ignore[assignment]
     """Measures the way on which KV blocks would come from `peer` to this worker."""
+    WatchCache: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheUpdate]  # type: ignore[assignment]
+    """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """Served by workers of either role."""
@@ -156,5 +160,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.TransferPath, _abc.Awaitable[_registry_pb2.TransferPath]]:
         """Measures the way on which KV blocks would come from `peer` to this worker."""
+
+    @_abc_1.abstractmethod
+    def WatchCache(
+        self,
+        request: _worker_pb2.WatchCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.CacheUpdate], _abc.AsyncIterator[_worker_pb2.CacheUpdate]]:
+        """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

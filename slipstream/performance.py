@@ -1,0 +1,184 @@
+"""How fast a worker computes: measured tables, and predictions between their points.
+
+A profile is data with a source and a date. The router, the simulated engine, the simulator and the planner all
+predict with the same two functions, so that a wrong profile is wrong everywhere in the same way and the live
+corrections apply everywhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from slipstream.errors import ConfigError
+
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class PrefillPoint(msgspec.Struct, frozen=True):
+    """One prompt of `tokens` tokens, nothing of it cached, alone on the engine: from its first step to its last."""
+
+    tokens: Count
+    seconds: Seconds
+
+
+class DecodePoint(msgspec.Struct, frozen=True):
+    """One step of `batch` sequences with `context_tokens` tokens each."""
+
+    batch: Count
+    context_tokens: Count
+    seconds: Seconds
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker can do.
+
+    Attributes:
+        source: how the tables came to be: a command, a package with its version.
+        measured_on: ISO date.
+        prefill: by rising tokens; at least two points.
+        decode: a full grid: every batch with every context; sorted by batch, then context.
+        step_tokens: most tokens computed in one engine step (chunked prefill).
+        max_running: most sequences in one step.
+        blocks: KV blocks in all.
+        transfer_bytes_per_s, transfer_latency_s: of KV blocks to another worker.
+        overhead_s: from a request's arrival to its first step, and from a step's end to its tokens' arrival, together.
+    """
+
+    name: str
+    model: str
+    device: str
+    source: str
+    measured_on: str
+    prefill: tuple[PrefillPoint, ...]
+    decode: tuple[DecodePoint, ...]
+    block_tokens: Count
+    block_bytes: Count
+    blocks: Count
+    step_tokens: Count
+    max_running: Count
+    max_model_len: Count
+    transfer_bytes_per_s: Annotated[float, Meta(gt=0)]
+    transfer_latency_s: Annotated[float, Meta(ge=0)]
+    overhead_s: Annotated[float, Meta(ge=0)] = 0.0
+    tensor_parallel: Count = 1
+    gpus: Annotated[int, Meta(ge=0)] = 1
+
+    def __post_init__(self) -> None:
+        tokens = [point.tokens for point in self.prefill]
+        if len(tokens) < 2 or any(one >= other for one, other in pairwise(tokens)):
+            raise ValueError("prefill: at least two points, by rising tokens, are needed")
+        grid = [(point.batch, point.context_tokens) for point in self.decode]
+        batches, contexts = sorted({one for one, _ in grid}), sorted({one for _, one in grid})
+        if not grid or grid != [(batch, context) for batch in batches for context in contexts]:
+            raise ValueError("decode: a full grid of batch and context_tokens, sorted by both, is needed")
+
+
+class Predictor:
+    """Seconds between and beyond a profile's points: linear between them, the last slope beyond the last.
+
+    Every method is pure. Made once for a profile and kept: the tables are laid out for quick reading.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._tokens = [float(point.tokens) for point in profile.prefill]
+        self._prefill = [point.seconds for point in profile.prefill]
+        self._batches = sorted({float(point.batch) for point in profile.decode})
+        self._contexts = sorted({float(point.context_tokens) for point in profile.decode})
+        width = len(self._contexts)
+        rows = [point.seconds for point in profile.decode]
+        self._decode = [rows[start : start + width] for start in range(0, len(rows), width)]
+        first, second = profile.prefill[0], profile.prefill[1]
+        slope = max(0.0, (second.seconds - first.seconds) / (second.tokens - first.tokens))
+        self.step_overhead_s = max(0.0, first.seconds - slope * first.tokens)
+        """What a step costs before its first token: the prefill table's value at zero tokens."""
+
+    def prefill_s(self, new_tokens: float, context_tokens: float = 0.0) -> float:
+        """Seconds to compute `new_tokens` after `context_tokens` that are in the cache, alone on the engine."""
+        if new_tokens <= 0:
+            return 0.0
+        return self.step_overhead_s + self.chunk_s(new_tokens, context_tokens)
+
+    def chunk_s(self, new_tokens: float, context_tokens: float) -> float:
+        """What these tokens add to a step that runs anyway."""
+        added = self._whole_s(context_tokens + new_tokens) - self._whole_s(context_tokens)
+        return max(0.0, added)
+
+    def decode_s(self, batch: float, context_tokens: float) -> float:
+        """Seconds of one step of `batch` sequences with `context_tokens` on average."""
+        if batch <= 0:
+            return 0.0
+        row, share = _place(self._batches, batch)
+        low = _line(self._contexts, self._decode[row], context_tokens)
+        if row + 1 == len(self._decode):
+            return max(low, 1e-9)
+        high = _line(self._contexts, self._decode[row + 1], context_tokens)
+        return max(low + (high - low) * share, self._decode[0][0] * 0.5, 1e-9)
+
+    def step_s(self, chunks: list[tuple[int, int]], batch: int, context_tokens: float) -> float:
+        """Seconds of one mixed step: prefill chunks (new tokens, context before them) beside a decode batch."""
+        added = sum(self.chunk_s(new, context) for new, context in chunks)
+        if batch > 0:
+            return self.decode_s(batch, context_tokens) + added
+        return self.step_overhead_s + added
+
+    def transfer_s(self, moved_bytes: float) -> float:
+        """Seconds for that many bytes of KV to another worker."""
+        return self.profile.transfer_latency_s + moved_bytes / self.profile.transfer_bytes_per_s
+
+    def _whole_s(self, tokens: float) -> float:
+        """The prefill table without its fixed part; 0 at 0 tokens."""
+        if tokens <= self._tokens[0]:
+            return (self._prefill[0] - self.step_overhead_s) * tokens / self._tokens[0]
+        return _line(self._tokens, self._prefill, tokens) - self.step_overhead_s
+
+
+def _place(points: list[float], at: float) -> tuple[int, float]:
+    """Between which points a value lies: the left one's index, and the share of the way to the right one.
+
+    The share is beyond 1, or below 0, outside the points.
+    """
+    if len(points) == 1:
+        return 0, 0.0
+    index = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
+    return index, (at - points[index]) / (points[index + 1] - points[index])
+
+
+def _line(points: list[float], values: list[float], at: float) -> float:
+    index, share = _place(points, at)
+    if len(values) == 1:
+        return values[0]
+    return values[index] + (values[index + 1] - values[index]) * share
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile file (JSON).
+
+    Raises:
+        ConfigError: it cannot be read, or is not a profile; the message names the field.
+    """
+    try:
+        return decode_profile(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot be read ({error.strerror})", param="profile") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"profile {path}: {error}", param="profile") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"profile {path}: not JSON ({error})", param="profile") from None
+
+
+def decode_profile(content: bytes) -> Profile:
+    """From JSON; raises msgspec's errors."""
+    return msgspec.json.decode(content, type=Profile)
+
+
+def encode_profile(profile: Profile) -> bytes:
+    """As JSON, one field a line."""
+    return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
