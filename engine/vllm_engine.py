@@ -245,6 +245,7 @@ class VllmEngine:
             block_tokens=board.counter(Counter.BLOCK_TOKENS),
             blocks=board.counter(Counter.BLOCKS_TOTAL),
             block_bytes=board.counter(Counter.BLOCK_BYTES),
+            max_running=self._settings.worker.max_running,
         )
 
     def load(self) -> Load:

@@ -230,6 +230,7 @@ class Capacity(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """tokens"""
     block_tokens: _builtins.int
@@ -238,6 +239,8 @@ class Capacity(_message.Message):
     """KV blocks in all"""
     block_bytes: _builtins.int
     """bytes a KV block, all layers"""
+    max_running: _builtins.int
+    """requests computed at the same time; 0: not said"""
     def __init__(
         self,
         *,
@@ -245,10 +248,11 @@ class Capacity(_message.Message):
         block_tokens: _builtins.int = ...,
         blocks: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
+        max_running: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_tokens", b"block_tokens", "blocks", b"blocks", "max_model_len", b"max_model_len"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_tokens", b"block_tokens", "blocks", b"blocks", "max_model_len", b"max_model_len", "max_running", b"max_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
