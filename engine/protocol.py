@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams, TokenLogprobs
-from slipstream.v1.worker_pb2 import Handoff
+from slipstream.v1.worker_pb2 import Handoff, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,22 @@ class TokensGenerated:
     finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
     stop_reason: str = ""
     account: RequestAccount | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChange:
+    """What one tier of an engine's prefix cache took up and dropped, by `slipstream.block_keys`.
+
+    Attributes:
+        stored: blocks that it has now and had not before.
+        removed: blocks that it had and has no more. A key is never in both.
+        reset: nothing that was said before holds, in any tier: `stored` is all there is.
+    """
+
+    stored: Sequence[int] = ()
+    removed: Sequence[int] = ()
+    tier: Tier.ValueType = Tier.TIER_DEVICE
+    reset: bool = False
 
 
 class Engine(Protocol):
@@ -100,6 +116,14 @@ class Engine(Protocol):
 
     def load(self) -> Load:
         """Queue lengths and KV use as of the last step."""
+        ...
+
+    def cache_changes(self) -> AsyncIterator[CacheChange] | None:
+        """What the prefix cache takes up and drops, in order, from the engine's start on; None: it does not tell.
+
+        Called once, by `engine.cache_feed`, in the event loop; ends with the engine. Its reader is always quick, so
+        that changes may be queued without a limit. Several steps' changes may come as one.
+        """
         ...
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
 from engine import host_id, path_probe
-from engine.protocol import PromptComputed, TokensGenerated
+from engine.protocol import CacheChange, PromptComputed, TokensGenerated
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.accounts import FAILURES
 from kv_transfer.agent_start import read_endpoint
@@ -276,6 +276,10 @@ class VllmEngine:
         if own is None:
             raise EngineDeadError("the worker's engine is not running")
         return await path_probe.ask(own.address, worker_id, peer, transport)
+
+    def cache_changes(self) -> AsyncIterator[CacheChange] | None:
+        """See `Engine.cache_changes`."""
+        return None
 
     @property
     def alive(self) -> bool:

@@ -59,12 +59,21 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 class WatchCacheRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    FRONTEND_ID_FIELD_NUMBER: _builtins.int
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    frontend_id: _builtins.str
+    """as in the requests that the watcher sends; see CacheUpdate.own"""
+    interval_ms: _builtins.int
+    """updates come no faster than this; one who watches many workers asks for fewer"""
     def __init__(
         self,
+        *,
+        frontend_id: _builtins.str = ...,
+        interval_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "interval_ms", b"interval_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,6 +94,7 @@ class CacheUpdate(_message.Message):
     BLOCKS_KNOWN_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """WorkerRecord.epoch"""
     sequence: _builtins.int
@@ -94,7 +104,7 @@ class CacheUpdate(_message.Message):
     blocks_known: _builtins.bool
     """false: this engine does not tell what it caches"""
     tier: Global___Tier.ValueType
-    """where `stored` lies"""
+    """where `stored` lies, and where `removed` lay"""
     profile: _builtins.bytes
     """first update: JSON of slipstream.performance.Profile, if the worker has one"""
     @_builtins.property
@@ -103,7 +113,11 @@ class CacheUpdate(_message.Message):
     def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def load(self) -> _registry_pb2.Load:
-        """when it has changed"""
+        """when it has changed: requests count from their acceptance by the service on"""
+
+    @_builtins.property
+    def own(self) -> _registry_pb2.Load:
+        """with `load`: the part of it (running, waiting, *_tokens) that is the watcher's"""
 
     def __init__(
         self,
@@ -117,10 +131,11 @@ class CacheUpdate(_message.Message):
         blocks_known: _builtins.bool = ...,
         tier: Global___Tier.ValueType = ...,
         profile: _builtins.bytes = ...,
+        own: _registry_pb2.Load | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "own", b"own"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "epoch", b"epoch", "load", b"load", "profile", b"profile", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "epoch", b"epoch", "load", b"load", "own", b"own", "profile", b"profile", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,12 +209,15 @@ class PrefillRequest(_message.Message):
     HANDOFF_ID_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     CACHED_ONLY_FIELD_NUMBER: _builtins.int
+    FRONTEND_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     handoff_id: _builtins.bytes
     """the id of the Handoff that the decode worker gets"""
     cached_only: _builtins.bool
     """hand over what the prefix cache has, compute nothing; refused when it has nothing"""
+    frontend_id: _builtins.str
+    """whose request it is"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -215,10 +233,11 @@ class PrefillRequest(_message.Message):
         handoff_id: _builtins.bytes = ...,
         source: Global___Handoff | None = ...,
         cached_only: _builtins.bool = ...,
+        frontend_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "frontend_id", b"frontend_id", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,8 +356,11 @@ class DecodeRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
+    FRONTEND_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
+    frontend_id: _builtins.str
+    """whose request it is"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -353,10 +375,11 @@ class DecodeRequest(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         handoff: Global___Handoff | None = ...,
+        frontend_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "handoff", b"handoff", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
