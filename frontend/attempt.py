@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from frontend.attempt_trace import AttemptTrace
 from frontend.outstanding import OutstandingWork
 from frontend.router import Route
 from frontend.worker_call import WorkerCall
@@ -90,6 +91,7 @@ class Attempt:
     prefill_s: float = 0.0
     computed: PromptComputed | None = None
     tokens_came: bool = False
+    trace: AttemptTrace = field(default_factory=AttemptTrace)
     _source: WorkerCall[PrefillEvent] | None = None
     _prefill: WorkerCall[PrefillEvent] | None = None
     _decode: WorkerCall[DecodeEvent] | None = None
@@ -112,8 +114,11 @@ class Attempt:
         request = DecodeRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
+        metadata = self.trace.decode(self.route.decode)
         self._decode = WorkerCall(
-            self.around.channels, self.route.decode, lambda channel: DecodeWorkerStub(channel).Decode(request)
+            self.around.channels,
+            self.route.decode,
+            lambda channel: DecodeWorkerStub(channel).Decode(request, metadata=metadata),
         )
 
     async def next_tokens(self) -> DecodeEvent:
@@ -133,6 +138,8 @@ class Attempt:
         if event.finish_reason and event.account.kv_blocks_moved and self._watching is not None:
             # Blocks came, so the prompt was computed: the account shall have the figures.
             await asyncio.wait({self._watching}, timeout=COMPUTED_GRACE_S)
+        if event.finish_reason:
+            self.trace.finished(event)
         return event
 
     async def await_end(self) -> None:
@@ -161,6 +168,7 @@ class Attempt:
             self._decode.end()
         for worker_id in tuple(self._burdened):
             self._unburden(worker_id)
+        self.trace.close()
 
     async def aclose(self) -> None:
         """`close`, and see the attempt's tasks end, which they do at once."""
@@ -194,8 +202,9 @@ class Attempt:
         request = PrefillRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
+        metadata = self.trace.prefill(worker)
         self._prefill = WorkerCall(
-            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
+            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request, metadata=metadata)
         )
         self._watching = asyncio.create_task(self._watch_prefill(self._prefill), name="watch_prefill")
         return handoff
@@ -208,6 +217,7 @@ class Attempt:
             lost = WorkerLostError(f"prefill worker {worker.worker_id} ended the call without having computed")
             raise WorkerFailure(worker, FailureKind.FAILED, lost)
         self.computed = event.computed
+        self.trace.computed(event.computed)
         self.prefill_s = self.around.clock() - began_s
         self._unburden(worker.worker_id)
         self._end_source()

@@ -29,6 +29,7 @@ from frontend.dispatch_metrics import (
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
 from frontend.outstanding import OutstandingWork
 from frontend.progress import Progress
+from frontend.request_life import note_route, stage
 from frontend.router import RETRY_AFTER_S, Ask, Candidate, Route, choose
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import WorkerFailure
@@ -136,6 +137,7 @@ class ClusterDispatcher:
                             await attempt.await_end()
                             return
                 except WorkerFailure as failure:
+                    attempt.trace.failed(failure)
                     attempt.close()
                     ending = self._after_failure(failure, progress)
                 finally:
@@ -167,12 +169,14 @@ class ClusterDispatcher:
 
     def _route(self, ask: Ask, candidates: list[Candidate], progress: Progress) -> Route:
         try:
-            route = progress.settle(choose(ask, candidates, tie_break=self._tie_break))
+            with stage("route"):
+                route = progress.settle(choose(ask, candidates, tie_break=self._tie_break))
         except NoWorkerError as error:
             if progress.last_failure is None:
                 raise
             raise progress.last_failure.as_error(error.message) from error
         progress.attempts += 1
+        note_route(route)
         if route.fallback is not None and progress.noted_fallback is None:
             progress.noted_fallback = route.fallback
             FALLBACKS.labels(route.fallback.value).inc()

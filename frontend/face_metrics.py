@@ -1,20 +1,26 @@
-"""What the faces measure of each request. Labels are bounded: the face, the endpoint, the status.
+"""What the faces measure of each request. Labels are bounded: the face, the endpoint, the model served, the status.
 
-`face` is `http` or `grpc`; `endpoint` is a name from a fixed list, never a path a client made up.
+`face` is `http` or `grpc`; `endpoint` is a name from a fixed list, never a path a client made up; `model` is the one
+this frontend serves, for what concerns a model, whatever a client asked for, and empty for the rest.
+
+The same figures under the names of vLLM and Dynamo: `frontend.known_names`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from frontend.request_record import RequestRecord
+
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _DURATION_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_STAGE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TOKENS = tuple(float(1 << power) for power in range(18))
 
-_WHERE = ("face", "endpoint")
+_WHERE = ("face", "endpoint", "model")
 REQUESTS = Counter(
     "slipstream_frontend_requests_total",
     "Requests answered, by status: an HTTP status or a gRPC status name. A rising rate of 5xx needs a look.",
@@ -26,7 +32,16 @@ BROKEN_STREAMS = Counter(
     (*_WHERE, "code"),
 )
 IN_FLIGHT = Gauge(
-    "slipstream_frontend_requests_in_flight", "Requests being answered now. Compare with the workers' capacity.", _WHERE
+    "slipstream_frontend_requests_in_flight",
+    "Requests being answered now. Compare with the workers' capacity.",
+    _WHERE,
+    multiprocess_mode="livesum",
+)
+AWAITING_FIRST_TOKEN = Gauge(
+    "slipstream_frontend_requests_awaiting_first_token",
+    "Requests of which no token has come yet, wherever they wait: here, in a worker's queue, or in prefill.",
+    _WHERE,
+    multiprocess_mode="livesum",
 )
 DURATION_S = Histogram(
     "slipstream_frontend_request_duration_seconds",
@@ -46,46 +61,61 @@ INTER_TOKEN_LATENCY_S = Histogram(
     _WHERE,
     buckets=_LATENCY_S,
 )
+STAGE_S = Histogram(
+    "slipstream_frontend_stage_seconds",
+    "What a request spends in this process before it is with the workers: receive (until its body is read and "
+    "checked), tokenize (template and tokenizer), admission (waiting to be let in), route (the decision).",
+    ("stage",),
+    buckets=_STAGE_S,
+)
 PROMPT_TOKENS = Counter(
     "slipstream_frontend_prompt_tokens_total", "Tokens of prompts accepted. Its rate is the load on prefill.", _WHERE
 )
+CACHED_PROMPT_TOKENS = Counter(
+    "slipstream_frontend_cached_prompt_tokens_total",
+    "Tokens of answered prompts that no worker had to compute. Its share of the prompt tokens is the KV hit rate.",
+    _WHERE,
+)
 COMPLETION_TOKENS = Counter(
     "slipstream_frontend_completion_tokens_total", "Tokens generated. Its rate is the load on decode.", _WHERE
+)
+INPUT_TOKENS = Histogram(
+    "slipstream_frontend_input_sequence_tokens", "Tokens of a request's prompt (ISL).", _WHERE, buckets=_TOKENS
+)
+OUTPUT_TOKENS = Histogram(
+    "slipstream_frontend_output_sequence_tokens", "Tokens of a request's answers (OSL).", _WHERE, buckets=_TOKENS
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The face and endpoint a request came in by."""
+    """The face and endpoint a request came in by, and the model it is about."""
 
     face: str
     endpoint: str
+    model: str = ""
 
-
-@contextmanager
-def in_flight(where: Where, clock: Callable[[], float]) -> Iterator[None]:
-    """Count a request as being answered, and measure how long that took."""
-    started_s = clock()
-    gauge = IN_FLIGHT.labels(where.face, where.endpoint)
-    gauge.inc()
-    try:
-        yield
-    finally:
-        gauge.dec()
-        DURATION_S.labels(where.face, where.endpoint).observe(clock() - started_s)
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        return self.face, self.endpoint, self.model
 
 
 class TokenTimes:
-    """Time to first token and between tokens of one request; of each of its answers when there are several."""
+    """Time to first token and between tokens of one request; of each of its answers when there are several.
 
-    def __init__(self, where: Where, clock: Callable[[], float]) -> None:
+    Args:
+        record: of the request; it is told of the first token and of the number of tokens.
+    """
+
+    def __init__(self, where: Where, record: RequestRecord, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._started_s = clock()
+        self._record = record
         self._last_s: dict[int, float] = {}
-        labels = (where.face, where.endpoint)
-        self._first = TIME_TO_FIRST_TOKEN_S.labels(*labels)
-        self._between = INTER_TOKEN_LATENCY_S.labels(*labels)
-        self._tokens = COMPLETION_TOKENS.labels(*labels)
+        self._first = TIME_TO_FIRST_TOKEN_S.labels(*where.labels)
+        self._between = INTER_TOKEN_LATENCY_S.labels(*where.labels)
+        self._tokens = COMPLETION_TOKENS.labels(*where.labels)
+        self._awaiting = AWAITING_FIRST_TOKEN.labels(*where.labels)
+        self._awaiting.inc()
 
     def arrived(self, index: int, tokens: int) -> None:
         """`tokens` tokens of answer `index` came in together."""
@@ -93,9 +123,19 @@ class TokenTimes:
             return
         now_s = self._clock()
         last_s = self._last_s.get(index)
+        record = self._record
         if last_s is not None:
             self._between.observe((now_s - last_s) / tokens)
         elif not self._last_s:
-            self._first.observe(now_s - self._started_s)
+            record.first_token_s = now_s
+            self._first.observe(now_s - record.started_s)
+            self._awaiting.dec()
         self._last_s[index] = now_s
+        record.last_token_s = now_s
+        record.completion_tokens += tokens
         self._tokens.inc(tokens)
+
+    def close(self) -> None:
+        """No more tokens come."""
+        if not self._last_s:
+            self._awaiting.dec()

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from frontend.face_metrics import REQUESTS, Where, in_flight
+from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from frontend.request_ids import safe_request_id, unique_request_id
+from frontend.request_life import observed
 from frontend.sampling_fields import checked_params
 from slipstream import telemetry
 from slipstream.errors import InvalidRequestError, SlipstreamError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = telemetry.get_logger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_GENERATE = Where("grpc", "generate")
 # How old a health status may be: readiness is looked at, not pushed.
 HEALTH_PERIOD_S = 0.25
 
@@ -45,6 +44,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, service: InferenceService) -> None:
         self._service = service
+        self._where = Where("grpc", "generate", service.model_name)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (the stubs know only generators)
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -55,22 +55,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """
         wanted = safe_request_id(request.request_id)
         request_id = unique_request_id(wanted)
-        status = grpc.StatusCode.CANCELLED
-        with (
-            structlog.contextvars.bound_contextvars(request_id=request_id),
-            in_flight(_GENERATE, self._service.clock),
-        ):
-            try:
-                failure = await self._generate(_Call(request, request_id, wanted or request_id), context)
-                status = failure.grpc_status if failure else grpc.StatusCode.OK
-            finally:
-                REQUESTS.labels(_GENERATE.face, _GENERATE.endpoint, status.name).inc()
+        metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
+        with observed(
+            self._where, request_id, method="rpc", path="Generate", headers=metadata, clock=self._service.clock
+        ) as record:
+            record.status = grpc.StatusCode.CANCELLED.name
+            failure = await self._generate(_Call(request, request_id, wanted or request_id), context)
+            record.status = (failure.grpc_status if failure else grpc.StatusCode.OK).name
+            record.error = failure.code if failure else ""
         if failure is not None:
             await abort(context, failure)
 
     async def _generate(self, call: _Call, context: Context) -> SlipstreamError | None:
         try:
-            async with self._service.answer(_asked(call.request, call.request_id)) as answer:
+            async with self._service.answer(_asked(call.request, call.request_id, self._where)) as answer:
                 async for delta in answer:
                     await context.write(_response(delta, answer, call.shown_id))
         except SlipstreamError as error:
@@ -140,13 +138,13 @@ class GrpcFace:
             await self._health.set(name, serving.SERVING if ready else serving.NOT_SERVING)
 
 
-def _asked(request: inference_pb2.GenerateRequest, request_id: str) -> InferenceRequest:
+def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where) -> InferenceRequest:
     return InferenceRequest(
         request_id=request_id,
         model=request.model,
         prompts=[_prompt(request)],
         sampling=checked_params(request.sampling),
-        where=_GENERATE,
+        where=where,
     )
 
 

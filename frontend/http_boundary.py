@@ -10,17 +10,18 @@ import math
 from collections.abc import Callable
 
 import msgspec
-import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from frontend.face_metrics import REQUESTS, Where, in_flight
+from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
 from frontend.request_ids import safe_request_id, unique_request_id
+from frontend.request_life import observed
+from frontend.request_record import RequestRecord
 from slipstream import telemetry
 from slipstream.errors import CancelledByClientError, SlipstreamError
 
@@ -35,41 +36,50 @@ _ENDPOINTS = {
     "/health/ready": "health",
     "/metrics": "metrics",
 }
+_ABOUT_A_MODEL = frozenset({"chat", "completions"})
 
 
-def where_of(path: str) -> Where:
-    """The metric labels of a path; what nobody serves is one label, not one for each scanner's guess."""
+def where_of(path: str, model: str) -> Where:
+    """The metric labels of a path; what nobody serves is one label, not one for each scanner's guess.
+
+    Args:
+        model: the one served, for paths that are about a model.
+    """
     endpoint = "models" if path.startswith("/v1/models/") else _ENDPOINTS.get(path, "other")
-    return Where("http", endpoint)
+    return Where("http", endpoint, model if endpoint in _ABOUT_A_MODEL else "")
 
 
 class Boundary:
-    """ASGI middleware. Puts `request_id` into the request's state."""
+    """ASGI middleware. Puts `request_id` into the request's state.
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+    Args:
+        model: the one served.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float], model: str) -> None:
         self._app = app
         self._clock = clock
+        self._model = model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = safe_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        headers = Headers(scope=scope)
+        asked = safe_request_id(headers.get(REQUEST_ID_HEADER))
         request_id = unique_request_id(asked)
         scope.setdefault("state", {})["request_id"] = request_id
         outgoing = _Outgoing(send, asked or request_id)
-        where = where_of(scope["path"])
-        with structlog.contextvars.bound_contextvars(request_id=request_id), in_flight(where, self._clock):
-            code = "cancelled"
+        where, method, path = where_of(scope["path"], self._model), scope["method"], scope["path"]
+        with observed(where, request_id, method=method, path=path, headers=headers, clock=self._clock) as record:
             try:
-                await self._answer(scope, receive, outgoing)
-                code = str(outgoing.status)
+                await self._answer(scope, receive, outgoing, record)
+                record.status = str(outgoing.status)
             except CancelledByClientError as error:
-                code = str(error.http_status)  # nobody is there to read it
-            finally:
-                REQUESTS.labels(where.face, where.endpoint, code).inc()
+                record.status = str(error.http_status)  # nobody is there to read it
+                record.error = error.code
 
-    async def _answer(self, scope: Scope, receive: Receive, outgoing: _Outgoing) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, outgoing: _Outgoing, record: RequestRecord) -> None:
         try:
             await self._app(scope, receive, outgoing)
         except CancelledByClientError:
@@ -77,8 +87,10 @@ class Boundary:
         except SlipstreamError as error:
             if outgoing.status is not None:
                 raise
+            record.error = error.code
             await error_response(error)(scope, receive, outgoing)
         except Exception:
+            record.error = INTERNAL_ERROR.code
             log.exception("request_failed", path=scope["path"])
             if outgoing.status is not None:
                 raise

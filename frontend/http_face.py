@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
-from frontend.face_metrics import BROKEN_STREAMS
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
 from frontend.http_exchange import (
@@ -35,6 +34,7 @@ from frontend.inference import Answer, InferenceRequest, InferenceService
 from frontend.openai_requests import COMPLETIONS_DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, GenerationBody
 from frontend.openai_responses import ModelCard, ModelList, error_body, response_schemas
 from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect
+from frontend.request_life import note_broken
 from frontend.sampling_fields import invalid_request
 from slipstream.errors import NoWorkerError
 
@@ -55,7 +55,7 @@ def create_app(
         wall_clock: seconds since the epoch, for the `created` fields.
     """
     app = FastAPI(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
-    app.add_middleware(Boundary, clock=service.clock)
+    app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
     face = HttpFace(service, max_body_bytes, wall_clock)
     for path, body, responds_with, endpoint in (
@@ -131,7 +131,7 @@ class HttpFace:
             model=body.model,
             prompts=body.prompts(),
             sampling=body.params(),
-            where=where_of(request.url.path),
+            where=where_of(request.url.path, self.service.model_name),
             n=1 if body.n is None else body.n,
             default_max_tokens=default_max_tokens,
         )
@@ -177,7 +177,7 @@ class HttpFace:
             if not started:
                 raise
             typed = as_typed(error)
-            BROKEN_STREAMS.labels(asked.where.face, asked.where.endpoint, typed.code).inc()
+            note_broken(asked.where, typed.code)
             ending = sse_event(error_body(typed))
         await send_last(send, body_message(ending, more=False))
 

@@ -14,11 +14,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+from frontend import access_log
 from frontend.answer_text import AnswerPiece, AnswerText
 from frontend.face_metrics import PROMPT_TOKENS, TokenTimes, Where
 from frontend.fan_in import merged
 from frontend.generation import Dispatcher, ServedModel, TokenRequest
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, context_length_error
+from frontend.request_life import received, stage
+from frontend.request_record import RequestRecord, current
 from frontend.sampling_fields import INT64_MAX
 from frontend.tokenizer import TextModel
 from slipstream.errors import (
@@ -175,7 +178,9 @@ class InferenceService:
                 from the iteration.
             DeadlineError: the request as a whole took too long.
         """
-        times = TokenTimes(request.where, self.clock)
+        received(self.clock)
+        record = current() or RequestRecord(request.request_id, "", "", self.clock(), time.time_ns())
+        times = TokenTimes(request.where, record, self.clock)
         deadline = asyncio.timeout(self._request_timeout_s)
         try:
             async with deadline:
@@ -184,14 +189,21 @@ class InferenceService:
                     raise UnavailableError(_CLOSING, code="shutting_down")
                 model = self.served_model(request.model)
                 self._check(request)
-                prompts = [await self._token_ids(prompt) for prompt in request.prompts]
+                record.model = model.name
+                with stage("tokenize"):
+                    prompts = [await self._token_ids(prompt) for prompt in request.prompts]
+                record.prompt_tokens = sum(map(len, prompts))
+                record.prompts = prompts if access_log.wants_prompts() else ()
                 sequences = self._sequences(request, model, prompts)
-                PROMPT_TOKENS.labels(request.where.face, request.where.endpoint).inc(sum(map(len, prompts)))
+                PROMPT_TOKENS.labels(*request.where.labels).inc(record.prompt_tokens)
                 streams = [
                     self._generate(index, sequence, request.sampling, times) for index, sequence in enumerate(sequences)
                 ]
                 async with merged(streams) as deltas:
-                    yield Answer(request.request_id, model.name, len(sequences), [len(ids) for ids in prompts], deltas)
+                    answer = Answer(request.request_id, model.name, len(sequences), [*map(len, prompts)], deltas)
+                    yield answer
+                    record.cached_tokens = answer.usage.cached_tokens
+                    record.fallback = next((each.fallback for each in answer.accounts.values() if each.fallback), "")
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -201,6 +213,7 @@ class InferenceService:
                 f"The request took longer than the {self._request_timeout_s:g} s allowed (frontend.request_timeout_s)."
             ) from error
         finally:
+            times.close()
             self._open.discard(deadline)
 
     def _check(self, request: InferenceRequest) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from frontend import access_log
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
@@ -43,7 +44,11 @@ async def serve(settings: Settings) -> None:
     from frontend.dispatch import open_dispatcher
     from slipstream import model_folder
 
-    with stop_signals() as stop, bound_socket(settings.frontend) as http_socket:
+    with (
+        stop_signals() as stop,
+        bound_socket(settings.frontend) as http_socket,
+        access_log.writing(settings.log),
+    ):
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
         async with open_dispatcher(settings) as dispatcher:

@@ -140,6 +140,27 @@ class LogSettings(Section):
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level written")
     format: Literal["console", "json"] = Field("console", description="lines for people, or one JSON object a line")
+    requests: bool = Field(True, description="write a line for each request that a frontend has answered")
+    access_log: Path | None = Field(
+        None, description="file to which frontends add one JSON line for each answered request, which can be replayed"
+    )
+    access_log_blocks: bool = Field(
+        False, description="name the blocks of each prompt in the access log, so that a replay has the same prefixes"
+    )
+
+
+class TracingSettings(Section):
+    """Traces of requests, in OpenTelemetry's protocol."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="where a collector takes OTLP over gRPC, as http://host:4317; nothing is traced when absent",
+    )
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of requests that are traced, of those whose caller has not decided it"
+    )
+    export_every_s: float = Field(2.0, ge=0.05, le=60, description="longest a finished span waits to be sent")
 
 
 class ClusterSettings(Section):
@@ -170,4 +191,5 @@ class Settings(Section):
     worker: WorkerSettings = WorkerSettings()
     transfer: TransferSettings = TransferSettings()
     log: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()

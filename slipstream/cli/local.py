@@ -38,6 +38,7 @@ _FLAGS = select(
     "transfer.*",
     "control_plane.*",
     "log.*",
+    "tracing.*",
     own={"cluster", "frontend", "worker"},
     without={"worker.worker_id", "worker.port", "worker.metrics_port", "control_plane.address"},
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import typer
 
 from slipstream.cli.flags import Flag, select, with_settings
@@ -10,7 +13,9 @@ from slipstream.config import LoadedConfig
 
 PANEL = "Roles, one process each"
 
-_FRONTEND_FLAGS = select("model", "served_model_name", "frontend.*", "control_plane.address", "log.*", own={"frontend"})
+_FRONTEND_FLAGS = select(
+    "model", "served_model_name", "frontend.*", "control_plane.address", "log.*", "tracing.*", own={"frontend"}
+)
 _WORKER_FLAGS: tuple[Flag, ...] = select(
     "model",
     "served_model_name",
@@ -20,6 +25,7 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "control_plane.address",
     "transfer.*",
     "log.*",
+    "tracing.*",
     own={"worker"},
 )
 _PLANNER_FLAGS = select("control_plane.*", "log.*", own={"control_plane"}, without={"control_plane.address"})
@@ -49,12 +55,14 @@ def frontend(loaded: LoadedConfig) -> None:
     """Run a frontend: the OpenAI-compatible HTTP face and the gRPC face, until SIGTERM or Ctrl-C."""
     import uvloop
 
-    from slipstream import telemetry
+    from slipstream import telemetry, tracing
 
     telemetry.configure(loaded.settings.log, component="frontend")
     from frontend.process import serve
 
-    uvloop.run(serve(loaded.settings))
+    instance = f"{socket.gethostname()}-{os.getpid()}"
+    with tracing.exporting(loaded.settings.tracing, service="slipstream-frontend", instance=instance):
+        uvloop.run(serve(loaded.settings))
 
 
 @with_settings(*_WORKER_FLAGS)

@@ -27,6 +27,7 @@ _ALL_FLAGS = select(
     "control_plane.*",
     "transfer.*",
     "log.*",
+    "tracing.*",
 )
 
 

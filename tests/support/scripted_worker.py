@@ -123,6 +123,7 @@ class Seen:
     cancelled: list[str] = field(default_factory=list)
     completed: list[str] = field(default_factory=list)
     peers: list[str] = field(default_factory=list)
+    traceparents: list[str] = field(default_factory=list)
     open_calls: int = 0
 
 
@@ -200,12 +201,14 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
 
     async def Prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:  # noqa: N802
         self.seen.prefills.append(request)
+        self.seen.traceparents.append(_traceparent(context))
         async for event in self._watched(request.request_id, self._prefill(request, context)):
             yield event
 
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:  # noqa: N802
         self.seen.decodes.append(request)
         self.seen.peers.append(context.peer())
+        self.seen.traceparents.append(_traceparent(context))
         async for event in self._watched(request.request_id, self._decode(request, context)):
             yield event
 
@@ -312,6 +315,11 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             raise
         finally:
             self.seen.open_calls -= 1
+
+
+def _traceparent(context: Context) -> str:
+    metadata = context.invocation_metadata() or ()
+    return next((str(value) for name, value in metadata if name == "traceparent"), "")
 
 
 async def until(condition: Callable[[], object], *, limit_s: float = 5.0) -> None:

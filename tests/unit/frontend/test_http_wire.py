@@ -112,7 +112,7 @@ async def test_metrics_count_requests_tokens_and_latencies(http: httpx.AsyncClie
         found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    where = 'endpoint="completions",face="http"'
+    where = 'endpoint="completions",face="http",model="tiny"'
     expected_growth: dict[str, float] = {
         f'slipstream_frontend_requests_total{{code="200",{where}}}': 1,
         f'slipstream_frontend_requests_total{{code="400",{where}}}': 1,

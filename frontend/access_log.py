@@ -1,0 +1,168 @@
+"""One line for each answered request: in the log for people, and in a file of JSON lines for programs.
+
+The file can be replayed: `timestamp` (milliseconds), `input_length`,
+`output_length` and `hash_ids` are what the traces of Mooncake (https://github.com/kvcache-ai/Mooncake, FAST '25) have;
+the rest says what became of the request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from frontend.request_record import RequestRecord
+from slipstream import block_keys, telemetry
+from slipstream.errors import StartupError
+from slipstream.settings import LogSettings
+
+log = telemetry.get_logger(__name__)
+
+BLOCK_TOKENS = 16
+"""Tokens a block of `hash_ids`; fixed, so that logs of different clusters can be compared."""
+
+
+class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A line of the access log. What is absent is empty, 0 or unknown.
+
+    Attributes:
+        timestamp: Unix time of the request's arrival, in milliseconds.
+        input_length, output_length: tokens.
+        hash_ids: the prompt's whole blocks of `block_tokens` tokens (`slipstream.block_keys`): equal ids are equal
+            beginnings.
+        cached_length: prompt tokens that no worker had to compute.
+    """
+
+    timestamp: int
+    input_length: int
+    output_length: int
+    request_id: str
+    method: str
+    path: str
+    status: str
+    total_s: float
+    model: str = ""
+    tenant: str = ""
+    session: str = ""
+    error: str = ""
+    ttft_s: float | None = None
+    itl_s: float | None = None
+    cached_length: int = 0
+    prefill_workers: tuple[str, ...] = ()
+    decode_workers: tuple[str, ...] = ()
+    route: str = ""
+    fallback: str = ""
+    attempts: int = 0
+    trace_id: str = ""
+    block_tokens: int = 0
+    hash_ids: tuple[int, ...] = ()
+
+
+class AccessLog:
+    """Where the lines go. Lines are added whole, so that several processes may share a file."""
+
+    def __init__(self, settings: LogSettings, file: int | None) -> None:
+        self._file = file
+        self.to_log = settings.requests
+        self.blocks = settings.access_log_blocks and file is not None
+
+    def write(self, record: RequestRecord, total_s: float) -> None:
+        line = line_of(record, total_s, blocks=self.blocks)
+        if self.to_log:
+            fields = msgspec.structs.asdict(line)
+            shown = {name: value for name, value in fields.items() if value and name not in _ONLY_IN_FILE}
+            log.info("request", **shown)
+        if self._file is not None:
+            self._add(msgspec.json.encode(line) + b"\n")
+
+    def _add(self, content: bytes) -> None:
+        assert self._file is not None
+        try:
+            os.write(self._file, content)
+        except OSError as error:
+            # A full disk must not stop the serving: say so once, and go on without.
+            log.error("access_log_failed", reason=error.strerror)
+            self._file = None
+
+
+_ONLY_IN_FILE = {"timestamp", "request_id", "trace_id", "block_tokens", "hash_ids"}
+_current = AccessLog(LogSettings(requests=False), None)
+
+
+def write(record: RequestRecord, total_s: float) -> None:
+    """Add the line of a request that has ended."""
+    _current.write(record, total_s)
+
+
+def wants_prompts() -> bool:
+    """Whether records must keep their prompts."""
+    return _current.blocks
+
+
+@contextmanager
+def writing(settings: LogSettings) -> Iterator[None]:
+    """Write lines as these settings say while the block runs.
+
+    Raises:
+        StartupError: the file cannot be written.
+    """
+    global _current
+    before, file = _current, None
+    if settings.access_log is not None:
+        file = _open(settings.access_log)
+    _current = AccessLog(settings, file)
+    try:
+        yield
+    finally:
+        _current = before
+        if file is not None:
+            os.close(file)
+
+
+def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLine:
+    """What is told of a request."""
+    return AccessLine(
+        timestamp=record.started_ns // 1_000_000,
+        input_length=record.prompt_tokens,
+        output_length=record.completion_tokens,
+        request_id=record.request_id,
+        method=record.method,
+        path=record.path,
+        status=record.status,
+        total_s=round(total_s, 6),
+        model=record.model,
+        tenant=record.tenant,
+        session=record.session,
+        error=record.error,
+        ttft_s=_rounded(record.ttft_s),
+        itl_s=_rounded(record.itl_s),
+        cached_length=record.cached_tokens,
+        prefill_workers=tuple(record.prefill_workers),
+        decode_workers=tuple(record.decode_workers),
+        route=record.route,
+        fallback=record.fallback,
+        attempts=record.attempts,
+        trace_id=record.span.trace_id,
+        block_tokens=BLOCK_TOKENS if blocks else 0,
+        hash_ids=_keys(record.model, record.prompts) if blocks else (),
+    )
+
+
+def _keys(model: str, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    root = block_keys.root_key(model, BLOCK_TOKENS)
+    return tuple(key for prompt in prompts for key in block_keys.extend(root, prompt, BLOCK_TOKENS))
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise StartupError(f"log.access_log: {path} cannot be written ({error.strerror})") from None
