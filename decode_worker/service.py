@@ -9,6 +9,7 @@ from typing import Any
 import grpc.aio
 
 from engine.admission import Admission, check_model
+from engine.observed_call import ObservedCall
 from engine.protocol import Engine, TokensGenerated
 from slipstream import grpc_errors
 from slipstream.errors import SlipstreamError
@@ -27,6 +28,7 @@ class DecodeService(DecodeWorkerServicer):
     async def Decode(  # noqa: N802 - gRPC's name
         self, request: DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[DecodeEvent]:
+        call = ObservedCall("DecodeWorker/Decode", request.request_id, context)
         try:
             with self._admission.admitted():
                 check_model(request.model, self._model)
@@ -34,9 +36,14 @@ class DecodeService(DecodeWorkerServicer):
                 stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, handoff)
                 async with aclosing(stream):
                     async for tokens in stream:
+                        if tokens.finish_reason:
+                            call.generated(tokens)
                         yield _event(tokens)
         except SlipstreamError as error:
+            call.fail(error.code)
             await grpc_errors.abort(context, error)
+        finally:
+            call.end()
 
 
 def _event(tokens: TokensGenerated) -> DecodeEvent:

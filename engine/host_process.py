@@ -32,7 +32,7 @@ from engine.protocol import Engine
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import grpc_errors, telemetry
+from slipstream import grpc_errors, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
@@ -88,6 +88,7 @@ class _Host:
     def __init__(self, settings: Settings, role: Role.ValueType, worker_id: str) -> None:
         self._settings = settings
         self._role = role
+        self._name = "prefill" if role == Role.ROLE_PREFILL else "decode"
         self._worker_id = worker_id
         self._state = WorkerState.STARTING
         self._started_s = int(time.time())
@@ -133,13 +134,19 @@ class _Host:
             server = grpc.aio.server(options=server_options())
             self._address = host_port(worker.host, _bind(server, worker.host, worker.port))
             board = owned.enter_context(_own_board(settings.transfer.board_slots))
-            metrics = owned.enter_context(MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id))
+            metrics = owned.enter_context(
+                MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id, model=self._model)
+            )
             self._metrics_url = metrics.url
             registration = await owned.enter_async_context(Registration(settings.control_plane.address, self.record))
             engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
             if engine is None:  # stopped while loading
                 return
             self._engine = engine
+            # After the engine, which forks: what is entered here starts threads.
+            owned.enter_context(
+                tracing.exporting(settings.tracing, service=f"slipstream-{self._name}", instance=self._worker_id)
+            )
             self._path_watch = PathWatch(
                 settings.control_plane.address,
                 role=self._role,

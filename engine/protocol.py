@@ -15,6 +15,23 @@ from slipstream.v1.worker_pb2 import Handoff, Tier
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTimes:
+    """When a request reached its stages in the engine: readings of `time.monotonic()`, each not before the last.
+
+    Attributes:
+        queued_s: the engine has taken it up.
+        scheduled_s: the first of it is computed; of a request that waits for blocks, once they are there.
+        first_token_s: its prompt is computed.
+        last_token_s: it is finished.
+    """
+
+    queued_s: float
+    scheduled_s: float
+    first_token_s: float
+    last_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PromptComputed:
     """A prompt that is in the KV cache. Each of its tokens is counted once.
 
@@ -27,17 +44,19 @@ class PromptComputed:
     computed_tokens: int
     cached_tokens: int
     received_tokens: int
+    times: EngineTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokensGenerated:
-    """Tokens that arrived together; the last one of a request has a `finish_reason` and an `account`."""
+    """Tokens that arrived together; the last one of a request has a `finish_reason`, an `account` and `times`."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
     stop_reason: str = ""
     account: RequestAccount | None = None
+    times: EngineTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
 from engine import host_id, path_probe
-from engine.protocol import CacheChange, PromptComputed, TokensGenerated
+from engine.protocol import CacheChange, EngineTimes, PromptComputed, TokensGenerated
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.accounts import FAILURES
 from kv_transfer.agent_start import read_endpoint
@@ -172,14 +172,16 @@ class VllmEngine:
             wishes[RECEIVE] = _receive(source, _SOURCE_PATIENCE_S)
         params = prefill_sampling(wishes)
         transfer: dict[str, Any] = {}
+        times: EngineTimes | None = None
         async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
             async for output in outputs:
                 transfer = output.kv_transfer_params or transfer
+                times = _times(output)
         account = transfer.get(ACCOUNT, {})
         computed = account.get("computed_tokens", 0)
         self._requests_total += 1
         self._tokens_total += computed
-        return PromptComputed(computed, account.get("cached_tokens", 0), account.get("received_tokens", 0))
+        return PromptComputed(computed, account.get("cached_tokens", 0), account.get("received_tokens", 0), times)
 
     async def decode(
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
@@ -305,7 +307,16 @@ def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:
         finish_reason=FINISH_REASONS[finished],
         stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
         account=_account(output) if finished is not None else None,
+        times=_times(output) if finished is not None else None,
     )
+
+
+def _times(output: RequestOutput) -> EngineTimes | None:
+    """As the engine core measured them; None for what ended before it got that far."""
+    stats = output.metrics
+    if stats is None or not stats.queued_ts <= stats.scheduled_ts <= stats.first_token_ts <= stats.last_token_ts:
+        return None
+    return EngineTimes(stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts)
 
 
 def _receive(handoff: Handoff, patience_s: float) -> list[Any]:

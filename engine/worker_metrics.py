@@ -15,11 +15,14 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from engine.admission import Admission
+from engine.observed_call import STAGE_S
 from engine.protocol import Engine
 from kv_transfer.accounts import BYTES_BY_WAY, FAILURES
 from kv_transfer.board import Board, Counter
+from slipstream import metric_names
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError
+from slipstream.metric_names import KnownNames
 from slipstream.v1.registry_pb2 import Role, TransferPath
 
 _COUNTERS = (
@@ -67,6 +70,7 @@ _COUNTERS = (
         "raise worker.kv_cache_bytes, or send fewer requests at a time.",
     ),
 )
+_PROMPT_TOKENS = (Counter.PROMPT_TOKENS_COMPUTED, Counter.PROMPT_TOKENS_CACHED, Counter.PROMPT_TOKENS_RECEIVED)
 _SECONDS = (
     (
         Counter.TRANSFER_NS,
@@ -120,11 +124,17 @@ class WorkerCollector:
         yield from self._transfers()
         yield from self._measured_paths()
         yield from self._requests()
+        yield from self._stages()
 
     def _transfers(self) -> Iterable[Metric]:
         board = self._board
         for word, name, text in _COUNTERS:
             yield self._counter(name, text, board.counter(word))
+        yield self._counter(
+            "slipstream_worker_prompt_tokens",
+            "Tokens of prompts taken up: computed, found in the prefix cache, or received.",
+            sum(map(board.counter, _PROMPT_TOKENS)),
+        )
         for word, name, text in _SECONDS:
             yield self._counter(name, text, board.counter(word) / 1e9)
         yield self._labelled(
@@ -181,6 +191,12 @@ class WorkerCollector:
         yield self._gauge(
             "slipstream_worker_kv_blocks_used", "KV blocks held by requests and handoffs.", load.blocks_used
         )
+        yield self._gauge(
+            "slipstream_worker_kv_usage_ratio",
+            "The part of the KV blocks that requests and handoffs hold, 0 to 1. Near 1 for long: requests wait for "
+            "memory; add workers, or raise worker.kv_cache_bytes.",
+            load.blocks_used / capacity.blocks if capacity.blocks else 0.0,
+        )
         yield self._gauge("slipstream_worker_kv_block_bytes", "Bytes of a KV block, all layers.", capacity.block_bytes)
         yield self._gauge("slipstream_worker_requests_running", "Requests in the engine's batch.", load.running)
         yield self._gauge("slipstream_worker_requests_waiting", "Requests queued in the engine.", load.waiting)
@@ -194,6 +210,12 @@ class WorkerCollector:
             "Prompt tokens computed (prefill), tokens generated (decode).",
             load.tokens_total,
         )
+
+    def _stages(self) -> Iterable[Metric]:
+        own = dict(zip(self._labels, self._values, strict=True))
+        for family in STAGE_S.collect():
+            family.samples = [sample._replace(labels=own | sample.labels) for sample in family.samples]
+            yield family
 
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=self._labels)
@@ -215,14 +237,15 @@ class WorkerCollector:
 class MetricsServer:
     """Serves /metrics in a thread of its own while the context is open; empty until `watch`."""
 
-    def __init__(self, host: str, port: int, role: Role.ValueType, worker_id: str) -> None:
+    def __init__(self, host: str, port: int, role: Role.ValueType, worker_id: str, *, model: str) -> None:
         self._role = "prefill" if role == Role.ROLE_PREFILL else "decode"
         self._worker_id = worker_id
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+            page = KnownNames(self._registry, metric_names.WORKER, model=model)
+            self._server, self._thread = start_http_server(port, addr=host, registry=page)
         except OSError as error:
             raise StartupError(f"worker.metrics_port: cannot listen on {host}:{port}: {error.strerror}") from error
         self.url = f"http://{host_port(host, self._server.server_port)}/metrics"

@@ -36,7 +36,9 @@ from frontend.openai_responses import ModelCard, ModelList, error_body, response
 from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect
 from frontend.request_life import note_broken
 from frontend.sampling_fields import invalid_request
+from slipstream import metric_names
 from slipstream.errors import NoWorkerError
+from slipstream.metric_names import KnownNames
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 _READY_RETRY_S = 1.0
@@ -114,7 +116,8 @@ class HttpFace:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        page = KnownNames(REGISTRY, metric_names.FRONTEND, model=self.service.model_name)
+        return Response(generate_latest(page), media_type=CONTENT_TYPE_LATEST)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         content = await read_body(request, self.max_body_bytes)

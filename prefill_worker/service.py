@@ -14,6 +14,7 @@ from typing import Any
 import grpc.aio
 
 from engine.admission import Admission, check_model
+from engine.observed_call import ObservedCall
 from engine.protocol import Engine, PromptComputed
 from kv_transfer.board import Outcome
 from kv_transfer.handoff import ID_BYTES
@@ -64,6 +65,7 @@ class PrefillService(PrefillWorkerServicer):
     async def Prefill(  # noqa: N802 - gRPC's name
         self, request: PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[PrefillEvent]:
+        call = ObservedCall("PrefillWorker/Prefill", request.request_id, context)
         try:
             with self._admission.admitted(), self._leased() as lease:
                 self._check(request)
@@ -71,12 +73,18 @@ class PrefillService(PrefillWorkerServicer):
                 try:
                     computed = await self._compute(request, lease, keeping)
                     if computed is not None:
+                        call.computed(computed)
                         yield PrefillEvent(computed=_to_wire(computed))
-                    yield PrefillEvent(closed=HandoffClosed(outcome=_CLOSED[await keeping]))
+                    outcome = await keeping
+                    call.handed_over(outcome.name.lower())
+                    yield PrefillEvent(closed=HandoffClosed(outcome=_CLOSED[outcome]))
                 finally:
                     await _end(keeping)
         except SlipstreamError as error:
+            call.fail(error.code)
             await grpc_errors.abort(context, error)
+        finally:
+            call.end()
 
     def _check(self, request: PrefillRequest) -> None:
         """Refuse what cannot be meant.

@@ -40,7 +40,7 @@ def paths() -> list[TransferPath]:
 
 @pytest.fixture
 def url(board: Board, paths: list[TransferPath]) -> Iterator[str]:
-    with MetricsServer("127.0.0.1", 0, Role.ROLE_DECODE, "decode-0") as server:
+    with MetricsServer("127.0.0.1", 0, Role.ROLE_DECODE, "decode-0", model="tiny") as server:
         server.watch(IdleEngine(), board, Admission(limit=4), lambda: paths)  # type: ignore[arg-type]
         yield server.url
 
