@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from planner.metrics import serving_metrics
 from planner.service import RegistryService
 from slipstream import telemetry
 from slipstream.addresses import host_port
@@ -38,10 +39,12 @@ class ControlPlane:
 
     Attributes:
         address: host:port it listens on, with the port that was really taken.
+        metrics_url: of its own /metrics.
         publishing: ends only when the service is broken.
     """
 
     address: str
+    metrics_url: str
     service: RegistryService
     publishing: asyncio.Task[None]
 
@@ -84,13 +87,23 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     address = host_port(settings.host, _listen(server, settings))
-    async with background(service.run(), name="registry_publishing") as publishing:
+    async with (
+        background(service.run(), name="registry_publishing") as publishing,
+        AsyncExitStack() as stack,
+    ):
+        metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port))
         await server.start()
         try:
             await checks.set("", health_pb2.HealthCheckResponse.SERVING)
             await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-            log.info("control_plane_listening", address=address, lease_s=settings.lease_s, registry=service.registry_id)
-            yield ControlPlane(address, service, publishing)
+            log.info(
+                "control_plane_listening",
+                address=address,
+                metrics=metrics_url,
+                lease_s=settings.lease_s,
+                registry=service.registry_id,
+            )
+            yield ControlPlane(address, metrics_url, service, publishing)
         finally:
             await checks.enter_graceful_shutdown()
             await service.close()

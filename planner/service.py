@@ -49,6 +49,7 @@ class RegistryService(RegistryServicer):
     Attributes:
         registry_id: changes with each start.
         watchers: open watches.
+        registrations_total, expirations_total: since the start.
     """
 
     def __init__(self, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,6 +58,8 @@ class RegistryService(RegistryServicer):
         self._clock = clock
         self._registry = Registry(lease_s=lease_s, started_at_s=clock())
         self.watchers = 0
+        self.registrations_total = 0
+        self.expirations_total = 0
         self._closed = False
         self._pending = Change.NOTHING
         self._wake = asyncio.Event()
@@ -64,6 +67,11 @@ class RegistryService(RegistryServicer):
         self._posted = self._identities = self._current_set()
         self._posted_number = self._identities_number = 1
         self._posted_at_s = self._identities_at_s = clock()
+
+    @property
+    def posted(self) -> WorkerSet:
+        """The set that watchers were told last. It is never changed, only replaced."""
+        return self._posted
 
     async def Register(self, request: RegisterRequest, context: Context) -> RegisterResponse:  # noqa: N802
         record = request.worker
@@ -73,6 +81,7 @@ class RegistryService(RegistryServicer):
         except SlipstreamError as error:
             await abort(context, error)
         self._tell(change)
+        self.registrations_total += 1
         if change is Change.WORKERS:
             _log_record("worker_registered", record)
         return RegisterResponse(lease_s=self._lease_s)
@@ -117,6 +126,7 @@ class RegistryService(RegistryServicer):
             now_s = self._clock()
             for record in self._registry.advance(now_s):
                 self._pending = Change.WORKERS
+                self.expirations_total += 1
                 _log_record("worker_expired", record)
             wait_s = self._post_due_in_s(now_s)
             if wait_s <= 0:

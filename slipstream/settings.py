@@ -24,6 +24,9 @@ class ControlPlaneSettings(Section):
     host: str = Field("127.0.0.1", description="address the control plane listens on")
     port: int = Field(7600, ge=0, le=65535, description="port the control plane listens on; 0 takes a free one")
     address: str = Field("127.0.0.1:7600", description="host:port under which workers and frontends find it")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of its /metrics and /targets; 0 takes a free one, which its log names"
+    )
     lease_s: float = Field(6.0, ge=0.5, le=300, description="a worker that has not renewed for this long is forgotten")
 
 
