@@ -3,6 +3,10 @@
 first_light.py     `python -m benchmarks.first_light`: the cluster beside one aggregated engine
 pd_vs_nixl.py      `python -m benchmarks.pd_vs_nixl`: the cluster beside vLLM's own disaggregation
 kv_compression.py  `python -m benchmarks.kv_compression`: what quantizing KV blocks costs, saves and changes
+frontend.py        `python -m benchmarks.frontend`: our frontend beside NVIDIA Dynamo's, with workers that take no time
+frontend_comparison.py  what it asks of both and makes of it; frontend_servers.py starts them
+instant_worker.py  those workers, for our frontend
+stream_load.py     a closed load of streamed answers over many connections, cheaper than what it measures
 transfer.py        `python -m benchmarks.transfer`: the transports beside raw copies and beside NIXL alone
 transfer_peer.py   the sending worker of it; nixl_alone.py NIXL by itself
 command.py         what commands do around their measurement: a deadline, an orderly end
