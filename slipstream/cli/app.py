@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from slipstream import __version__
-from slipstream.cli import chat, local, roles, show, status, transfer
+from slipstream.cli import chat, local, roles, show, status, top, transfer
 from slipstream.errors import ConfigError, SlipstreamError
 
 
@@ -34,7 +34,7 @@ app = typer.Typer(
         ("slipstream demo", "start a cluster here, ask one question, and account for the answer"),
         ("slipstream up --prefill 2 --decode 2", "start a cluster here and keep it until Ctrl-C"),
         ("slipstream chat", "talk to it, from another terminal"),
-        ("slipstream status --watch", "see what its workers do"),
+        ("slipstream top", "see what it does, live"),
         ("slipstream COMMAND --help", "all flags of a command, with examples"),
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,6 +50,7 @@ configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 local.add_to(app)
 chat.add_to(app)
 status.add_to(app)
+top.add_to(app)
 transfer.add_to(ways)
 roles.add_to(app, planner)
 show.add_to(app, configuration)
