@@ -34,11 +34,16 @@ class DecodeService(DecodeWorkerServicer):
                 check_model(request.model, self._model)
                 handoff = request.handoff if request.HasField("handoff") else None
                 stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, handoff)
-                async with aclosing(stream):
-                    async for tokens in stream:
-                        if tokens.finish_reason:
-                            call.generated(tokens)
-                        yield _event(tokens)
+                work = self._admission.work.begun(
+                    request.frontend_id, request.token_ids, computes=handoff is None, generates=True
+                )
+                with work as begun:
+                    async with aclosing(stream):
+                        async for tokens in stream:
+                            begun.generated(len(tokens.token_ids))
+                            if tokens.finish_reason:
+                                call.generated(tokens)
+                            yield _event(tokens)
         except SlipstreamError as error:
             call.fail(error.code)
             await grpc_errors.abort(context, error)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.open_work import OpenWork
 from slipstream.errors import ModelNotFoundError, UnavailableError, WorkerDrainingError
 
 
@@ -14,9 +15,13 @@ class Admission:
 
     Args:
         limit: requests open at the same time, running and queued.
+
+    Attributes:
+        work: what the open requests amount to.
     """
 
     def __init__(self, *, limit: int) -> None:
+        self.work = OpenWork()
         self._limit = limit
         self._draining = False
         self._idle = asyncio.Event()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 
 from engine import environment, host_id
 from engine.admission import Admission
+from engine.cache_feed import CacheFeed
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.worker_metrics import MetricsServer
@@ -38,6 +39,7 @@ from slipstream.background import background
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
+from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
@@ -99,6 +101,7 @@ class _Host:
         self._device = ""
         self._engine: Engine | None = None
         self._path_watch: PathWatch | None = None
+        self._admission = Admission(limit=settings.worker.max_running + settings.worker.max_waiting)
         self._stop = asyncio.Event()
         self.load_abandoned = False
 
@@ -118,7 +121,7 @@ class _Host:
             started_unix_s=self._started_s,
             device=self._device,
             capacity=engine.capacity() if engine else None,
-            load=engine.load() if engine else None,
+            load=self._admission.work.load(engine.load()) if engine else None,
             transfer=engine.transfer() if engine else None,
             paths=self._paths(),
         )
@@ -129,7 +132,8 @@ class _Host:
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         folder = resolve(settings.model)
         self._model = settings.served_model_name or folder.served_name
-        admission = Admission(limit=worker.max_running + worker.max_waiting)
+        profile = encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
+        admission = self._admission
         async with AsyncExitStack() as owned:
             server = grpc.aio.server(options=server_options())
             self._address = host_port(worker.host, _bind(server, worker.host, worker.port))
@@ -156,7 +160,10 @@ class _Host:
             )
             metrics.watch(engine, board, admission, self._paths)
             names = add_services(server, engine, admission, board, self._model, settings)
-            health_service = _add_standard_services(server, names, _WorkerService(self.record, engine))
+            feed = CacheFeed(engine, admission.work, model=self._model, epoch=self._epoch, profile=profile)
+            owned.callback(feed.close)
+            await owned.enter_async_context(background(feed.follow(), name="cache-feed"))
+            health_service = _add_standard_services(server, names, _WorkerService(self.record, engine, feed))
             await server.start()
             self._state = WorkerState.READY
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -171,6 +178,7 @@ class _Host:
                 await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
                 registration.push()
                 await self._drain(admission, engine)
+                feed.close()
                 await server.stop(grace=1.0)
         log.info("worker_stopped")
 
@@ -247,9 +255,10 @@ class _Host:
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, record: Callable[[], WorkerRecord], engine: Engine) -> None:
+    def __init__(self, record: Callable[[], WorkerRecord], engine: Engine, feed: CacheFeed) -> None:
         self._record = record
         self._engine = engine
+        self._feed = feed
 
     async def GetStatus(  # noqa: N802 - gRPC's name
         self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -271,8 +280,9 @@ class _WorkerService(worker_pb2_grpc.WorkerServicer):
     async def WatchCache(  # noqa: N802 - gRPC's name
         self, request: worker_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[worker_pb2.CacheUpdate]:
-        record = self._record()
-        yield worker_pb2.CacheUpdate(epoch=record.epoch, snapshot=True, load=record.load)
+        async with aclosing(self._feed.updates(request.frontend_id, request.interval_ms / 1000)) as updates:
+            async for update in updates:
+                yield update
 
 
 def _add_standard_services(

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from vllm import AsyncEngineArgs
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config.kv_events import KVEventsConfig
 from vllm.exceptions import VLLMError
 from vllm.outputs import RequestOutput
 from vllm.transformers_utils.config import get_config
@@ -26,6 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from engine import device as devices
 from engine import host_id, path_probe
 from engine.protocol import CacheChange, EngineTimes, PromptComputed, TokensGenerated
+from engine.vllm_events import EventSocket, Translation
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.accounts import FAILURES
 from kv_transfer.agent_start import read_endpoint
@@ -78,6 +80,8 @@ class VllmEngine:
         self._settings = settings
         self._board = board
         self._queues: _Queues | None = None
+        self._served_name = served_name
+        self._events = EventSocket() if settings.worker.cache_events else None
         self.device = devices.choose_device(settings.device)
         self._args = self._engine_args(model_path, served_name, prefill=prefill)
         self._llm: AsyncLLM | None = None
@@ -95,6 +99,7 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=[self._stat_logger])
         except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
+            self._close_events()
             raise StartupError(f"vLLM cannot start with {self._args.model}: {error}") from error
         model = self._llm.vllm_config.model_config
         self.max_model_len = model.max_model_len
@@ -123,6 +128,12 @@ class VllmEngine:
         step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
         if step_tokens is not None:
             optional["max_num_batched_tokens"] = step_tokens
+        if self._events is not None:
+            optional["kv_events_config"] = KVEventsConfig(
+                enable_kv_cache_events=True,
+                endpoint=self._events.endpoint,
+                replay_endpoint=self._events.replay_endpoint,
+            )
         return AsyncEngineArgs(
             model=str(model_path),
             served_model_name=served_name,
@@ -281,7 +292,9 @@ class VllmEngine:
 
     def cache_changes(self) -> AsyncIterator[CacheChange] | None:
         """See `Engine.cache_changes`."""
-        return None
+        if self._events is None:
+            return None
+        return self._events.changes(Translation(self._served_name, self.capacity().block_tokens))
 
     @property
     def alive(self) -> bool:
@@ -296,6 +309,11 @@ class VllmEngine:
         if llm is not None:
             with contextlib.suppress(VllmEngineDeadError):
                 llm.shutdown(timeout=_ENGINE_END_S)
+        self._close_events()
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
 
 
 def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:

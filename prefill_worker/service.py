@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import grpc.aio
 
 from engine.admission import Admission, check_model
 from engine.observed_call import ObservedCall
+from engine.open_work import OpenRequest
 from engine.protocol import Engine, PromptComputed
 from kv_transfer.board import Outcome
 from kv_transfer.handoff import ID_BYTES
@@ -67,11 +68,12 @@ class PrefillService(PrefillWorkerServicer):
     ) -> AsyncIterator[PrefillEvent]:
         call = ObservedCall("PrefillWorker/Prefill", request.request_id, context)
         try:
-            with self._admission.admitted(), self._leased() as lease:
+            with self._admission.admitted(), self._leased() as lease, self._begun(request) as begun:
                 self._check(request)
                 keeping = asyncio.create_task(self._until_ended(lease), name="lease")
                 try:
                     computed = await self._compute(request, lease, keeping)
+                    begun.computed()
                     if computed is not None:
                         call.computed(computed)
                         yield PrefillEvent(computed=_to_wire(computed))
@@ -85,6 +87,11 @@ class PrefillService(PrefillWorkerServicer):
             await grpc_errors.abort(context, error)
         finally:
             call.end()
+
+    def _begun(self, request: PrefillRequest) -> AbstractContextManager[OpenRequest]:
+        return self._admission.work.begun(
+            request.frontend_id, request.token_ids, computes=not request.cached_only, generates=False
+        )
 
     def _check(self, request: PrefillRequest) -> None:
         """Refuse what cannot be meant.

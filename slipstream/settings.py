@@ -72,6 +72,11 @@ class WorkerSettings(Section):
         description="file that says how fast this worker computes (made by `slipstream profile`); helps the router, "
         "and is what the simulated engine keeps time by",
     )
+    cache_events: bool = Field(
+        True,
+        description="tell frontends which KV blocks are in the prefix cache; without it each guesses from its own "
+        "requests",
+    )
     worker_id: str | None = Field(None, description="name in the registry; made from role, host and pid when absent")
     host: str = Field("127.0.0.1", description="address the worker's gRPC and metrics listen on, as others reach it")
     port: int = Field(0, ge=0, le=65535, description="port of its gRPC services; 0 takes a free one")

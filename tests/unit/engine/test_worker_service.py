@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import grpc.aio
 import pytest
 
+from engine.cache_feed import CacheFeed
 from engine.host_process import _add_standard_services, _WorkerService
+from engine.open_work import OpenWork
 from slipstream.errors import InvalidRequestError, TransferError
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1.registry_pb2 import TransferEndpoint, TransferPath, WorkerRecord
@@ -27,6 +29,9 @@ class ProbingEngine:
     failure: TransferError | None = None
     probed: list[tuple[str, TransferEndpoint, str]] = field(default_factory=list)
 
+    def cache_changes(self) -> None:
+        return None
+
     async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
         self.probed.append((worker_id, peer, transport))
         if self.failure is not None:
@@ -42,7 +47,8 @@ def engine() -> ProbingEngine:
 @pytest.fixture
 async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerAsyncStub]:
     server = grpc.aio.server()
-    service = _WorkerService(lambda: WorkerRecord(worker_id="w"), engine)  # type: ignore[arg-type]
+    feed = CacheFeed(engine, OpenWork(), model="m", epoch=1)  # type: ignore[arg-type]
+    service = _WorkerService(lambda: WorkerRecord(worker_id="w"), engine, feed)  # type: ignore[arg-type]
     _add_standard_services(server, (), service)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
