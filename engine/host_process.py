@@ -130,7 +130,7 @@ class _Host:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
-        folder = resolve(settings.model)
+        folder = resolve(settings.model, weights=worker.engine == "vllm")
         self._model = settings.served_model_name or folder.served_name
         profile = encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
         admission = self._admission
@@ -197,6 +197,10 @@ class _Host:
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
         """The engine, loaded in a thread so that the registration goes on; None when stopped meanwhile."""
+        if self._settings.worker.engine == "simulated":
+            async with self._simulated_engine(model_path, board) as simulated:
+                yield simulated
+            return
         limit_s = self._settings.worker.start_timeout_s
         loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
         stopped = asyncio.create_task(self._stop.wait())
@@ -217,6 +221,15 @@ class _Host:
             yield engine
         finally:
             await asyncio.to_thread(engine.shutdown)
+
+    @asynccontextmanager
+    async def _simulated_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine]:
+        """It lives in this event loop, and is there at once."""
+        from engine.simulated.engine import running  # late: who computes does not need it
+
+        async with running(self._settings, folder=model_path, served_name=self._model, board=board) as engine:
+            self._device = engine.device
+            yield engine
 
     def _load_engine(self, model_path: Path, board: Board) -> Engine:
         from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
