@@ -30,6 +30,7 @@ from engine.admission import Admission
 from engine.cache_feed import CacheFeed
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
+from engine.simulated.profile_choice import profile_of
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
@@ -41,7 +42,7 @@ from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
-from slipstream.settings import Settings
+from slipstream.settings import Settings, WorkerSettings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
 
@@ -132,7 +133,7 @@ class _Host:
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         folder = resolve(settings.model, weights=worker.engine == "vllm")
         self._model = settings.served_model_name or folder.served_name
-        profile = encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
+        profile = _profile(worker)
         admission = self._admission
         async with AsyncExitStack() as owned:
             server = grpc.aio.server(options=server_options())
@@ -265,6 +266,17 @@ class _Host:
         except TimeoutError:
             if admission.open_count:
                 log.warning("drain_cut_short", open_requests=admission.open_count, limit_s=limit_s)
+
+
+def _profile(worker: WorkerSettings) -> bytes:
+    """How fast this worker is, as far as it is known, for its watchers.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no profile.
+    """
+    if worker.engine == "simulated":
+        return encode_profile(profile_of(worker))
+    return encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):

@@ -95,6 +95,7 @@ class SimulatedEngine:
         self._streams: dict[str, Stream] = {}
         self._work = asyncio.Event()
         self._cache_news = asyncio.Event()
+        self._cache_events = settings.worker.cache_events
         self._tells_cache = False
         self._alive = False
         self._requests_total = 0
@@ -440,8 +441,11 @@ class SimulatedEngine:
         path.bytes_per_s, path.latency_s = self.profile.transfer_bytes_per_s, self.profile.transfer_latency_s
         return path
 
-    async def cache_changes(self) -> AsyncIterator[CacheChange]:
+    def cache_changes(self) -> AsyncIterator[CacheChange] | None:
         """See `Engine.cache_changes`."""
+        return self._changes() if self._cache_events else None
+
+    async def _changes(self) -> AsyncGenerator[CacheChange, None]:
         self._scheduler.record_cache_events()
         self._tells_cache = True
         self._cache_news.set()

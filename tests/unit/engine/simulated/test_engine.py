@@ -263,7 +263,6 @@ async def test_it_tells_what_it_caches(workers: tuple[Worker, Worker]) -> None:
     change = await anext(changes)
     assert known.issuperset(change.removed)
     assert len(known | set(change.stored)) - len(change.removed) == alone.engine._scheduler.pool.cached
-    await changes.aclose()
 
 
 async def test_a_way_is_measured_to_a_peer_that_answers(workers: tuple[Worker, Worker]) -> None:
