@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from frontend.attempt import Attempt, Surroundings
+from frontend.cache_watch import CacheWatch
 from frontend.cluster_view import ClusterView, ClusterWatch
 from frontend.conversation_cache import PrefixChain
 from frontend.conversations import Conversations
@@ -27,6 +28,7 @@ from frontend.dispatch_metrics import (
     WORKER_FAILURES,
 )
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
+from frontend.known_caches import KnownCaches
 from frontend.outstanding import OutstandingWork
 from frontend.progress import Progress
 from frontend.request_life import note_route, stage
@@ -52,7 +54,10 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
     async with AsyncExitStack() as stack:
         channels = await stack.enter_async_context(WorkerChannels())
         work = OutstandingWork()
-        conversations = Conversations(write_back=settings.frontend.write_back)
+        caches = KnownCaches()
+        conversations = Conversations(caches, write_back=settings.frontend.write_back)
+        frontend_id = uuid.uuid4().hex
+        cache_watch = await stack.enter_async_context(CacheWatch(caches, channels, frontend_id=frontend_id))
 
         async def take_note(view: ClusterView) -> None:
             records = view.records()
@@ -61,11 +66,12 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
             worker_ids = {record.worker_id for record in records}
             work.forget_all_but(worker_ids)
             conversations.forget_all_but(worker_ids)
+            await cache_watch.retain(records)
             await channels.retain({record.address for record in records})
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        around = Surroundings(settings.frontend, channels, work, time.monotonic)
+        around = Surroundings(settings.frontend, channels, work, time.monotonic, frontend_id)
         yield ClusterDispatcher(around, watch, conversations)
 
 
