@@ -39,7 +39,7 @@ from slipstream import telemetry
 from slipstream.background import background
 from slipstream.errors import NoWorkerError
 from slipstream.settings import FrontendSettings, Settings
-from slipstream.v1.registry_pb2 import Role
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.worker_pb2 import DecodeEvent
 
 log = telemetry.get_logger(__name__)
@@ -89,6 +89,10 @@ class ClusterDispatcher:
     def ready(self) -> bool:
         """Whether at least one decode worker takes requests now."""
         return bool(self._watch.view.ready(Role.ROLE_DECODE, self._around.clock()))
+
+    def records(self) -> list[WorkerRecord]:
+        """All workers in any state, as last heard of. Not copies: do not change them."""
+        return self._watch.view.records()
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until `ready`.
@@ -168,6 +172,8 @@ class ClusterDispatcher:
 
         def note_computed(attempt: Attempt) -> None:
             PREFILL_SECONDS.observe(attempt.prefill_s)
+            if progress.request.on_computed is not None:
+                progress.request.on_computed()
             self._conversations.note_computed(attempt, chain)
 
         write_back = self._conversations.plan(ask, route, candidates)

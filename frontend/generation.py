@@ -6,10 +6,11 @@ dispatcher (`frontend.dispatch`) turns that into a stream of `TokenDelta` by way
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from frontend.admission.claim import DEFAULT_CLAIM, Claim
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams, TokenLogprobs
 
 
@@ -20,12 +21,16 @@ class TokenRequest:
     Attributes:
         sampling: as the workers get it: `max_tokens` set, end-of-sequence ids in `stop_token_ids` (unless
             `ignore_eos`), no stop strings.
+        claim: whose it is, and how urgent.
+        on_computed: called when a prefill worker has computed the prompt, if one does.
     """
 
     request_id: str
     model: str
     token_ids: Sequence[int]
     sampling: SamplingParams
+    claim: Claim = DEFAULT_CLAIM
+    on_computed: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from frontend.admission.claim import Claim
 from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -68,7 +69,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _generate(self, call: _Call, context: Context) -> SlipstreamError | None:
         try:
-            async with self._service.answer(_asked(call.request, call.request_id, self._where)) as answer:
+            claim = self._service.tenants.of_grpc(context.invocation_metadata() or (), context.time_remaining())
+            async with self._service.answer(_asked(call.request, call.request_id, self._where, claim)) as answer:
                 async for delta in answer:
                     await context.write(_response(delta, answer, call.shown_id))
         except SlipstreamError as error:
@@ -138,13 +140,14 @@ class GrpcFace:
             await self._health.set(name, serving.SERVING if ready else serving.NOT_SERVING)
 
 
-def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where) -> InferenceRequest:
+def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where, claim: Claim) -> InferenceRequest:
     return InferenceRequest(
         request_id=request_id,
         model=request.model,
         prompts=[_prompt(request)],
         sampling=checked_params(request.sampling),
         where=where,
+        claim=claim,
     )
 
 

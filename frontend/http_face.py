@@ -137,6 +137,7 @@ class HttpFace:
             where=where_of(request.url.path, self.service.model_name),
             n=1 if body.n is None else body.n,
             default_max_tokens=default_max_tokens,
+            claim=self.service.tenants.of_http(request.scope["headers"], body.service_tier),
         )
 
     def _respond(

@@ -15,6 +15,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from frontend import access_log
+from frontend.admission.claim import DEFAULT_CLAIM, Claim
+from frontend.admission.tenants import Tenants
 from frontend.answer_text import AnswerPiece, AnswerText
 from frontend.face_metrics import PROMPT_TOKENS, TokenTimes, Where
 from frontend.fan_in import merged
@@ -33,6 +35,7 @@ from slipstream.errors import (
     UnavailableError,
     WorkerLostError,
 )
+from slipstream.settings import AdmissionSettings
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
 
 # Answers one request may ask for: its prompts times `n`.
@@ -62,6 +65,7 @@ class InferenceRequest:
     where: Where
     n: int = 1
     default_max_tokens: int | None = None
+    claim: Claim = DEFAULT_CLAIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ class InferenceService:
     Args:
         request_timeout_s: longest a request may take in all.
         max_n: largest `n` accepted.
+        tenants: whose requests are whose; the faces ask it.
         clock: monotonic seconds, for the metrics.
     """
 
@@ -131,11 +136,13 @@ class InferenceService:
         model_name: str,
         request_timeout_s: float,
         max_n: int,
+        tenants: Tenants | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.dispatcher = dispatcher
         self.text_model = text_model
         self.model_name = model_name
+        self.tenants = tenants or Tenants(AdmissionSettings())
         self.clock = clock
         self._request_timeout_s = request_timeout_s
         self._max_n = max_n
@@ -180,8 +187,12 @@ class InferenceService:
         """
         received(self.clock)
         record = current() or RequestRecord(request.request_id, "", "", self.clock(), time.time_ns())
+        record.tenant = request.claim.tenant
         times = TokenTimes(request.where, record, self.clock)
-        deadline = asyncio.timeout(self._request_timeout_s)
+        limit_s, limited_by = self._request_timeout_s, "frontend.request_timeout_s"
+        if request.claim.timeout_s is not None and request.claim.timeout_s < limit_s:
+            limit_s, limited_by = request.claim.timeout_s, "x-request-timeout-s"
+        deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
                 self._open.add(deadline)
@@ -209,9 +220,7 @@ class InferenceService:
                 raise
             if self.closing:
                 raise UnavailableError(_CLOSING, code="shutting_down") from error
-            raise DeadlineError(
-                f"The request took longer than the {self._request_timeout_s:g} s allowed (frontend.request_timeout_s)."
-            ) from error
+            raise DeadlineError(f"The request took longer than the {limit_s:g} s allowed ({limited_by}).") from error
         finally:
             times.close()
             self._open.discard(deadline)
@@ -270,7 +279,7 @@ class InferenceService:
                 if params.HasField("seed"):
                     own.seed = _wrapped(params.seed + choice)
                 request_id = f"{request.request_id}-{index}" if several else request.request_id
-                sequences.append(TokenRequest(request_id, model.name, token_ids, own))
+                sequences.append(TokenRequest(request_id, model.name, token_ids, own, request.claim))
         return sequences
 
     def _worker_params(

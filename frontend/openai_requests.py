@@ -44,6 +44,7 @@ class GenerationBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    service_tier: str | None = None
     slipstream: Extension | None = None
 
     @property

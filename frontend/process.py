@@ -16,6 +16,9 @@ from pathlib import Path
 import uvicorn
 
 from frontend import access_log
+from frontend.admission.cluster_room import room_of
+from frontend.admission.gate import AdmissionGate
+from frontend.admission.tenants import Tenants
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
@@ -24,7 +27,7 @@ from frontend.tokenizer import TextModel
 from slipstream import telemetry
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError
-from slipstream.settings import FrontendSettings, Settings
+from slipstream.settings import AdmissionSettings, FrontendSettings, Settings
 
 log = telemetry.get_logger(__name__)
 
@@ -52,13 +55,20 @@ async def serve(settings: Settings) -> None:
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
         async with open_dispatcher(settings) as dispatcher:
+            gate = AdmissionGate(
+                dispatcher,
+                settings.admission,
+                request_timeout_s=settings.frontend.request_timeout_s,
+                room=lambda: room_of(dispatcher.records()),
+            )
             await run_faces(
                 settings.frontend,
-                dispatcher,
+                gate,
                 text_model,
                 model_name=settings.served_model_name or folder.served_name,
                 http_socket=http_socket,
                 stop=stop,
+                admission=settings.admission,
             )
 
 
@@ -71,11 +81,13 @@ async def run_faces(
     http_socket: socket.socket,
     stop: asyncio.Event,
     listening: Callable[[str, str], None] = lambda http, grpc: None,
+    admission: AdmissionSettings | None = None,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
     Args:
         listening: called with the HTTP and the gRPC address once both accept.
+        admission: who the tenants are; `dispatcher` does the rest.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -86,6 +98,7 @@ async def run_faces(
         model_name=model_name,
         request_timeout_s=settings.request_timeout_s,
         max_n=settings.max_n,
+        tenants=Tenants(admission or AdmissionSettings()),
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes)
     grpc_port = _bind_grpc(grpc_face, settings)

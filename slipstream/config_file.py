@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_origin
 
 import yaml
 
@@ -62,7 +63,7 @@ def _layer(path: Path, loader: yaml.SafeLoader, root: yaml.Node) -> Layer:
     sections = {name.partition(".")[0] for name in known if "." in name}
     for name, value, where in _entries(path, root):
         if name in known:
-            layer.give(name, _scalar(loader, name, value, where), Origin("file", where))
+            layer.give(name, _value(loader, name, value, where), Origin("file", where))
         elif name not in sections:
             hint = did_you_mean(name, [*sections, *known])
             message = f"{name} ({where}) is not a setting{hint}" if hint else unknown_setting(name, where)
@@ -72,7 +73,7 @@ def _layer(path: Path, loader: yaml.SafeLoader, root: yaml.Node) -> Layer:
                 full = f"{name}.{leaf}"
                 if full not in known:
                     raise ConfigError(unknown_setting(full, leaf_where), param=full)
-                layer.give(full, _scalar(loader, full, leaf_value, leaf_where), Origin("file", leaf_where))
+                layer.give(full, _value(loader, full, leaf_value, leaf_where), Origin("file", leaf_where))
     return layer
 
 
@@ -96,6 +97,28 @@ def _entries(path: Path, node: yaml.Node, section: str = "") -> Iterator[tuple[s
 
 def _is_empty(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def _value(loader: yaml.SafeLoader, name: str, node: yaml.Node, where: str) -> object:
+    if get_origin(setting_fields()[name].annotation) is not tuple or isinstance(node, yaml.ScalarNode):
+        return _scalar(loader, name, node, where)
+    _check_no_aliases(node, name, where, set())
+    values: object = loader.construct_object(node, deep=True)
+    return values
+
+
+def _check_no_aliases(node: yaml.Node, name: str, where: str, seen: set[int]) -> None:
+    """One node in two places could be a million: a list of settings is written out."""
+    if id(node) in seen:
+        raise ConfigError(f"{name} ({where}) has an alias (*name); write the values out", param=name)
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _check_no_aliases(key, name, where, seen)
+            _check_no_aliases(value, name, where, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_no_aliases(value, name, where, seen)
 
 
 def _scalar(loader: yaml.SafeLoader, name: str, node: yaml.Node, where: str) -> object:

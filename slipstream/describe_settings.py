@@ -63,7 +63,7 @@ def _table(fields: dict[str, FieldInfo]) -> str:
 
 
 def _default(info: FieldInfo) -> str:
-    return "none" if info.default is None else f"`{info.default}`"
+    return "none" if info.default is None or info.default == () else f"`{info.default}`"
 
 
 def _limits(info: FieldInfo) -> str:

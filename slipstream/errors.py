@@ -114,6 +114,33 @@ class EngineDeadError(UnavailableError):
     default_code = "engine_dead"
 
 
+class OverloadedError(SlipstreamError):
+    """More is asked of the cluster than it can do; `retry_after_s` is the predicted wait."""
+
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    openai_type = "rate_limit_error"
+    default_code = "overloaded"
+
+
+class QueueFullError(OverloadedError):
+    """As many requests of this class wait as may wait."""
+
+    default_code = "queue_overflow"
+
+
+class DeadlineUnreachableError(OverloadedError):
+    """The request's deadline would come before its turn."""
+
+    default_code = "deadline_unreachable"
+
+
+class ShedError(OverloadedError):
+    """The request waited, and gave way to one that has more right to the place."""
+
+    default_code = "shed"
+
+
 class DeadlineError(SlipstreamError):
     """A wait ran into its deadline; the message names the wait and the limit."""
 

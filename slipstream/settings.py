@@ -61,6 +61,49 @@ class FrontendSettings(Section):
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
 
 
+class TenantSettings(Section):
+    """One tenant, known by the SHA-256 of its API key: `printf %s "$KEY" | sha256sum`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._:@-]{1,64}$", description="in metrics and logs")
+    key_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the API key, in hexadecimal")
+    weight: float = Field(1.0, gt=0, le=1e6, description="share of a contended cluster, relative to other tenants")
+    priority: Literal["realtime", "nearline", "batch"] = Field(
+        "realtime", description="highest class of its requests, and their class when they name none"
+    )
+
+
+class AdmissionSettings(Section):
+    """Who waits, who goes first and who is refused when more is asked of the cluster than it can do."""
+
+    default_class: Literal["realtime", "nearline", "batch"] = Field(
+        "realtime", description="class of requests that name none"
+    )
+    realtime_queue: int = Field(512, ge=0, le=1 << 20, description="realtime requests that may wait in a frontend")
+    nearline_queue: int = Field(1024, ge=0, le=1 << 20, description="nearline requests that may wait in a frontend")
+    batch_queue: int = Field(2048, ge=0, le=1 << 20, description="batch requests that may wait in a frontend")
+    queue: int = Field(
+        2048, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
+    )
+    worker_wait_s: float = Field(
+        0.01, ge=0, le=60, description="predicted wait at the workers up to which requests go to them"
+    )
+    ttft_slo_s: float = Field(
+        2.0,
+        gt=0,
+        le=3600,
+        description="time to first token realtime requests shall have; batch requests in flight are taken back for it",
+    )
+    max_preemptions: int = Field(
+        2, ge=0, le=100, description="times one batch request may be taken from the workers; 0 turns that off"
+    )
+    aging_s: float = Field(
+        10.0, gt=0, le=3600, description="wait after which a lower class gets a tenth of the work whatever else waits"
+    )
+    tenants: tuple[TenantSettings, ...] = Field(
+        (), description="tenants by API key: a list in the YAML file; see docs/admission.md"
+    )
+
+
 class WorkerSettings(Section):
     """One prefill or decode worker."""
 
@@ -205,6 +248,7 @@ class Settings(Section):
     )
     control_plane: ControlPlaneSettings = ControlPlaneSettings()
     frontend: FrontendSettings = FrontendSettings()
+    admission: AdmissionSettings = AdmissionSettings()
     worker: WorkerSettings = WorkerSettings()
     simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()

@@ -304,6 +304,8 @@ def test_dump_is_plain_data() -> None:
     def plain(value: object) -> bool:
         if isinstance(value, dict):
             return all(isinstance(key, str) and plain(each) for key, each in value.items())
+        if isinstance(value, list):
+            return all(plain(each) for each in value)
         return value is None or (isinstance(value, str | int | float) and value == value and value != math.inf)
 
     assert plain(config.dump(Settings()))

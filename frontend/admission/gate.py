@@ -1,0 +1,230 @@
+"""The gate before the dispatcher: asyncio around `scheduler`.
+
+A request that finds room passes without a task, a future or a wait. One that does not waits for a future; whatever
+frees room (a computed prompt, an end, the clock) gives the next ones their turn. Leaving `generate` at any point
+gives up the place, in the queue or at the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from frontend.admission.claim import Priority
+from frontend.admission.class_queues import QueueLimits
+from frontend.admission.demand import Demand, MeanDemand
+from frontend.admission.held_request import HeldRequest, PausedError
+from frontend.admission.in_flight import ClusterRoom
+from frontend.admission.metrics import QUEUED, AdmissionMetrics
+from frontend.admission.scheduler import Policy, Scheduler
+from frontend.generation import Dispatcher, ServedModel, TokenDelta, TokenRequest
+from frontend.progress import Progress
+from frontend.request_life import stage
+from slipstream import telemetry
+from slipstream.errors import DeadlineError, OverloadedError, ShedError
+from slipstream.settings import AdmissionSettings
+
+log = telemetry.get_logger(__name__)
+
+TICK_S = 0.01
+"""How often the queue is looked at while there is one: predictions come true without an event."""
+
+ROOM_PERIOD_S = 0.5
+"""How old the workers' figures may be; they send them each second."""
+
+
+def policy_of(settings: AdmissionSettings) -> Policy:
+    """The scheduler's part of the settings."""
+    by_class = {
+        Priority.REALTIME: settings.realtime_queue,
+        Priority.NEARLINE: settings.nearline_queue,
+        Priority.BATCH: settings.batch_queue,
+    }
+    limits = QueueLimits(by_class, settings.queue, settings.aging_s)
+    return Policy(limits, settings.worker_wait_s, settings.ttft_slo_s, settings.max_preemptions)
+
+
+class AdmissionGate:
+    """Implements `frontend.generation.Dispatcher` in front of another one.
+
+    Args:
+        request_timeout_s: longest a request may take, when it does not say so itself.
+        room: what the workers have, as far as is known now.
+        tenants: names that get metrics of their own, whatever else comes.
+    """
+
+    def __init__(
+        self,
+        inner: Dispatcher,
+        settings: AdmissionSettings,
+        *,
+        request_timeout_s: float,
+        room: Callable[[], ClusterRoom],
+        clock: Callable[[], float] = time.monotonic,
+        demand: Demand | None = None,
+    ) -> None:
+        self._inner = inner
+        self._request_timeout_s = request_timeout_s
+        self._room = room
+        self._clock = clock
+        self._demand = demand or MeanDemand()
+        self._preempts = settings.max_preemptions > 0
+        self._room_at_s = -float("inf")
+        self._timer: asyncio.TimerHandle | None = None
+        self._metrics = AdmissionMetrics(one.name for one in settings.tenants)
+        self.scheduler: Scheduler[HeldRequest] = Scheduler(policy_of(settings), clock())
+
+    @property
+    def ready(self) -> bool:
+        """See `Dispatcher`. A full queue is no reason not to be ready: other classes may have room."""
+        return self._inner.ready
+
+    def models(self) -> list[ServedModel]:
+        """See `Dispatcher`."""
+        return self._inner.models()
+
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Stream the answer, after a wait for room if need be.
+
+        Raises:
+            OverloadedError: there is no room, and none is to be waited for.
+            DeadlineError: there was none in time.
+            SlipstreamError: what the dispatcher behind raises.
+        """
+        held = self._hold(request)
+        try:
+            self._enter(held)
+            if held.turn is not None:
+                with stage("queue"):
+                    await self._turn(held)
+            stream = self._inner.generate(held.request) if held.progress is None else self._pausable(held)
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    if not held.answered:
+                        self._first_token(held)
+                    held.note(delta)
+                    yield delta
+        finally:
+            self._leave(held)
+
+    async def _pausable(self, held: HeldRequest) -> AsyncGenerator[TokenDelta, None]:
+        """The answer in as many parts as it takes: after a pause the rest of it is asked for."""
+        while True:
+            async with aclosing(self._inner.generate(held.next_request())) as deltas:
+                try:
+                    while True:
+                        yield await held.read(deltas)
+                except StopAsyncIteration:
+                    return
+                except PausedError:
+                    pass
+            await self._turn(held)
+
+    def _hold(self, request: TokenRequest) -> HeldRequest:
+        now_s, claim, sampling = self._clock(), request.claim, request.sampling
+        cost = self._demand.cost(
+            len(request.token_ids), 0, sampling.max_tokens if sampling.HasField("max_tokens") else None
+        )
+        timeout_s = self._request_timeout_s
+        if claim.timeout_s is not None and claim.timeout_s < timeout_s:
+            timeout_s = claim.timeout_s
+        held = HeldRequest(
+            claim, cost.work, cost.prompt_work, cost.kv_tokens, now_s, now_s + timeout_s,
+            request=request, demand=self._demand,
+        )  # fmt: skip
+        held.request = replace(request, on_computed=lambda: self._computed(held))
+        if self._preempts and claim.priority is Priority.BATCH:
+            held.progress = Progress(held.request, 1, held.deadline_s)
+        return held
+
+    def _enter(self, held: HeldRequest) -> None:
+        """Let it through, or queue it: then it has a `turn`."""
+        now_s = held.arrived_s
+        self._look_at_room(now_s)
+        try:
+            arrival = self.scheduler.arrive(held, now_s)
+        except OverloadedError as error:
+            self._metrics.refused(held.claim, error.code)
+            raise
+        if arrival.admitted:
+            self._metrics.admitted(held.claim, 0.0)
+            return
+        held.turn = asyncio.get_running_loop().create_future()
+        if arrival.dropped is not None:
+            self._shed(arrival.dropped, now_s)
+        self._pump()
+
+    async def _turn(self, held: HeldRequest) -> None:
+        """Wait for it.
+
+        Raises:
+            ShedError, DeadlineError
+        """
+        assert held.turn is not None, "not queued"
+        left_s = held.deadline_s - self._clock()
+        try:
+            async with asyncio.timeout(left_s):
+                error = await held.turn
+        except TimeoutError as timeout:
+            allowed_s = held.deadline_s - held.arrived_s
+            raise DeadlineError(
+                f"the request waited for its turn for all of the {allowed_s:g} s that it may take "
+                "(x-request-timeout-s, frontend.request_timeout_s)"
+            ) from timeout
+        if error is not None:
+            raise error
+
+    def _shed(self, held: HeldRequest, now_s: float) -> None:
+        self._metrics.refused(held.claim, ShedError.default_code)
+        full = self.scheduler.full(held, now_s)
+        error = ShedError(f"it gave way to another request: {full.message}", retry_after_s=full.retry_after_s)
+        assert held.turn is not None, "not queued"
+        if not held.turn.done():
+            held.turn.set_result(error)
+
+    def _computed(self, held: HeldRequest) -> None:
+        self.scheduler.computed(held, self._clock())
+        if len(self.scheduler.queues):
+            self._pump()
+
+    def _first_token(self, held: HeldRequest) -> None:
+        self.scheduler.first_token(held, self._clock())
+        if len(self.scheduler.queues):
+            self._pump()
+
+    def _leave(self, held: HeldRequest) -> None:
+        waited = len(self.scheduler.queues) > 0
+        self.scheduler.end(held, self._clock())
+        if waited:
+            self._pump()
+
+    def _pump(self) -> None:
+        """Do what the scheduler says."""
+        loop, now_s = asyncio.get_running_loop(), self._clock()
+        self._look_at_room(now_s)
+        step = self.scheduler.step(now_s)
+        for held in step.preempted:
+            held.pause(loop)
+            self._metrics.preempted(held.claim)
+            log.info("request_preempted", request_id=held.request.request_id, tokens=held.tokens)
+        for held in step.granted:
+            self._metrics.admitted(held.claim, now_s - held.queued_s)
+            if held.turn is not None and not held.turn.done():
+                held.turn.set_result(None)
+        for priority in Priority:
+            QUEUED.labels(priority.label).set(len(self.scheduler.queues.of(priority)))
+        if len(self.scheduler.queues) and self._timer is None:
+            self._timer = loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        # Set again by `_pump` as long as somebody waits, and whoever waits has a task that ends or leaves.
+        self._timer = None
+        self._pump()
+
+    def _look_at_room(self, now_s: float) -> None:
+        if now_s - self._room_at_s >= ROOM_PERIOD_S or not self.scheduler.in_flight.room.decode_workers:
+            self._room_at_s = now_s
+            self.scheduler.take_room(self._room(), now_s)

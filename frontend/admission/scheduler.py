@@ -1,0 +1,202 @@
+"""Who is let through, who waits, who is refused and who is taken back: all decisions of admission. Pure.
+
+    arrive -> admitted, or queued (and who was dropped for it); step -> granted, preempted; computed, first_token, end
+
+The caller acts on what it is told, and calls `step` whenever something has ended or some time has passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from frontend.admission.claim import Entry, Priority, Stage
+from frontend.admission.class_queues import ClassQueues, QueueLimits
+from frontend.admission.in_flight import Bottleneck, ClusterRoom, InFlight
+from slipstream.errors import DeadlineUnreachableError, QueueFullError
+
+E = TypeVar("E", bound=Entry)
+
+MIN_RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 3600.0
+PACE_DECAY = 0.98
+"""What earlier grants weigh in the pace of the queue after each newer one."""
+
+SLO_SHARE = 0.5
+"""The SLO is at risk when this share of it is spent on waiting, or less where the workers need more of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is set.
+
+    Attributes:
+        ttft_slo_s: time to first token that realtime requests shall have.
+        max_preemptions: times one batch request may be sent back.
+    """
+
+    limits: QueueLimits
+    worker_wait_s: float
+    ttft_slo_s: float
+    max_preemptions: int
+
+
+@dataclass(slots=True)
+class Step(Generic[E]):
+    """What is to be done now: requests to send to the workers, and those to take from them (they are queued again)."""
+
+    granted: list[E] = field(default_factory=list)
+    preempted: list[E] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Arrival(Generic[E]):
+    """What became of a new request: let through or queued, and who was dropped for it."""
+
+    admitted: bool
+    dropped: E | None = None
+
+
+class _Pace:
+    """Work that leaves the queue in a second while there is one: whatever the workers lack, this shows it."""
+
+    def __init__(self) -> None:
+        self._work, self._seconds, self.last_s = 0.0, 0.0, 0.0
+
+    def began(self, now_s: float, assumed: float) -> None:
+        """There is a queue from now on. What is assumed counts as a first second of experience."""
+        self.last_s = now_s
+        if not self._seconds:
+            self._work, self._seconds = assumed, 1.0
+
+    def left(self, work: float, now_s: float) -> None:
+        self._work = PACE_DECAY * self._work + work
+        self._seconds = PACE_DECAY * self._seconds + now_s - self.last_s
+        self.last_s = now_s
+
+    def of(self, now_s: float, assumed: float) -> float:
+        """Work a second. A queue that stands still is slow."""
+        if not self._seconds:
+            return assumed
+        return self._work / (self._seconds + max(0.0, now_s - self.last_s))
+
+
+class Scheduler(Generic[E]):
+    """See the module. `now_s` never goes backwards."""
+
+    def __init__(self, policy: Policy, now_s: float) -> None:
+        self.policy = policy
+        self.queues: ClassQueues[E] = ClassQueues(policy.limits)
+        self.in_flight: InFlight[E] = InFlight(policy.worker_wait_s, now_s)
+        self._pace = _Pace()
+
+    def take_room(self, room: ClusterRoom, now_s: float) -> None:
+        """The workers' newer figures; call it before the first request, and once in a while."""
+        self.in_flight.take(room, now_s)
+
+    def arrive(self, entry: E, now_s: float) -> Arrival[E]:
+        """A new request. Whoever gets `admitted` goes on at once; after any other answer call `step`.
+
+        Raises:
+            QueueFullError: there is no room in the queue for one like this.
+            DeadlineUnreachableError: its deadline would come before its turn.
+        """
+        if not len(self.queues) and self.in_flight.bottleneck(now_s) is None:
+            self.in_flight.begin(entry, now_s)
+            return Arrival(admitted=True)
+        wait_s = self.wait_s(entry, now_s)
+        left_s = entry.deadline_s - now_s
+        if wait_s > left_s:
+            raise DeadlineUnreachableError(
+                f"the predicted wait of {wait_s:.1f} s is longer than the {left_s:.1f} s that the request may take; "
+                "allow it more time (x-request-timeout-s), or try again later",
+                retry_after_s=_retry_after(wait_s),
+            )
+        if not len(self.queues):
+            self._pace.began(now_s, self.in_flight.work_per_s)
+        offer = self.queues.offer(entry)
+        if not offer.queued:
+            raise self.full(entry, now_s)
+        entry.stage, entry.queued_s = Stage.QUEUED, now_s
+        if offer.dropped is not None:
+            offer.dropped.stage = Stage.GONE
+        return Arrival(admitted=False, dropped=offer.dropped)
+
+    def full(self, entry: E, now_s: float) -> QueueFullError:
+        """What is said to one for whom the queue has no room."""
+        name, limits = entry.claim.priority.label, self.policy.limits
+        waiting, allowed = len(self.queues.of(entry.claim.priority)), limits.by_class[entry.claim.priority]
+        return QueueFullError(
+            f"the queue is full: {waiting} of {allowed} {name} requests (admission.{name}_queue) and "
+            f"{len(self.queues)} of {limits.total} in all (admission.queue) are waiting; try again later",
+            retry_after_s=_retry_after(self.wait_s(entry, now_s)),
+        )
+
+    def step(self, now_s: float) -> Step[E]:
+        """Fill the room that there is; take one batch request back where the SLO of a realtime one is at risk."""
+        step: Step[E] = Step()
+        self._fill(step, now_s)
+        victim = self._victim(now_s)
+        if victim is not None:
+            self.in_flight.end(victim, now_s)
+            victim.preemptions += 1
+            victim.recount()
+            victim.stage, victim.queued_s = Stage.QUEUED, now_s
+            self.queues.put_back(victim)
+            step.preempted.append(victim)
+            self._fill(step, now_s)
+        return step
+
+    def computed(self, entry: E, now_s: float) -> None:
+        """Its prompt is computed. Again is fine."""
+        if entry.stage is Stage.PREFILL:
+            self.in_flight.computed(entry, now_s)
+
+    def first_token(self, entry: E, now_s: float) -> None:
+        """The workers have answered for the first time since it was sent; the prompt is computed then, too."""
+        self.computed(entry, now_s)
+        self.in_flight.first_token(entry, now_s)
+
+    def end(self, entry: E, now_s: float) -> None:
+        """The request is over, or its client has left it, wherever it was. Again is fine."""
+        if entry.stage is Stage.QUEUED:
+            self.queues.remove(entry)
+        elif entry.stage in (Stage.PREFILL, Stage.DECODE):
+            self.in_flight.end(entry, now_s)
+        entry.stage = Stage.GONE
+
+    def wait_s(self, entry: E, now_s: float) -> float:
+        """Predicted wait in the queue, were the entry queued now."""
+        assumed = self.in_flight.work_per_s
+        # Without a queue, the time since the last one says nothing.
+        pace = self._pace.of(now_s if len(self.queues) else self._pace.last_s, assumed)
+        return (self.queues.work_before(entry) + entry.work) / pace
+
+    def _fill(self, step: Step[E], now_s: float) -> None:
+        while len(self.queues) and self.in_flight.bottleneck(now_s) is None:
+            entry = self.queues.pop(now_s)
+            self._pace.left(entry.work, now_s)
+            self.in_flight.begin(entry, now_s)
+            step.granted.append(entry)
+
+    def _victim(self, now_s: float) -> E | None:
+        """The batch request to take back: the youngest one that holds what a realtime one waits for."""
+        realtime = self.queues.of(Priority.REALTIME)
+        if not len(realtime) or not self.in_flight.batch:
+            return None
+        oldest = realtime.oldest()
+        slo_s = self.policy.ttft_slo_s
+        threshold_s = max(slo_s * SLO_SHARE, slo_s - self.in_flight.first_token_s)
+        to_come_s = oldest.work / self._pace.of(now_s, self.in_flight.work_per_s)
+        if now_s - oldest.arrived_s + to_come_s < threshold_s:
+            return None
+        held = self.in_flight.bottleneck(now_s)
+        for entry in reversed(self.in_flight.batch):
+            helps = held is Bottleneck.DECODE or entry.stage is Stage.PREFILL
+            if helps and entry.preemptions < self.policy.max_preemptions and entry.pausable:
+                return entry
+        return None
+
+
+def _retry_after(wait_s: float) -> float:
+    return min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)

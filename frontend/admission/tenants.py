@@ -1,0 +1,121 @@
+"""Whose request it is and in which class it goes: from an API key, headers (or gRPC metadata) and the body.
+
+| name                  | says                                                                             |
+|-----------------------|----------------------------------------------------------------------------------|
+| authorization         | `Bearer KEY`; the tenant whose `key_sha256` fits, else the default tenant        |
+| x-slipstream-tenant   | the tenant's name; only where no keys are configured, since anybody can write it |
+| x-slipstream-class    | realtime, nearline or batch; not above the tenant's own class where keys are set |
+| x-request-timeout-s   | seconds that the request may take                                                |
+| service_tier (body)   | OpenAI's: `flex` is batch, `priority` is realtime, others leave the default      |
+
+Keys classify. They do not keep anybody out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+
+from frontend.admission.claim import DEFAULT_TENANT, Claim, Priority
+from slipstream.errors import InvalidRequestError
+from slipstream.settings import AdmissionSettings
+
+CLASS_HEADER = "x-slipstream-class"
+TENANT_HEADER = "x-slipstream-tenant"
+TIMEOUT_HEADER = "x-request-timeout-s"
+KEY_HEADER = "authorization"
+
+_HTTP_NAMES = {name.encode(): name for name in (CLASS_HEADER, TENANT_HEADER, TIMEOUT_HEADER, KEY_HEADER)}
+_NAMES = frozenset(_HTTP_NAMES.values())
+_CLASSES = {one.label: one for one in Priority}
+_TIERS = {"flex": Priority.BATCH, "priority": Priority.REALTIME}
+_SAFE_TENANT = re.compile(r"[A-Za-z0-9._:@-]{1,64}")
+
+
+class Tenants:
+    """The tenants of the settings. Use one of `of_http` and `of_grpc` for each request."""
+
+    def __init__(self, settings: AdmissionSettings) -> None:
+        self._default_class = _CLASSES[settings.default_class]
+        self._default = Claim(self._default_class)
+        self._by_key = {one.key_sha256: Claim(_CLASSES[one.priority], one.name, one.weight) for one in settings.tenants}
+        named = {one.name: one.weight for one in settings.tenants}
+        if DEFAULT_TENANT in named:
+            self._default = Claim(self._default_class, DEFAULT_TENANT, named[DEFAULT_TENANT])
+        self.names = frozenset(named) | {DEFAULT_TENANT}
+
+    def of_http(self, headers: Iterable[tuple[bytes, bytes]], service_tier: str | None = None) -> Claim:
+        """From ASGI's raw headers, whose names are in lower case.
+
+        Raises:
+            InvalidRequestError: a header's value is wrong.
+        """
+        said = {_HTTP_NAMES[name]: value.decode("latin-1") for name, value in headers if name in _HTTP_NAMES}
+        return self._claim(said, service_tier) if said or service_tier else self._default
+
+    def of_grpc(self, metadata: Iterable[tuple[str, str | bytes]], left_s: float | None) -> Claim:
+        """From a call's metadata, and the seconds that the caller gives it.
+
+        Raises:
+            InvalidRequestError: a value is wrong.
+        """
+        said = {name: value for name, value in metadata if name in _NAMES and isinstance(value, str)}
+        claim = self._claim(said, None) if said else self._default
+        if left_s is None or left_s > _YEAR_S or (claim.timeout_s is not None and claim.timeout_s <= left_s):
+            return claim
+        return Claim(claim.priority, claim.tenant, claim.weight, max(left_s, 0.0))
+
+    def _claim(self, said: dict[str, str], service_tier: str | None) -> Claim:
+        known = self._by_key.get(_key_hash(said.get(KEY_HEADER, ""))) if self._by_key else None
+        base = known or self._default
+        tenant, weight = base.tenant, base.weight
+        if not self._by_key and TENANT_HEADER in said:
+            tenant, weight = _tenant(said[TENANT_HEADER]), 1.0
+        priority = base.priority
+        if CLASS_HEADER in said:
+            priority = _class(said[CLASS_HEADER])
+        elif service_tier:
+            priority = _TIERS.get(service_tier, priority)
+        if self._by_key:
+            priority = max(priority, base.priority)  # a larger one goes later
+        timeout_s = _timeout_s(said[TIMEOUT_HEADER]) if TIMEOUT_HEADER in said else None
+        return Claim(priority, tenant, weight, timeout_s)
+
+
+_YEAR_S = 366 * 86400.0
+
+
+def _key_hash(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return sha256(key.strip().encode()).hexdigest() if scheme.lower() == "bearer" else ""
+
+
+def _tenant(value: str) -> str:
+    if not _SAFE_TENANT.fullmatch(value):
+        raise InvalidRequestError(
+            f"Invalid '{TENANT_HEADER}': a name is 1 to 64 letters, digits and . _ : @ -", param=TENANT_HEADER
+        )
+    return value
+
+
+def _class(value: str) -> Priority:
+    priority = _CLASSES.get(value.strip().lower())
+    if priority is None:
+        raise InvalidRequestError(
+            f"Invalid '{CLASS_HEADER}': '{value[:64]}' is none of {', '.join(_CLASSES)}.", param=CLASS_HEADER
+        )
+    return priority
+
+
+def _timeout_s(value: str) -> float:
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise InvalidRequestError(
+            f"Invalid '{TIMEOUT_HEADER}': '{value[:64]}' is not a number of seconds above 0.", param=TIMEOUT_HEADER
+        )
+    return timeout_s
