@@ -15,7 +15,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from frontend import access_log
-from frontend.admission.claim import DEFAULT_CLAIM, Claim
+from frontend.admission.claim import DEFAULT_CLAIM, DEFAULT_TENANT, Claim
 from frontend.admission.tenants import Tenants
 from frontend.answer_text import AnswerPiece, AnswerText
 from frontend.face_metrics import PROMPT_TOKENS, TokenTimes, Where
@@ -187,7 +187,7 @@ class InferenceService:
         """
         received(self.clock)
         record = current() or RequestRecord(request.request_id, "", "", self.clock(), time.time_ns())
-        record.tenant = request.claim.tenant
+        record.tenant = "" if request.claim.tenant == DEFAULT_TENANT else request.claim.tenant
         times = TokenTimes(request.where, record, self.clock)
         limit_s, limited_by = self._request_timeout_s, "frontend.request_timeout_s"
         if request.claim.timeout_s is not None and request.claim.timeout_s < limit_s:

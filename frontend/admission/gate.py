@@ -98,7 +98,7 @@ class AdmissionGate:
         try:
             self._enter(held)
             if held.turn is not None:
-                with stage("queue"):
+                with stage("admission"):
                     await self._turn(held)
             stream = self._inner.generate(held.request) if held.progress is None else self._pausable(held)
             async with aclosing(stream) as deltas:

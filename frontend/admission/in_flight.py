@@ -14,10 +14,10 @@ The rate is work finished over the time in which workers had any, so that it doe
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
-from dataclasses import dataclass
+from bisect import insort
+from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from frontend.admission.claim import Entry, Priority, Stage
@@ -56,25 +56,35 @@ class ClusterRoom:
     kv_tokens_used: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Lane(Generic[E]):
+    """One worker: its prompts in their order, and when it is predicted to be done with them."""
+
+    free_at_s: float
+    prompts: dict[E, float] = field(default_factory=dict)  # with the predicted end of each
+
+
 class Lanes(Generic[E]):
     """The workers that compute prompts, one prompt after the other each: when is the next of them free?
 
-    A prompt that takes longer than predicted holds its lane until it is done; one that is done early frees it.
+    Which worker really has a prompt is the router's business; that it takes the one that is free first is assumed. A
+    prompt that takes longer than predicted holds its lane until it is done, and moves what is behind it.
     """
 
     def __init__(self, now_s: float) -> None:
-        self.prompts = 0
-        self._free_at_s = [now_s]  # one for each lane, sorted
-        self._predicted: list[tuple[float, int, E]] = []  # a heap; those that ended are still in it
-        self._ends_at_s: dict[E, float] = {}
-        self._late: set[E] = set()
-        self._count = 0
+        self._by_free: list[_Lane[E]] = [_Lane(now_s)]  # by `free_at_s`
+        self._lane_of: dict[E, _Lane[E]] = {}
         self._at_s = now_s
         self._busy_s = 0.0  # lane-seconds with a prompt since the last finished one
         self._done_work, self._done_s = START_WORK_PER_S, 1.0
 
     def __len__(self) -> int:
-        return len(self._free_at_s)
+        return len(self._by_free)
+
+    @property
+    def prompts(self) -> int:
+        """Not yet computed."""
+        return len(self._lane_of)
 
     @property
     def work_per_s(self) -> float:
@@ -82,55 +92,54 @@ class Lanes(Generic[E]):
         return self._done_work / self._done_s
 
     def resize(self, lanes: int, now_s: float) -> None:
-        """Workers came or went."""
+        """Workers came or went; prompts of those that went keep a lane that nothing is added to."""
         self._pass(now_s)
-        while len(self._free_at_s) < lanes:
-            insort(self._free_at_s, now_s)
-        del self._free_at_s[max(1, lanes) :]
+        while len(self._by_free) < lanes:
+            self._place(_Lane(now_s))
+        del self._by_free[max(1, lanes) :]
 
     def free_in_s(self, now_s: float) -> float:
-        """Predicted seconds until one is free; 0 when one certainly is."""
-        if self.prompts < len(self._free_at_s):
-            return 0.0
-        while self._predicted and (self._predicted[0][0] < now_s or self._predicted[0][2] not in self._ends_at_s):
-            _, _, entry = heapq.heappop(self._predicted)
-            if entry in self._ends_at_s:
-                self._late.add(entry)
-        if len(self._late) >= len(self._free_at_s):
-            return float("inf")
-        return max(0.0, self._free_at_s[len(self._late)] - now_s)
+        """Predicted seconds until one is free; 0 when one is, infinite when each is late already."""
+        for lane in self._by_free:
+            if lane.free_at_s > now_s:
+                return lane.free_at_s - now_s
+            if not lane.prompts:
+                return 0.0
+        return float("inf")
 
     def begin(self, entry: E, now_s: float) -> None:
         """A prompt goes to the lane that is free first."""
         self._pass(now_s)
-        ends_at_s = max(now_s, self._free_at_s.pop(0)) + entry.prompt_work / self.work_per_s
-        insort(self._free_at_s, ends_at_s)
-        self._count += 1
-        self.prompts += 1
-        self._ends_at_s[entry] = ends_at_s
-        heapq.heappush(self._predicted, (ends_at_s, self._count, entry))
+        lane = next((one for one in self._by_free if one.free_at_s > now_s or not one.prompts), self._by_free[0])
+        self._by_free.remove(lane)
+        lane.free_at_s = max(now_s, lane.free_at_s) + entry.prompt_work / self.work_per_s
+        lane.prompts[entry] = lane.free_at_s
+        self._lane_of[entry] = lane
+        self._place(lane)
 
     def end(self, entry: E, now_s: float, *, computed: bool) -> None:
-        """A prompt is computed, or given up."""
+        """A prompt is computed, or given up: what is behind it begins now."""
         self._pass(now_s)
-        ends_at_s = self._ends_at_s.pop(entry)
-        self._late.discard(entry)
-        self.prompts -= 1
-        if ends_at_s > now_s:
-            place = bisect_left(self._free_at_s, ends_at_s)
-            if place < len(self._free_at_s) and self._free_at_s[place] == ends_at_s:
-                del self._free_at_s[place]
-                insort(self._free_at_s, now_s)
-        if len(self._predicted) > 2 * self.prompts + 64:
-            self._predicted = [one for one in self._predicted if one[2] in self._ends_at_s]
-            heapq.heapify(self._predicted)
+        lane = self._lane_of.pop(entry)
+        del lane.prompts[entry]
+        ends_at_s, work_per_s = now_s, self.work_per_s
+        for one in lane.prompts:
+            ends_at_s += one.prompt_work / work_per_s
+            lane.prompts[one] = ends_at_s
+        lane.free_at_s = ends_at_s
+        if lane in self._by_free:
+            self._by_free.remove(lane)
+            self._place(lane)
         if computed:
             self._done_work = DECAY * self._done_work + entry.prompt_work
             self._done_s = DECAY * self._done_s + self._busy_s
             self._busy_s = 0.0
 
+    def _place(self, lane: _Lane[E]) -> None:
+        insort(self._by_free, lane, key=attrgetter("free_at_s"))
+
     def _pass(self, now_s: float) -> None:
-        self._busy_s += max(0.0, now_s - self._at_s) * min(self.prompts, len(self._free_at_s))
+        self._busy_s += max(0.0, now_s - self._at_s) * min(self.prompts, len(self._by_free))
         self._at_s = max(now_s, self._at_s)
 
 

@@ -23,7 +23,7 @@ def policy(
     each: int = 1000,
     total: int = 3000,
     aging_s: float = 10.0,
-    worker_wait_s: float = 0.05,
+    worker_wait_s: float = 0.01,
     ttft_slo_s: float = 2.0,
     max_preemptions: int = 2,
 ) -> Policy:

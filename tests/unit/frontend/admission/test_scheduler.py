@@ -1,0 +1,244 @@
+"""The scheduler under load, in virtual time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frontend.admission.claim import Priority, Stage
+from frontend.admission.in_flight import Bottleneck, ClusterRoom
+from frontend.admission.scheduler import Scheduler
+from slipstream.errors import DeadlineUnreachableError, OverloadedError, QueueFullError
+from tests.support.admission_loop import Job, Loop, job, percentile, policy
+
+SECONDS = 60.0
+
+
+def arrivals(tenant: str, rate: float, seed: int, priority: Priority = Priority.REALTIME) -> list[Job]:
+    """Poisson arrivals of prompts of half to one and a half times 0.1 s, over a minute."""
+    chance, at_s, jobs = random.Random(seed), 0.0, []
+    while (at_s := at_s + chance.expovariate(rate)) < SECONDS:
+        size = chance.uniform(0.5, 1.5)
+        jobs.append(job(at_s, tenant, priority, work=100 * size, prefill_s=0.1 * size))
+    return jobs
+
+
+def run(
+    jobs: list[Job], *, prefill_workers: int = 4, places: int = 1000, transfer_s: float = 0.03, **how: float
+) -> Loop:
+    each = int(how.pop("each", 500))
+    loop = Loop(Scheduler(policy(each=each, **how), 0.0), prefill_workers, places, transfer_s)  # type: ignore[arg-type]
+    loop.run(sorted(jobs, key=lambda one: one.arrived_s))
+    return loop
+
+
+def ttft_p99_s(jobs: list[Job]) -> float:
+    assert all(one.refused is None and not one.dropped for one in jobs)
+    return percentile([one.ttft_s for one in jobs], 0.99)
+
+
+@pytest.mark.parametrize("prefill_workers", [4, 16])
+def test_a_tenants_flood_leaves_anothers_time_to_first_token_below_twice_its_quiet_value(prefill_workers: int) -> None:
+    rate = 2.0 * prefill_workers  # a fifth of what the workers do
+    quiet, beside = arrivals("calm", rate, 1), arrivals("calm", rate, 1)
+    run(quiet, prefill_workers=prefill_workers)
+    flood = arrivals("flood", 10 * rate, 2)
+    run(beside + flood, prefill_workers=prefill_workers)
+    assert ttft_p99_s(beside) < 2 * ttft_p99_s(quiet)
+    # The flood has what is left, and is told when to come back.
+    answered = [one for one in flood if one.first_token_at_s is not None]
+    assert len(answered) > 6 * rate * SECONDS / 2
+    refused = [one.refused for one in flood if one.refused is not None]
+    assert refused
+    assert all((error.retry_after_s or 0) >= 1 for error in refused)
+
+
+def test_workers_are_kept_busy_and_have_no_queue_of_their_own() -> None:
+    jobs = arrivals("a", 100, 3)  # two and a half times of what four workers do
+    loop = run(jobs, prefill_workers=4, transfer_s=0.05)
+    answered = [one for one in jobs if one.first_token_at_s is not None]
+    ended_s = max(one.first_token_at_s or 0.0 for one in answered)
+    computed_s = sum(one.prefill_s for one in answered)
+    assert computed_s > 0.97 * 4 * ended_s
+    # Sent to first token: its own prompt, the transfer, and next to no wait.
+    waits_s = [(one.first_token_at_s or 0.0) - one.sent_s - one.prefill_s - 0.05 for one in answered]
+    assert percentile(waits_s, 0.5) < 0.03
+    assert percentile(waits_s, 0.99) < 0.15
+    assert loop.scheduler.in_flight.open == 0
+
+
+def test_decode_places_bound_what_is_in_flight() -> None:
+    jobs = [job(0.01 * number, decode_s=5.0) for number in range(100)]
+    loop = run(jobs, places=12)
+    assert loop.most_in_flight == 12
+    assert all(one.first_token_at_s is not None for one in jobs)
+
+
+def test_full_kv_caches_hold_requests_back() -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(prefill_workers=8, decode_workers=1, kv_tokens=250), 0.0)
+    admitted = [scheduler.arrive(job(0.0, work=100), 0.0).admitted for _ in range(5)]
+    assert admitted == [True, True, True, False, False]
+
+
+def test_what_other_frontends_have_at_the_workers_counts() -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(8, 1, places=10, open_requests=8), 0.0)
+    admitted = [scheduler.arrive(job(0.0), 0.0).admitted for _ in range(4)]
+    assert admitted == [True, True, False, False]
+    assert scheduler.in_flight.bottleneck(0.0) is Bottleneck.DECODE
+
+
+def test_a_prompt_that_takes_longer_than_predicted_holds_its_worker_until_it_is_done() -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(prefill_workers=1, decode_workers=1), 0.0)
+    slow, waiting = job(0.0), job(0.0)
+    assert scheduler.arrive(slow, 0.0).admitted
+    assert not scheduler.arrive(waiting, 0.0).admitted
+    assert scheduler.step(0.045).granted == [waiting]  # done after 0.05 s, it was predicted
+    late = job(1.0)
+    assert not scheduler.arrive(late, 1.0).admitted
+    assert scheduler.step(100.0).granted == []
+    scheduler.computed(slow, 100.0)
+    scheduler.computed(waiting, 100.1)
+    assert scheduler.step(100.1).granted == [late]
+
+
+def test_without_workers_everything_passes_so_that_the_dispatcher_says_what_is_wrong() -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    assert all(scheduler.arrive(job(0.0), 0.0).admitted for _ in range(100))
+
+
+def busy(**limits: float) -> Scheduler[Job]:
+    """One prefill worker, with a prompt that will take long."""
+    scheduler: Scheduler[Job] = Scheduler(policy(**limits), 0.0)  # type: ignore[arg-type]
+    scheduler.take_room(ClusterRoom(prefill_workers=1, decode_workers=1), 0.0)
+    assert scheduler.arrive(job(0.0, work=1e6), 0.0).admitted
+    return scheduler
+
+
+def test_a_deadline_that_comes_before_the_predicted_turn_is_refused_at_once() -> None:
+    scheduler = busy()
+    for _ in range(50):
+        scheduler.arrive(job(0.0, work=2000.0), 0.0)
+    with pytest.raises(DeadlineUnreachableError, match=r"predicted wait of \d+\.\d s .* 5\.0 s") as caught:
+        scheduler.arrive(job(0.0, work=2000.0, timeout_s=5.0), 0.0)
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s > 5
+    assert not scheduler.arrive(job(0.0, work=2000.0, timeout_s=500.0), 0.0).admitted
+
+
+def test_retry_after_grows_with_the_backlog() -> None:
+    waits = []
+    for backlog in range(1, 40):
+        scheduler = busy(each=backlog, total=backlog)
+        for _ in range(backlog):
+            scheduler.arrive(job(0.0, work=1000.0), 0.0)
+        with pytest.raises(QueueFullError) as caught:
+            scheduler.arrive(job(0.0, work=1000.0), 0.0)
+        waits.append(caught.value.retry_after_s or 0.0)
+    assert waits == sorted(waits)
+    assert waits[-1] > waits[0] >= 1
+
+
+def at_risk(*batch: Job, max_preemptions: int = 2) -> tuple[Scheduler[Job], Job]:
+    """One place, held by `batch`, and a realtime request that has waited for most of its SLO."""
+    scheduler: Scheduler[Job] = Scheduler(policy(ttft_slo_s=1.0, max_preemptions=max_preemptions), 0.0)
+    scheduler.take_room(ClusterRoom(4, 1, places=len(batch)), 0.0)
+    for one in batch:
+        assert scheduler.arrive(one, 0.0).admitted
+        scheduler.first_token(one, 0.1)
+    urgent = job(0.1)
+    assert not scheduler.arrive(urgent, 0.1).admitted
+    return scheduler, urgent
+
+
+def test_the_youngest_batch_request_is_taken_back_once_the_slo_of_a_realtime_one_is_at_risk() -> None:
+    older, younger = job(0.0, priority=Priority.BATCH), job(0.0, priority=Priority.BATCH)
+    scheduler, urgent = at_risk(older, younger)
+    early = scheduler.step(0.2)
+    assert (early.preempted, early.granted) == ([], [])
+    late = scheduler.step(1.0)
+    assert (late.preempted, late.granted) == ([younger], [urgent])
+    assert (younger.stage, younger.preemptions) == (Stage.QUEUED, 1)
+    scheduler.end(urgent, 1.5)
+    assert scheduler.step(1.5).granted == [younger]
+
+
+def test_realtime_and_nearline_requests_in_flight_are_left_alone() -> None:
+    scheduler, _ = at_risk(job(0.0), job(0.0, priority=Priority.NEARLINE))
+    assert scheduler.step(30.0).preempted == []
+
+
+def test_a_batch_request_is_taken_back_no_more_often_than_allowed() -> None:
+    batch = job(0.0, priority=Priority.BATCH)
+    scheduler, urgent = at_risk(batch, max_preemptions=1)
+    assert scheduler.step(1.0).preempted == [batch]
+    scheduler.end(urgent, 1.1)
+    assert scheduler.step(1.1).granted == [batch]
+    scheduler.arrive(job(1.2), 1.2)
+    assert scheduler.step(60.0).preempted == []
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["arrive", "arrive", "arrive", "computed", "end", "leave", "step"]),
+        st.sampled_from(Priority),
+        st.sampled_from("ab"),
+        st.integers(0, 30),
+        st.floats(0.001, 0.7),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150)
+@given(actions, st.integers(1, 3), st.integers(1, 6))
+def test_every_request_is_in_one_place_and_no_room_stays_empty_while_somebody_waits(
+    script: list[tuple[str, Priority, str, int, float]], prefill_workers: int, places: int
+) -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(each=4, total=8, ttft_slo_s=0.5, aging_s=1.0), 0.0)
+    scheduler.take_room(ClusterRoom(prefill_workers, 1, places), 0.0)
+    now_s, sent, queued = 0.0, [], []
+    for name, priority, tenant, place, passed_s in script:
+        now_s += passed_s
+        if name == "arrive":
+            one = job(now_s, tenant, priority)
+            try:
+                arrival = scheduler.arrive(one, now_s)
+            except OverloadedError:
+                assert one.stage is Stage.NEW
+            else:
+                (sent if arrival.admitted else queued).append(one)
+                if arrival.dropped is not None:
+                    queued.remove(arrival.dropped)
+        elif name == "computed" and place < len(sent):
+            scheduler.computed(sent[place], now_s)
+        elif name == "end" and place < len(sent):
+            scheduler.end(sent.pop(place), now_s)
+        elif name == "leave" and place < len(queued):
+            scheduler.end(queued.pop(place), now_s)
+        step = scheduler.step(now_s)
+        for one in step.preempted:  # told before the grants: what is taken back may have its turn at once
+            if one in sent:
+                sent.remove(one)
+                queued.append(one)
+            else:
+                queued = [*queued, one] if one not in queued else queued
+        for one in step.granted:
+            if one in queued:
+                queued.remove(one)
+                sent.append(one)
+        assert len(scheduler.queues) == len(queued)
+        assert scheduler.in_flight.open == len(sent) <= places
+        assert all(one.stage is Stage.QUEUED for one in queued)
+        assert all(one.stage in (Stage.PREFILL, Stage.DECODE) for one in sent)
+        assert len(queued) <= 8 + places
+        # Work conserving: whoever waits, waits for something.
+        assert not queued or scheduler.in_flight.bottleneck(now_s) is not None
+    for one in [*sent, *queued]:
+        scheduler.end(one, now_s)
+    assert (len(scheduler.queues), scheduler.in_flight.open, scheduler.in_flight.lanes.prompts) == (0, 0, 0)
