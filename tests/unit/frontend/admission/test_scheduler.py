@@ -202,7 +202,9 @@ def test_every_request_is_in_one_place_and_no_room_stays_empty_while_somebody_wa
 ) -> None:
     scheduler: Scheduler[Job] = Scheduler(policy(each=4, total=8, ttft_slo_s=0.5, aging_s=1.0), 0.0)
     scheduler.take_room(ClusterRoom(prefill_workers, 1, places), 0.0)
-    now_s, sent, queued = 0.0, [], []
+    now_s = 0.0
+    sent: list[Job] = []
+    queued: list[Job] = []
     for name, priority, tenant, place, passed_s in script:
         now_s += passed_s
         if name == "arrive":
