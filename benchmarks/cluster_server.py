@@ -1,4 +1,4 @@
-"""The cluster that is measured: `slipstream up` with one prefill and one decode worker and nothing else changed."""
+"""The cluster that is measured: `slipstream up` with one prefill and one decode worker, every prompt handed over."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def cluster(model: str, folder: Path) -> AsyncIterator[tuple[Server, Worke
     component = Component(
         name="the cluster",
         argv=(sys.executable, "-P", "-m", "slipstream", "up", "--model", model, "--log-dir", str(run_folder), *ports),
-        environ=child_environ(os.environ),
+        environ=child_environ(os.environ) | {"SLIPSTREAM_FRONTEND__HANDOFF": "always"},
         log_path=folder / "cluster.log",
     )
     until_ready = _UntilReady(run_folder / "slipstream.yaml")

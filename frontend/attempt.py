@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from frontend.attempt_trace import AttemptTrace
-from frontend.outstanding import OutstandingWork
-from frontend.router import Route
+from frontend.router import Fleet, Route
+from frontend.router.candidate import Share
 from frontend.worker_call import WorkerCall
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import FailureKind, WorkerFailure
@@ -47,17 +47,12 @@ COMPUTED_GRACE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every attempt of a dispatcher shares.
-
-    Attributes:
-        frontend_id: by which workers tell this frontend's requests from others'.
-    """
+    """What every attempt of a dispatcher shares."""
 
     settings: FrontendSettings
     channels: WorkerChannels
-    work: OutstandingWork
+    fleet: Fleet
     clock: Callable[[], float]
-    frontend_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,12 @@ class Attempt:
         on_computed: called once, when the prefill worker has computed the prompt.
         write_back: a decode worker that hands the beginning of the prompt over to the prefill worker.
         computed: what the prefill worker said when the prompt was computed, `prefill_s` seconds after the start.
-        tokens_came: whether the decode worker has answered.
+        tokens_came: whether the decode worker has answered, `first_s` seconds after the start.
+        last_s: the last ones, so many seconds after the start.
+        tokens, first_tokens: that came in all, and with the first answer.
+        decode_computed_tokens: of the prompt; None until the decode worker has told.
+        recomputed: whether decode computed a prompt that was to be handed over.
+        began_s: the clock's time of the start.
     """
 
     around: Surroundings
@@ -96,6 +96,13 @@ class Attempt:
     prefill_s: float = 0.0
     computed: PromptComputed | None = None
     tokens_came: bool = False
+    first_s: float = 0.0
+    last_s: float = 0.0
+    tokens: int = 0
+    first_tokens: int = 0
+    decode_computed_tokens: int | None = None
+    recomputed: bool = False
+    began_s: float = 0.0
     trace: AttemptTrace = field(default_factory=AttemptTrace)
     _source: WorkerCall[PrefillEvent] | None = None
     _prefill: WorkerCall[PrefillEvent] | None = None
@@ -103,13 +110,17 @@ class Attempt:
     _watching: asyncio.Task[None] | None = None
     _reading: asyncio.Task[DecodeEvent] | None = None
     _grace: asyncio.TimerHandle | None = None
-    _burdened: list[str] = field(default_factory=list)
+    _prefill_share: Share | None = None
+    _decode_share: Share | None = None
 
     def __post_init__(self) -> None:
-        for worker in (self.route.prefill, self.route.decode):
-            if worker is not None:
-                self.around.work.begin(worker.worker_id, len(self.job.token_ids))
-                self._burdened.append(worker.worker_id)
+        route, fleet, tokens = self.route, self.around.fleet, len(self.job.token_ids)
+        self.began_s = self.around.clock()
+        new_tokens = tokens if route.new_tokens is None else route.new_tokens
+        if route.prefill is not None:
+            self._prefill_share = fleet.begin(route.prefill.worker_id, tokens, new_tokens, self.began_s)
+            new_tokens = 0
+        self._decode_share = fleet.begin(route.decode.worker_id, tokens, new_tokens, self.began_s)
 
     def start(self) -> None:
         """Send the request to all workers of the route."""
@@ -119,7 +130,6 @@ class Attempt:
         request = DecodeRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
-        request.frontend_id = self.around.frontend_id
         metadata = self.trace.decode(self.route.decode)
         self._decode = WorkerCall(
             self.around.channels,
@@ -144,7 +154,11 @@ class Attempt:
         if event.finish_reason and event.account.kv_blocks_moved and self._watching is not None:
             # Blocks came, so the prompt was computed: the account shall have the figures.
             await asyncio.wait({self._watching}, timeout=COMPUTED_GRACE_S)
+        self.last_s = self.around.clock() - self.began_s
+        self.tokens += len(event.token_ids)
         if event.finish_reason:
+            self.decode_computed_tokens = event.account.decode_computed_tokens
+            self.recomputed = bool(event.account.fallback)
             self.trace.finished(event)
         return event
 
@@ -172,8 +186,9 @@ class Attempt:
                 task.cancel()
         if self._decode is not None:
             self._decode.end()
-        for worker_id in tuple(self._burdened):
-            self._unburden(worker_id)
+        for share in (self._prefill_share, self._decode_share):
+            if share is not None:
+                share.end(self.around.clock())
         self.trace.close()
 
     async def aclose(self) -> None:
@@ -197,7 +212,6 @@ class Attempt:
             token_ids=job.token_ids[: self.write_back.tokens + 1],
             handoff_id=handoff.id,
             cached_only=True,
-            frontend_id=self.around.frontend_id,
         )
         self._source = WorkerCall(
             self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
@@ -209,7 +223,6 @@ class Attempt:
         request = PrefillRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
-        request.frontend_id = self.around.frontend_id
         metadata = self.trace.prefill(worker)
         self._prefill = WorkerCall(
             self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request, metadata=metadata)
@@ -219,15 +232,15 @@ class Attempt:
 
     async def _watch_prefill(self, call: WorkerCall[PrefillEvent]) -> None:
         """Until the prompt is computed; the call stays open, and the blocks held, until the first tokens."""
-        began_s, worker = self.around.clock(), call.worker
+        worker = call.worker
         event = await self._in_time(call.read(), self.around.settings.prefill_timeout_s, worker, "computed prompt")
         if event is None or not event.HasField("computed"):
             lost = WorkerLostError(f"prefill worker {worker.worker_id} ended the call without having computed")
             raise WorkerFailure(worker, FailureKind.FAILED, lost)
         self.computed = event.computed
         self.trace.computed(event.computed)
-        self.prefill_s = self.around.clock() - began_s
-        self._unburden(worker.worker_id)
+        self.prefill_s = self.around.clock() - self.began_s
+        self._end_prefill_share()
         self._end_source()
         if self.tokens_came:
             self._end_prefill()
@@ -245,6 +258,9 @@ class Attempt:
             reading, self.around.settings.first_token_timeout_s, self._decode.worker, "first token"
         )
         self.tokens_came = True
+        self.first_s, self.first_tokens = self.around.clock() - self.began_s, len(event.token_ids)
+        if self._decode_share is not None:
+            self._decode_share.prompt_done(self.around.clock())
         # Decode has its own copy of the prompt's blocks now, or has computed them: nobody needs the others.
         if self.computed is not None or self._watching is None or self._watching.done():
             self._end_prefill()
@@ -271,16 +287,15 @@ class Attempt:
         self._end_source()
         if self._prefill is not None:
             self._prefill.end()
-            self._unburden(self._prefill.worker.worker_id)
+            self._end_prefill_share()
 
     def _end_source(self) -> None:
         if self._source is not None:
             self._source.end()
 
-    def _unburden(self, worker_id: str) -> None:
-        if worker_id in self._burdened:
-            self._burdened.remove(worker_id)
-            self.around.work.end(worker_id, len(self.job.token_ids))
+    def _end_prefill_share(self) -> None:
+        if self._prefill_share is not None:
+            self._prefill_share.end(self.around.clock())
 
     async def _in_time(self, reading: Awaitable[T], limit_s: float, worker: WorkerRecord, awaited: str) -> T:
         """What is read, within the limit and the request's deadline."""

@@ -73,6 +73,10 @@ class ClusterView(RegistryView):
         renewed = record.renewals >= suspicion.renewals + RENEWALS_THAT_PROVE_LIFE
         return now_s < suspicion.until_s and not (renewed and suspicion.strikes == 1)
 
+    def suspects(self, now_s: float) -> frozenset[str]:
+        """Workers that are suspect now."""
+        return frozenset(worker_id for worker_id in self._suspicions if self.is_suspect(worker_id, now_s))
+
     def ready(self, role: Role.ValueType, now_s: float) -> list[WorkerRecord]:
         """Workers of a role that take requests now."""
         return [

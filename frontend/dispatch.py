@@ -13,9 +13,9 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from frontend.attempt import Attempt, Surroundings
-from frontend.cache_watch import CacheWatch
 from frontend.cluster_view import ClusterView, ClusterWatch
 from frontend.conversation_cache import PrefixChain
 from frontend.conversations import Conversations
@@ -28,11 +28,11 @@ from frontend.dispatch_metrics import (
     WORKER_FAILURES,
 )
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
-from frontend.known_caches import KnownCaches
-from frontend.outstanding import OutstandingWork
 from frontend.progress import Progress
 from frontend.request_life import note_route, stage
-from frontend.router import RETRY_AFTER_S, Ask, Candidate, Route, choose
+from frontend.request_record import current
+from frontend.router import RETRY_AFTER_S, Ask, Fleet, Route, Router
+from frontend.routing import Routing
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import WorkerFailure
 from slipstream import telemetry
@@ -53,37 +53,32 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
     """A dispatcher that follows the control plane while the body runs. Does not wait for workers: see `ready`."""
     async with AsyncExitStack() as stack:
         channels = await stack.enter_async_context(WorkerChannels())
-        work = OutstandingWork()
-        caches = KnownCaches()
-        conversations = Conversations(caches, write_back=settings.frontend.write_back)
-        frontend_id = uuid.uuid4().hex
-        cache_watch = await stack.enter_async_context(CacheWatch(caches, channels, frontend_id=frontend_id))
+        fleet = Fleet(tie_break=uuid.uuid4().hex)
+        conversations = Conversations(write_back=settings.frontend.write_back)
 
         async def take_note(view: ClusterView) -> None:
             records = view.records()
-            for record in records:
-                work.note(record)
-            worker_ids = {record.worker_id for record in records}
-            work.forget_all_but(worker_ids)
-            conversations.forget_all_but(worker_ids)
-            await cache_watch.retain(records)
+            fleet.apply(records)
             await channels.retain({record.address for record in records})
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        around = Surroundings(settings.frontend, channels, work, time.monotonic, frontend_id)
-        yield ClusterDispatcher(around, watch, conversations)
+        around = Surroundings(settings.frontend, channels, fleet, time.monotonic)
+        router = Router(settings.frontend.policy, always_hand_off=settings.frontend.handoff == "always")
+        yield ClusterDispatcher(around, watch, conversations, Routing(fleet, router))
 
 
 class ClusterDispatcher:
     """Implements `frontend.generation.Dispatcher` with the workers of the cluster."""
 
-    def __init__(self, around: Surroundings, watch: ClusterWatch, conversations: Conversations) -> None:
+    def __init__(
+        self, around: Surroundings, watch: ClusterWatch, conversations: Conversations, routing: Routing
+    ) -> None:
+        self.routing = routing
         self._around = around
         self._conversations = conversations
         self._watch = watch
         self._settings: FrontendSettings = around.settings
-        self._tie_break = uuid.uuid4().hex
 
     @property
     def ready(self) -> bool:
@@ -163,12 +158,13 @@ class ClusterDispatcher:
         if not view.known:
             raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
         records = view.records()
-        candidates = [
-            Candidate(record, view.is_suspect(record.worker_id, now_s), self._around.work.of(record.worker_id))
-            for record in records
-        ]
-        ask = progress.ask(self._conversations.known(chain, records))
-        route = self._route(ask, candidates, progress)
+        record = current()
+        ask = replace(
+            progress.ask(self._conversations.known(chain, records)),
+            suspects=view.suspects(now_s),
+            session=record.session if record is not None else "",
+        )
+        route = self._route(ask, progress)
 
         def note_computed(attempt: Attempt) -> None:
             PREFILL_SECONDS.observe(attempt.prefill_s)
@@ -176,19 +172,20 @@ class ClusterDispatcher:
                 progress.request.on_computed()
             self._conversations.note_computed(attempt, chain)
 
-        write_back = self._conversations.plan(ask, route, candidates)
+        write_back = self._conversations.plan(ask, route, self._around.fleet)
         return Attempt(self._around, progress.job(), route, note_computed, write_back)
 
-    def _route(self, ask: Ask, candidates: list[Candidate], progress: Progress) -> Route:
+    def _route(self, ask: Ask, progress: Progress) -> Route:
         try:
             with stage("route"):
-                route = progress.settle(choose(ask, candidates, tie_break=self._tie_break))
+                route = progress.settle(self.routing.choose(ask, self._around.clock()))
         except NoWorkerError as error:
             if progress.last_failure is None:
                 raise
             raise progress.last_failure.as_error(error.message) from error
         progress.attempts += 1
         note_route(route)
+        self.routing.decided(progress.request.request_id, ask, route, time.time())
         if route.fallback is not None and progress.noted_fallback is None:
             progress.noted_fallback = route.fallback
             FALLBACKS.labels(route.fallback.value).inc()
@@ -207,6 +204,7 @@ class ClusterDispatcher:
 
     def _note_attempt(self, attempt: Attempt, progress: Progress, chain: PrefixChain) -> None:
         """An attempt ended, in whatever way."""
+        self.routing.ended(attempt)
         lost = progress.last_failure
         if attempt.tokens_came and (lost is None or lost.worker.worker_id != attempt.route.decode.worker_id):
             self._conversations.note_answered(attempt, chain)

@@ -36,6 +36,19 @@ PREFILL_SECONDS = Histogram(
     "to the first token to see what the transfer adds.",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
+ROUTES = Counter(
+    "slipstream_frontend_routes",
+    "Dispatches by policy and the reason for their workers; see docs/routing.md for the reasons.",
+    ["policy", "reason"],
+)
+PREDICTION_RATIO = Histogram(
+    "slipstream_frontend_prediction_ratio",
+    "What was seen, over what the router predicted: of the prompt's computation with its queue (prefill), the time to "
+    "the first token (ttft) and the time between tokens (itl). Near 1 is good; steadily far from it says that the "
+    "workers' profiles are not theirs.",
+    ["of"],
+    buckets=(0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 2.0, 4.0, 10.0),
+)
 WRITE_BACKS = Counter(
     "slipstream_frontend_write_backs",
     "Times a decode worker was asked to hand over to a prefill worker what it has of a conversation.",

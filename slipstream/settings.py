@@ -57,6 +57,16 @@ class FrontendSettings(Section):
     max_attempts: int = Field(
         3, ge=1, le=10, description="dispatches of one request before its worker's loss is reported"
     )
+    policy: Literal["kv", "session", "load", "round_robin", "power_of_two"] = Field(
+        "kv",
+        description="how workers are chosen: `kv` by predicted time, with what is cached where; `session` the same "
+        "workers for the same `x-session-id` or `user`, others as `kv`; the rest are for comparison",
+    )
+    handoff: Literal["auto", "always"] = Field(
+        "auto",
+        description="`auto` lets a decode worker compute a prompt alone where a handoff is predicted not to be worth "
+        "it; `always` hands over whenever there is a prefill worker",
+    )
     write_back: bool = Field(True, description="let a prefill worker fetch from decode workers what they generated")
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
 
@@ -143,15 +153,6 @@ class WorkerSettings(Section):
     )
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
     start_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest the engine may take to load")
-
-
-class SimulatedSettings(Section):
-    """The simulated engine (worker.engine = simulated)."""
-
-    speed: float = Field(
-        1.0, ge=0, le=1e6, description="simulated seconds a real one; 0: as fast as possible, nothing takes time"
-    )
-    seed: int = Field(0, ge=0, lt=1 << 63, description="of the answers: the same prompt and seed, the same tokens")
 
 
 class TransferSettings(Section):
@@ -250,7 +251,6 @@ class Settings(Section):
     frontend: FrontendSettings = FrontendSettings()
     admission: AdmissionSettings = AdmissionSettings()
     worker: WorkerSettings = WorkerSettings()
-    simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()

@@ -22,7 +22,6 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "device",
     "dtype",
     "worker.*",
-    "simulated.*",
     "control_plane.address",
     "transfer.*",
     "log.*",

@@ -72,6 +72,8 @@ class Cluster:
 
     def __enter__(self) -> Self:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
+        # Also what decode could as well compute alone is handed over: that is what is tested.
+        environ["SLIPSTREAM_FRONTEND__HANDOFF"] = "always"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 self._argv, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True

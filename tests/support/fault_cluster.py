@@ -260,7 +260,11 @@ def _settings(model: Path, control_plane_port: int) -> Settings:
             port=control_plane_port, address=f"127.0.0.1:{control_plane_port}", lease_s=3.0
         ),
         frontend=FrontendSettings(
-            request_timeout_s=60.0, prefill_timeout_s=5.0, first_token_timeout_s=8.0, token_timeout_s=6.0
+            handoff="always",
+            request_timeout_s=60.0,
+            prefill_timeout_s=5.0,
+            first_token_timeout_s=8.0,
+            token_timeout_s=6.0,
         ),
         log=LogSettings(level="info"),
     )

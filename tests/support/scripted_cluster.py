@@ -60,6 +60,8 @@ async def scripted_cluster(
             ]
             for role, letter, count in ((Role.ROLE_PREFILL, "p", prefill), (Role.ROLE_DECODE, "d", decode))
         }
+        # What scripted workers take for nothing would be computed by decode alone, and nothing be handed over.
+        frontend.setdefault("handoff", "always")
         settings = Settings(
             control_plane=ControlPlaneSettings(address=plane.address), frontend=FrontendSettings(**frontend)
         )

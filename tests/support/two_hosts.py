@@ -87,6 +87,8 @@ class Host:
     def start(self, argv: Sequence[str | Path], output: Path, *, own_memory: bool = False) -> subprocess.Popen[bytes]:
         """Start a command here; what it writes goes to `output`. It is killed with the host at the latest."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
+        # Also what decode could as well compute alone is handed over: that is what is tested.
+        environ["SLIPSTREAM_FRONTEND__HANDOFF"] = "always"
         command = [*self._enter, *(_OWN_MEMORY if own_memory else ()), *(str(word) for word in argv)]
         with output.open("ab") as file:
             started = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)

@@ -26,7 +26,7 @@ from slipstream.v1.sampling_pb2 import SamplingParams
 from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.unit.frontend.conftest import Faces
 
-HEAVY = ("torch", "vllm", "transformers", "numpy")
+HEAVY = ("torch", "vllm", "transformers", "pandas", "scipy")
 
 
 def test_the_frontend_is_light() -> None:

@@ -6,10 +6,13 @@ import asyncio
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from frontend.router import Ask, Candidate
-from frontend.write_back import MIN_BLOCKS, START_TOKENS_PER_S, PrefillRates, plan
+from frontend.router import Ask, Fleet
+from frontend.router.speeds import TYPICAL
+from frontend.write_back import MIN_BLOCKS, WriteBack, plan
 from slipstream.errors import UnavailableError
+from slipstream.performance import PrefillPoint
 from slipstream.v1.registry_pb2 import Capacity, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
 from tests.support.scripted_cluster import PROMPT, ScriptedCluster, a_request, scripted_cluster, tokens_of
 from tests.support.scripted_worker import BLOCK_TOKENS, Script, expected_answer, until
@@ -39,22 +42,33 @@ def ask(**known: int) -> Ask:
     return Ask("m", 400, known=known)
 
 
+def planned(
+    wanted: Ask, *decodes: WorkerRecord, tokens_per_s: float, prefill: WorkerRecord = PREFILL
+) -> WriteBack | None:
+    """The plan for a prefill worker of that speed among decode workers."""
+    fleet = Fleet()
+    fleet.apply([prefill, *decodes])
+    points = tuple(PrefillPoint(tokens, tokens / tokens_per_s) for tokens in (1, 1000))
+    fleet.note_profile("p", replace(TYPICAL, prefill=points))
+    return plan(wanted, prefill, fleet)
+
+
 def test_the_decode_worker_that_knows_most_of_the_prompt_hands_it_over() -> None:
     other = record("e", Role.ROLE_DECODE)
-    planned = plan(ask(d=160, e=320, p=32), PREFILL, [Candidate(DECODE), Candidate(other)], tokens_per_s=2000)
-    assert planned is not None
-    assert (planned.source.worker_id, planned.tokens) == ("e", 320)
+    found = planned(ask(d=160, e=320, p=32), DECODE, other, tokens_per_s=2000)
+    assert found is not None
+    assert (found.source.worker_id, found.tokens) == ("e", 320)
 
 
-@pytest.mark.parametrize(("more_blocks", "planned"), [(MIN_BLOCKS, True), (MIN_BLOCKS - 1, False), (-1, False)])
-def test_a_few_blocks_more_than_the_prefill_worker_has_are_computed(more_blocks: int, planned: bool) -> None:
+@pytest.mark.parametrize(("more_blocks", "moved"), [(MIN_BLOCKS, True), (MIN_BLOCKS - 1, False), (-1, False)])
+def test_a_few_blocks_more_than_the_prefill_worker_has_are_computed(more_blocks: int, moved: bool) -> None:
     known = ask(d=160, p=160 - more_blocks * BLOCK)
-    assert (plan(known, PREFILL, [Candidate(DECODE)], tokens_per_s=100) is not None) == planned
+    assert (planned(known, DECODE, tokens_per_s=100) is not None) == moved
 
 
 # Ten blocks of 1 MB against 160 tokens.
 @pytest.mark.parametrize(
-    ("prefill", "tokens_per_s", "planned"),
+    ("prefill", "tokens_per_s", "moved"),
     [
         ({}, 160 / 0.012, True),  # 11 ms by memory
         ({}, 160 / 0.010, False),
@@ -65,9 +79,9 @@ def test_a_few_blocks_more_than_the_prefill_worker_has_are_computed(more_blocks:
     ],
     ids=["near-slow", "near-fast", "far-slow", "far-fast", "measured-slow", "measured-fast"],
 )
-def test_moving_must_be_cheaper_than_computing(prefill: dict[str, Any], tokens_per_s: float, planned: bool) -> None:
+def test_moving_must_be_cheaper_than_computing(prefill: dict[str, Any], tokens_per_s: float, moved: bool) -> None:
     worker = record("p", Role.ROLE_PREFILL, **prefill)
-    assert (plan(ask(d=160), worker, [Candidate(DECODE)], tokens_per_s=tokens_per_s) is not None) == planned
+    assert (planned(ask(d=160), DECODE, tokens_per_s=tokens_per_s, prefill=worker) is not None) == moved
 
 
 @pytest.mark.parametrize(
@@ -90,26 +104,15 @@ def test_a_worker_that_cannot_send_is_not_asked(unfit: dict[str, Any]) -> None:
             getattr(worker, name).CopyFrom(value)
         else:
             setattr(worker, name, value)
-    assert plan(ask(d=320), PREFILL, [Candidate(worker)], tokens_per_s=100) is None
-    assert plan(ask(d=320), PREFILL, [Candidate(DECODE)], tokens_per_s=100) is not None
+    assert planned(ask(d=320), worker, tokens_per_s=100) is None
+    assert planned(ask(d=320), DECODE, tokens_per_s=100) is not None
 
 
 def test_neither_a_suspect_nor_a_worker_that_failed_the_request_is_asked() -> None:
-    assert plan(ask(d=320), PREFILL, [Candidate(DECODE, suspect=True)], tokens_per_s=100) is None
+    suspect = Ask("m", 400, suspects=frozenset({"d"}), known={"d": 320})
+    assert planned(suspect, DECODE, tokens_per_s=100) is None
     failed = Ask("m", 400, excluded=frozenset({"d"}), known={"d": 320})
-    assert plan(failed, PREFILL, [Candidate(DECODE)], tokens_per_s=100) is None
-
-
-def test_a_prefill_rate_follows_what_the_worker_does() -> None:
-    rates = PrefillRates()
-    assert rates.of("p") == START_TOKENS_PER_S
-    rates.note("p", 0, 5.0)
-    assert rates.of("p") == START_TOKENS_PER_S, "a cached prompt says nothing"
-    for _ in range(60):
-        rates.note("p", 500, 1.0)
-    assert rates.of("p") == pytest.approx(500, rel=0.01)
-    rates.forget_all_but(set())
-    assert rates.of("p") == START_TOKENS_PER_S
+    assert planned(failed, DECODE, tokens_per_s=100) is None
 
 
 async def first_turn(cluster: ScriptedCluster) -> list[int]:

@@ -1,0 +1,192 @@
+"""One worker as the router sees it, and one request's share of its work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from frontend.router.speeds import PROFILED_BOUND, TYPICAL, UNPROFILED_BOUND, Correction, Curve, curve_of
+from slipstream.performance import Profile
+from slipstream.v1.registry_pb2 import WorkerRecord, WorkerState
+
+if TYPE_CHECKING:
+    from frontend.router.pool import Pool
+
+SHM = "shm"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How KV blocks come from one worker to another."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(slots=True)
+class Foreign:
+    """What a worker does for others than this frontend: requests, their prompt tokens that wait, and their context."""
+
+    requests: int = 0
+    waiting_tokens: int = 0
+    context_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One incarnation of one worker. Plain data; `frontend.router.fleet` keeps it, and its row in a pool, up to date.
+
+    Attributes:
+        slot: a small number that no other worker of the fleet has now; kept as long as the candidate is.
+        row: in its pool's vectors; -1 once it has left.
+        ways: measured ways to this worker by sender and epoch of its transfer agent; None where none works.
+        pending_s, jobs: predicted seconds of this frontend's prompts that it has yet to compute, and their number.
+        since_s: when the last of them was done, or the first was sent.
+        fresh_requests, fresh_s, fresh_blocks: sent since the worker's last word, which cannot know of them.
+    """
+
+    record: WorkerRecord
+    slot: int
+    pool: Pool
+    row: int
+    curve: Curve
+    transports: frozenset[str] = frozenset()
+    ways: dict[tuple[str, int], Way | None] = field(default_factory=dict)
+    prefill: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
+    step: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
+    handoff: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
+    foreign: Foreign = field(default_factory=Foreign)
+    blocks_used: int = 0
+    requests: int = 0
+    context_tokens: int = 0
+    pending_s: float = 0.0
+    jobs: int = 0
+    since_s: float = 0.0
+    peak_requests: int = 0
+    fresh_requests: int = 0
+    fresh_s: float = 0.0
+    fresh_blocks: int = 0
+    heard: bool = False
+
+    @property
+    def worker_id(self) -> str:
+        return self.record.worker_id
+
+    @property
+    def sender(self) -> tuple[str, int]:
+        """Under which name other workers have measured the way from this one."""
+        return self.record.worker_id, self.record.transfer.epoch
+
+    @property
+    def profiled(self) -> bool:
+        """Whether the worker has told how fast it is."""
+        return self.curve.predictor.profile is not TYPICAL
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.record.state == WorkerState.READY
+
+    def take_record(self, record: WorkerRecord) -> None:
+        """What it says of itself now."""
+        self.record = record
+        self.transports = frozenset(record.transfer.transports)
+        self.ways = {}
+        for path in record.paths:
+            sender = path.peer_worker_id, path.peer_epoch
+            best = self.ways.get(sender)
+            if path.error:
+                self.ways.setdefault(sender, None)
+            elif best is None or path.bytes_per_s > best.bytes_per_s:
+                self.ways[sender] = Way(path.bytes_per_s, path.latency_s)
+
+    def take_profile(self, profile: Profile | None) -> None:
+        """How fast it is, by its own word. Experience with another profile is of no use for this one."""
+        wanted = TYPICAL if profile is None else profile
+        if self.curve.predictor.profile == wanted:
+            return
+        self.curve = curve_of(wanted)
+        bound = UNPROFILED_BOUND if wanted is TYPICAL else PROFILED_BOUND
+        self.prefill, self.step, self.handoff = Correction(bound), Correction(bound), Correction(UNPROFILED_BOUND)
+        self.learn_from(self.pool.members)
+
+    def learn_from(self, peers: Sequence[Candidate]) -> None:
+        """What its like have shown is a better beginning than a profile alone."""
+        like = [one for one in peers if one.curve is self.curve]
+        self.prefill.start_from([one.prefill for one in like])
+        self.step.start_from([one.step for one in like])
+        self.handoff.start_from([one.handoff for one in like])
+
+    def refresh(self) -> None:
+        """Write what changes with each request into the pool's row."""
+        row, pool = self.row, self.pool
+        if row < 0:
+            return
+        predictor, factor = self.curve.predictor, self.step.factor
+        foreign = self.foreign
+        requests = self.requests + foreign.requests
+        context = self.context_tokens + foreign.context_tokens
+        joined = requests + 1
+        with_one = predictor.decode_s(joined, context / joined) * factor
+        slope = predictor.decode_s(joined, context / joined + 1.0) * factor - with_one
+        pool.requests[row] = requests
+        pool.own_requests[row] = self.requests
+        pool.pending_s[row] = self.pending_s
+        pool.job_s[row] = self.pending_s / self.jobs if self.jobs else 0.0
+        pool.since_s[row] = self.since_s
+        pool.jobs[row] = self.jobs + (foreign.requests if foreign.waiting_tokens else 0)
+        pool.foreign_s[row] = foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
+        pool.step_s[row] = predictor.decode_s(requests, context / max(1, requests)) * factor
+        pool.joined_step_s[row] = with_one
+        pool.step_s_per_token[row] = slope / joined
+        pool.fresh_requests[row] = self.fresh_requests
+        pool.fresh_s[row] = self.fresh_s
+        pool.used_blocks[row] = self.blocks_used + self.fresh_blocks
+        pool.prefill_factor[row] = self.prefill.factor
+        pool.handoff_factor[row] = self.handoff.factor
+
+
+@dataclass(slots=True)
+class Share:
+    """One request's part of a worker's work, counted from its construction on by `Fleet.begin`; end it in any case.
+
+    Attributes:
+        prompt_s: predicted seconds of computation that the prompt costs this worker; 0 where it computes none.
+    """
+
+    candidate: Candidate
+    context_tokens: int
+    prompt_s: float
+    _waits: bool = False
+    _open: bool = True
+
+    def __post_init__(self) -> None:
+        self._waits = self.prompt_s > 0
+
+    def prompt_done(self, now_s: float) -> None:
+        """The prompt is computed: those behind it are next."""
+        if not self._waits:
+            return
+        self._waits = False
+        one = self.candidate
+        one.jobs -= 1
+        one.pending_s = max(0.0, one.pending_s - self.prompt_s) if one.jobs else 0.0
+        one.since_s = now_s
+        one.refresh()
+
+    def end(self, now_s: float) -> None:
+        """The worker has nothing more to do with the request. Again is fine."""
+        if not self._open:
+            return
+        self._open = False
+        one = self.candidate
+        one.requests -= 1
+        one.context_tokens -= self.context_tokens
+        assert one.requests >= 0, f"more requests ended on {one.worker_id} than began"
+        self.prompt_done(now_s)
+        one.refresh()
+
+
+def needed_blocks(tokens: int, block_tokens: int) -> int:
+    return math.ceil(tokens / max(1, block_tokens))
