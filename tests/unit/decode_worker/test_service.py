@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc.aio
 import pytest
 
+from benchmarks.instant_worker import InstantEngine
 from decode_worker.service import DecodeService
 from engine.admission import Admission
 from engine.protocol import TokensGenerated
+from slipstream.background import background
 from slipstream.v1.registry_pb2 import TransferEndpoint
 from slipstream.v1.sampling_pb2 import FinishReason, SamplingParams
 from slipstream.v1.worker_pb2 import DecodeRequest, Handoff
@@ -28,20 +32,36 @@ class OneTokenEngine:
         yield TokensGenerated([7], finish_reason=FinishReason.FINISH_REASON_LENGTH)
 
 
+@asynccontextmanager
+async def serving(engine: Any, **options: float) -> AsyncIterator[Any]:
+    """A stub of a decode worker with this engine."""
+    server = grpc.aio.server()
+    add_DecodeWorkerServicer_to_server(DecodeService(engine, Admission(limit=1), model="tiny", **options), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield DecodeWorkerStub(channel)
+    await server.stop(None)
+
+
 @pytest.mark.parametrize(
     "handoff",
     [None, Handoff(id=bytes(16), worker_id="p", sender=TransferEndpoint(address="h:1", epoch=2))],
     ids=["alone", "handoff"],
 )
 async def test_the_engine_is_told_where_the_prompts_blocks_come_from_if_they_come(handoff: Handoff | None) -> None:
-    engine, server = OneTokenEngine(), grpc.aio.server()
-    service = DecodeService(engine, Admission(limit=1), model="tiny")  # type: ignore[arg-type]
-    add_DecodeWorkerServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    engine = OneTokenEngine()
+    async with serving(engine) as stub:
         request = DecodeRequest(request_id="r", model="tiny", token_ids=[1, 2], handoff=handoff)
-        events = [event async for event in DecodeWorkerStub(channel).Decode(request)]
-    await server.stop(None)
+        events = [event async for event in stub.Decode(request)]
     assert engine.handoffs == [handoff]
     assert [list(event.token_ids) for event in events] == [[7]]
+
+
+async def test_tokens_that_come_faster_than_anyone_reads_travel_together() -> None:
+    engine = InstantEngine("d", 0.001)
+    request = DecodeRequest(request_id="r", model="tiny", token_ids=[1], sampling=SamplingParams(max_tokens=10))
+    async with serving(engine, merge_within_s=0.5) as stub, background(engine.run(), name="steps"):
+        events = [event async for event in stub.Decode(request)]
+    assert [len(event.token_ids) for event in events] == [1, 9]
+    assert events[-1].finish_reason == FinishReason.FINISH_REASON_LENGTH
