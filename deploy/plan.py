@@ -168,11 +168,17 @@ def _resolve_ports(settings: Settings) -> Settings:
     control_port = _port(
         control.host, control.port, "control_plane.port", "--control-plane-port", taken={http_port, grpc_port}
     )
+    taken = {http_port, grpc_port, control_port}
+    metrics_port = _port(
+        control.host, control.metrics_port, "control_plane.metrics_port", "--control-plane-metrics-port", taken=taken
+    )
     address = host_port(reachable(control.host), control_port)
     return settings.model_copy(
         update={
             "frontend": face.model_copy(update={"http_port": http_port, "grpc_port": grpc_port}),
-            "control_plane": control.model_copy(update={"port": control_port, "address": address}),
+            "control_plane": control.model_copy(
+                update={"port": control_port, "metrics_port": metrics_port, "address": address}
+            ),
             # Each worker gets its own name and ports; one value for all of them would collide.
             "worker": settings.worker.model_copy(update={"worker_id": None, "port": 0, "metrics_port": 0}),
         }

@@ -21,6 +21,7 @@ from frontend.conversation_cache import PrefixChain
 from frontend.conversations import Conversations
 from frontend.dispatch_metrics import (
     CONTINUATIONS,
+    DECODE_RECOMPUTED,
     FALLBACKS,
     OPEN_REQUESTS,
     PREFILL_SECONDS,
@@ -43,9 +44,6 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.worker_pb2 import DecodeEvent
 
 log = telemetry.get_logger(__name__)
-
-DECODE_RECOMPUTED = "decode_recomputed"
-"""Counted when the decode worker reports that the transfer failed and it computed the prompt itself."""
 
 
 @asynccontextmanager

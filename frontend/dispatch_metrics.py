@@ -1,8 +1,14 @@
-"""What the dispatcher counts. All labels come from small fixed sets."""
+"""What the dispatcher counts. All labels come from small fixed sets, so that every series is there from the start."""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
+
+from frontend.router import Fallback
+from frontend.worker_failure import FailureKind
+
+DECODE_RECOMPUTED = "decode_recomputed"
+"""Counted when the decode worker reports that the transfer failed and it computed the prompt itself."""
 
 FALLBACKS = Counter(
     "slipstream_frontend_fallbacks",
@@ -71,3 +77,11 @@ WORKERS = Gauge(
     "Workers in this frontend's view, by role and state.",
     ["role", "state"],
 )
+
+# A series that begins with its first event has no rate at that event: all begin at 0.
+for _reason in (*Fallback, DECODE_RECOMPUTED):
+    FALLBACKS.labels(str(_reason))
+for _role in ("prefill", "decode"):
+    for _kind in FailureKind:
+        REDISPATCHES.labels(_role, _kind.value)
+        WORKER_FAILURES.labels(_role, _kind.value)

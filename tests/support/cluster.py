@@ -122,6 +122,11 @@ class Cluster:
     def control_plane(self) -> str:
         return str(self._settings["control_plane"]["address"])
 
+    @property
+    def control_plane_metrics(self) -> str:
+        """The URL of the control plane's /metrics."""
+        return f"http://127.0.0.1:{self._settings['control_plane']['metrics_port']}/metrics"
+
     def workers(self) -> list[WorkerRecord]:
         """The registry's view now."""
         with grpc.insecure_channel(self.control_plane) as channel:

@@ -20,6 +20,7 @@ from slipstream.settings import LogSettings
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 from slipstream.v1.sampling_pb2 import RequestAccount
 from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
+from tests.support.scripted_worker import until
 
 PROMPT = list(range(5, 45))
 
@@ -85,9 +86,13 @@ async def test_errors_and_grpc_calls_have_their_line_and_probes_have_none(
     await http.get("/metrics")
     await http.post("/v1/chat/completions", json={"model": "tiny"})
     call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest(text="x"))
-    assert [response async for response in call][-1].usage.completion_tokens == lines(file)[-1]["output_length"]
+    responses = [response async for response in call]
+    # A client has its answer a moment before the line is written.
+    await until(lambda: len(lines(file)) == 2)
+    assert responses[-1].usage.completion_tokens == lines(file)[-1]["output_length"]
     dispatcher.script = lambda request: [tokens(5), WorkerLostError("gone")]
     await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True})
+    await until(lambda: len(lines(file)) == 3)
 
     said = [(line["method"], line["path"], line["status"], line.get("error")) for line in lines(file)]
     assert said == [
