@@ -89,6 +89,7 @@ class VllmEngine:
         self._tokens_total = 0
         self.max_model_len = 0
         self._vocab_size = 0
+        self.step_tokens = 0
 
     def start(self) -> None:
         """Load the model; blocks for seconds to minutes.
@@ -104,6 +105,7 @@ class VllmEngine:
         model = self._llm.vllm_config.model_config
         self.max_model_len = model.max_model_len
         self._vocab_size = model.get_vocab_size()
+        self.step_tokens = self._llm.vllm_config.scheduler_config.max_num_batched_tokens
 
     def _stat_logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
         self._queues = _Queues(vllm_config, engine_index)
@@ -163,6 +165,11 @@ class VllmEngine:
             ),
             **optional,
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self._vocab_size
 
     # -- requests -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,56 @@
+"""The process behind `slipstream profile`: starts a vLLM engine as a worker would, measures it, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from engine import environment
+from engine.profiler import Facts, Grid, Say, measure
+from kv_transfer.board import Board
+from slipstream import telemetry
+from slipstream.model_folder import resolve
+from slipstream.performance import Profile
+from slipstream.settings import Settings
+
+
+def run(settings: Settings, *, name: str, source: str, grid: Grid, say: Say) -> Profile:
+    """Measure.
+
+    Args:
+        name: of the profile. source: how it came to be, for whoever reads it.
+
+    Raises:
+        StartupError: the engine cannot be loaded, or is too small to be measured.
+    """
+    environment.prepare(settings, os.environ)
+    telemetry.configure(settings.log, component="profile")
+    return uvloop.run(_run(settings, name, source, grid, say))
+
+
+async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say) -> Profile:
+    from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
+
+    folder = resolve(settings.model)
+    served = settings.served_model_name or folder.served_name
+    with tempfile.TemporaryDirectory(prefix="slipstream-profile-") as scratch:
+        board = Board.create(Path(scratch), slots=settings.transfer.board_slots)
+        try:
+            engine = VllmEngine(settings, model_path=folder.path, served_name=served, board=board, prefill=False)
+            await asyncio.to_thread(engine.start)
+            try:
+                threads = settings.worker.threads or len(os.sched_getaffinity(0))
+                where = (
+                    f"cpu, {threads} thread{'s' if threads > 1 else ''}" if engine.device == "cpu" else engine.device
+                )
+                facts = Facts(name, served, where, source, engine.step_tokens, engine.vocabulary)
+                return await measure(engine, facts, grid, say)
+            finally:
+                await asyncio.to_thread(engine.shutdown)
+        finally:
+            board.unlink()
+            board.close()
