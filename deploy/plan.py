@@ -139,12 +139,14 @@ def _workers(settings: Settings, cpus: Iterable[int], commands: _Commands) -> li
     names = [f"prefill-{index}" for index in range(settings.cluster.prefill)]
     names += [f"decode-{index}" for index in range(settings.cluster.decode)]
     available = sorted(cpus)
-    shares = None if settings.device == "cuda" else cores.divide(cores.physical_cores(available), len(names))
+    computes = settings.worker.engine == "vllm"  # a simulated engine needs no CPU of its own
+    pinned = computes and settings.device != "cuda"
+    shares = cores.divide(cores.physical_cores(available), len(names)) if pinned else None
     workers = []
     for index, name in enumerate(names):
         share = shares[index] if shares is not None else ()
         flags = ["--worker-id", name]
-        if settings.worker.threads is None and len(names) > 1:
+        if computes and settings.worker.threads is None and len(names) > 1:
             flags += ["--threads", str(len(share) or max(1, len(available) // len(names)))]
         elif settings.worker.threads is not None and settings.worker.threads > len(share):
             share = ()  # more threads were asked for than a share has CPUs: let them have all

@@ -20,8 +20,8 @@ MIN_INTERVAL_S = 0.02
 LOAD_INTERVAL_S = 0.25
 """How often growth that nothing announces is looked for (sequences get longer) while requests are open."""
 
-UPDATE_KEYS = 1 << 15
-"""Keys of one update; a snapshot with more is followed by others."""
+UPDATE_KEYS = 1 << 12
+"""Keys of one update, which a frontend takes in some milliseconds; a snapshot with more is followed by others."""
 
 MIN_PENDING = 4096
 

@@ -30,6 +30,7 @@ from engine.admission import Admission
 from engine.cache_feed import CacheFeed
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
+from engine.simulated.profile_choice import profile_of
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
@@ -41,7 +42,7 @@ from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
-from slipstream.settings import Settings
+from slipstream.settings import Settings, WorkerSettings
 from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
 
@@ -130,9 +131,9 @@ class _Host:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
-        folder = resolve(settings.model)
+        folder = resolve(settings.model, weights=worker.engine == "vllm")
         self._model = settings.served_model_name or folder.served_name
-        profile = encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
+        profile = _profile(worker)
         admission = self._admission
         async with AsyncExitStack() as owned:
             server = grpc.aio.server(options=server_options())
@@ -197,6 +198,10 @@ class _Host:
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:
         """The engine, loaded in a thread so that the registration goes on; None when stopped meanwhile."""
+        if self._settings.worker.engine == "simulated":
+            async with self._simulated_engine(model_path, board) as simulated:
+                yield simulated
+            return
         limit_s = self._settings.worker.start_timeout_s
         loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
         stopped = asyncio.create_task(self._stop.wait())
@@ -217,6 +222,15 @@ class _Host:
             yield engine
         finally:
             await asyncio.to_thread(engine.shutdown)
+
+    @asynccontextmanager
+    async def _simulated_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine]:
+        """It lives in this event loop, and is there at once."""
+        from engine.simulated.engine import running  # late: who computes does not need it
+
+        async with running(self._settings, folder=model_path, served_name=self._model, board=board) as engine:
+            self._device = engine.device
+            yield engine
 
     def _load_engine(self, model_path: Path, board: Board) -> Engine:
         from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
@@ -252,6 +266,17 @@ class _Host:
         except TimeoutError:
             if admission.open_count:
                 log.warning("drain_cut_short", open_requests=admission.open_count, limit_s=limit_s)
+
+
+def _profile(worker: WorkerSettings) -> bytes:
+    """How fast this worker is, as far as it is known, for its watchers.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no profile.
+    """
+    if worker.engine == "simulated":
+        return encode_profile(profile_of(worker))
+    return encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):

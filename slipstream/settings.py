@@ -155,6 +155,15 @@ class WorkerSettings(Section):
     start_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest the engine may take to load")
 
 
+class SimulatedSettings(Section):
+    """The simulated engine (worker.engine = simulated)."""
+
+    speed: float = Field(
+        1.0, ge=0, le=1e6, description="simulated seconds a real one; 0: as fast as possible, nothing takes time"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the answers: the same prompt and seed, the same tokens")
+
+
 class TransferSettings(Section):
     """How KV blocks move from prefill to decode."""
 
@@ -251,6 +260,7 @@ class Settings(Section):
     frontend: FrontendSettings = FrontendSettings()
     admission: AdmissionSettings = AdmissionSettings()
     worker: WorkerSettings = WorkerSettings()
+    simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()

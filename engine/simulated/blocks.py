@@ -135,6 +135,11 @@ class BlockPool:
         self._plain_free.extend(self._cached_free)
         self._cached_free.clear()
 
+    def begin_recording(self) -> None:
+        """From now on `drain` tells; the first time of all that is cached."""
+        self._record = True
+        self._stored, self._removed = dict.fromkeys(self._holder), {}
+
     def drain(self) -> tuple[list[int], list[int]]:
         """Keys that the cache has now and had not at the last call, and keys that it had and has no more."""
         stored, removed = list(self._stored), list(self._removed)

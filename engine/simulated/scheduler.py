@@ -70,7 +70,7 @@ class Scheduler:
             InvalidRequestError: no prompt, or an id that is known.
             ContextLengthError: it can never fit.
         """
-        self._check(request)
+        self.check(request)
         request.max_tokens = min(request.max_tokens, self.profile.max_model_len - request.prompt_tokens)
         self._orders += 1
         request.order = request.arrival = self._orders
@@ -208,6 +208,10 @@ class Scheduler:
             held=self._held,
             preemptions=self._preemptions,
         )
+
+    def record_cache_events(self) -> None:
+        """Begin to keep them; the first ones tell all that is cached."""
+        self.pool.begin_recording()
 
     def drain_cache_events(self) -> tuple[list[int], list[int]]:
         """Keys stored and keys removed since the last call; none is in both."""
@@ -405,7 +409,7 @@ class Scheduler:
 
     # -- counts -------------------------------------------------------------------------------------------
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request_id: {request.request_id} is in the engine already", param="request_id")
         if request.prompt_tokens < 1:

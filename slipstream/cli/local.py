@@ -35,6 +35,7 @@ _FLAGS = select(
     "cluster.*",
     "frontend.*",
     "worker.*",
+    "simulated.*",
     "transfer.*",
     "control_plane.*",
     "log.*",
@@ -52,6 +53,10 @@ def add_to(app: typer.Typer) -> None:
         epilog=examples(
             ("slipstream up", "one prefill and one decode worker with the default model"),
             ("slipstream up --prefill 2 --decode 4 --model ./my-model", "more workers, your model"),
+            (
+                "slipstream up --engine simulated --prefill 8 --decode 8",
+                "a big one that computes nothing and keeps time",
+            ),
             ("slipstream up --http-port 0 --grpc-port 0 --control-plane-port 0", "on free ports"),
         ),
     )(up)

@@ -22,6 +22,7 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "device",
     "dtype",
     "worker.*",
+    "simulated.*",
     "control_plane.address",
     "transfer.*",
     "log.*",

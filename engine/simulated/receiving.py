@@ -1,0 +1,158 @@
+"""The receiver's side of simulated transfers; see `sending`. One connection to each peer, kept while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from engine.simulated.sending import TRANSPORT
+from kv_transfer import wire
+from kv_transfer.channel import Channel, channel, dial
+from kv_transfer.handoff import Handoff
+from slipstream.errors import TransferError
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """One handoff that is received here.
+
+    Attributes:
+        started: tokens and their digest, once the sender computes the prompt.
+        arrived: once all blocks that were asked for are here.
+        transfer_s: that they took on the link, summed. exposed_s: since the prompt was computed.
+    """
+
+    handoff_id: bytes
+    peer: Channel
+    started: asyncio.Future[tuple[int, int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    arrived: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    missing: int = -1
+    bytes_moved: int = 0
+    transfer_s: float = 0.0
+    exposed_s: float = 0.0
+    computed_at_s: float = 0.0
+
+    def ask(self, first: int, count: int) -> None:
+        """These blocks of the prompt are wanted, and have room."""
+        self.missing = count
+        self.peer.post(wire.Announce(self.handoff_id, first, count))
+
+    def fail(self, error: TransferError) -> None:
+        for future in (self.started, self.arrived):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # nobody may be waiting for this one
+
+    def take(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Started):
+            if not self.started.done():
+                self.started.set_result((message.tokens, message.digest))
+        elif isinstance(message, wire.Computed):
+            self.computed_at_s = time.monotonic()
+        elif isinstance(message, wire.Sent):
+            self.missing -= message.blocks[1]
+            self.bytes_moved += message.length
+            self.transfer_s += message.send_ns / 1e9
+            if self.missing == 0 and not self.arrived.done():
+                self.exposed_s = time.monotonic() - self.computed_at_s if self.computed_at_s else 0.0
+                self.arrived.set_result(None)
+        elif isinstance(message, wire.Closed):
+            self.fail(TransferError(message.message, code=message.code))
+
+
+class _Link:
+    """A connection to one sender."""
+
+    def __init__(self, address: str, epoch: int, silence_s: float, dial_s: float) -> None:
+        self.incoming: dict[bytes, Incoming] = {}
+        self.ready: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self._address, self._epoch = address, epoch
+        self._silence_s, self._dial_s = silence_s, dial_s
+        self.task = asyncio.create_task(self._run(), name="simulated-link")
+
+    async def _run(self) -> None:
+        error = TransferError("the other worker has closed the connection", code="worker_gone")
+        try:
+            reader, writer = await dial(self._address, self._dial_s)
+            async with channel(reader, writer, self._silence_s) as peer:
+                await self._greet(peer)
+                self.ready.set_result(peer)
+                while True:
+                    message = await peer.next()
+                    handoff_id = getattr(message, "handoff", b"")
+                    if handoff_id in self.incoming:
+                        self.incoming[handoff_id].take(message)
+        except TransferError as failure:
+            error = failure
+        finally:
+            if not self.ready.done():
+                self.ready.set_exception(error)
+                self.ready.exception()
+            for incoming in self.incoming.values():
+                incoming.fail(error)
+
+    async def _greet(self, peer: Channel) -> None:
+        peer.post(wire.Hello(wire.VERSION, 0, self._epoch, "", [TRANSPORT], None))
+        answer = await peer.next()
+        if not isinstance(answer, wire.Hello) or TRANSPORT not in answer.transports:
+            raise TransferError("the other worker's engine is not a simulated one", code="no_path")
+        if answer.epoch != self._epoch:
+            raise TransferError("the other worker has been started anew", code="worker_gone")
+
+
+class ReceivingSide:
+    """All that this worker receives."""
+
+    def __init__(self, *, silence_s: float, dial_s: float) -> None:
+        self._silence_s, self._dial_s = silence_s, dial_s
+        self._links: dict[tuple[str, int], _Link] = {}
+
+    @asynccontextmanager
+    async def receiving(self, handoff: Handoff) -> AsyncIterator[Incoming]:
+        """Open a handoff; at the end of the block the sender hears that it is taken, or given up.
+
+        Raises:
+            TransferError: the sender cannot be reached.
+        """
+        link = self._link(handoff.address, handoff.epoch)
+        peer = await asyncio.shield(link.ready)
+        incoming = link.incoming[handoff.id] = Incoming(handoff.id, peer)
+        if link.task.done():
+            incoming.fail(TransferError("the other worker has closed the connection", code="worker_gone"))
+        peer.post(wire.Open(handoff.id))
+        try:
+            yield incoming
+        except BaseException:
+            peer.post(wire.Closed(handoff.id, "cancelled", "not waited for any more"))
+            raise
+        else:
+            peer.post(wire.Done(handoff.id))
+        finally:
+            del link.incoming[handoff.id]
+            incoming.fail(TransferError("not waited for any more", code="cancelled"))
+
+    async def reach(self, address: str, epoch: int) -> float:
+        """Seconds for a new connection and its greeting.
+
+        Raises:
+            TransferError: it cannot be reached, or is no simulated worker.
+        """
+        began_s = time.monotonic()
+        link = self._link(address, epoch)
+        await asyncio.shield(link.ready)
+        return time.monotonic() - began_s
+
+    async def close(self) -> None:
+        tasks = [link.task for link in self._links.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _link(self, address: str, epoch: int) -> _Link:
+        link = self._links.get((address, epoch))
+        if link is None or link.task.done():
+            link = self._links[address, epoch] = _Link(address, epoch, self._silence_s, self._dial_s)
+        return link
