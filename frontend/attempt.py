@@ -47,12 +47,17 @@ COMPUTED_GRACE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every attempt of a dispatcher shares."""
+    """What every attempt of a dispatcher shares.
+
+    Attributes:
+        frontend_id: by which workers tell this frontend's requests from others'.
+    """
 
     settings: FrontendSettings
     channels: WorkerChannels
     fleet: Fleet
     clock: Callable[[], float]
+    frontend_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ class Attempt:
         request = DecodeRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
+        request.frontend_id = self.around.frontend_id
         metadata = self.trace.decode(self.route.decode)
         self._decode = WorkerCall(
             self.around.channels,
@@ -212,6 +218,7 @@ class Attempt:
             token_ids=job.token_ids[: self.write_back.tokens + 1],
             handoff_id=handoff.id,
             cached_only=True,
+            frontend_id=self.around.frontend_id,
         )
         self._source = WorkerCall(
             self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
@@ -223,6 +230,7 @@ class Attempt:
         request = PrefillRequest(
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
+        request.frontend_id = self.around.frontend_id
         metadata = self.trace.prefill(worker)
         self._prefill = WorkerCall(
             self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request, metadata=metadata)

@@ -11,6 +11,7 @@ from frontend import write_back
 from frontend.attempt import Attempt
 from frontend.conversation_cache import ConversationCache, Holder, PrefixChain
 from frontend.dispatch_metrics import WRITE_BACK_TOKENS, WRITE_BACKS, WRITE_BACKS_REFUSED
+from frontend.known_caches import KnownCaches
 from frontend.router import Ask, Fleet, Route
 from frontend.write_back import WriteBack
 from slipstream.v1.registry_pb2 import WorkerRecord
@@ -20,10 +21,12 @@ class Conversations:
     """The memory of one dispatcher; see `frontend.conversation_cache` for what it is worth.
 
     Args:
+        caches: what workers tell of their blocks; what the others have is guessed from this frontend's requests.
         write_back: whether write-backs are planned; workers that know a prompt are preferred in any case.
     """
 
-    def __init__(self, *, write_back: bool) -> None:
+    def __init__(self, caches: KnownCaches, *, write_back: bool) -> None:
+        self._caches = caches
         self._write_back = write_back
         self._cache = ConversationCache()
 
@@ -36,11 +39,14 @@ class Conversations:
 
     def known(self, chain: PrefixChain, records: Iterable[WorkerRecord]) -> dict[str, int]:
         """By worker id, the tokens from the beginning that the worker has; the last one is always computed."""
-        blocks = self._cache.blocks_known(chain.covering(chain.tokens - 1))
-        if not blocks:
-            return {}
-        holders = {record.worker_id: _holder(record) for record in records}
-        return {name: blocks[held] * chain.block_tokens for name, held in holders.items() if held in blocks}
+        keys, size = chain.covering(chain.tokens - 1), chain.block_tokens
+        known = {name: blocks * size for name, blocks in self._caches.blocks(keys).items()}
+        guessed = self._cache.blocks_known(keys)
+        guessed = {held: blocks for held, blocks in guessed.items() if not self._caches.tells_blocks(*held)}
+        if guessed:
+            holders = {_holder(record) for record in records}
+            known |= {held[0]: blocks * size for held, blocks in guessed.items() if held in holders}
+        return known
 
     def plan(self, ask: Ask, route: Route, fleet: Fleet) -> WriteBack | None:
         """What a decode worker should hand over to the route's prefill worker, if anything."""
@@ -56,7 +62,7 @@ class Conversations:
         worker, computed = attempt.route.prefill, attempt.computed
         assert worker is not None, "a route without a prefill worker computed"
         assert computed is not None, "called before the prompt was computed"
-        self._cache.remember(chain.covering(len(attempt.job.token_ids)), _holder(worker))
+        self._remember(chain.covering(len(attempt.job.token_ids)), worker)
         asked = attempt.write_back
         if asked is None:
             return
@@ -68,7 +74,11 @@ class Conversations:
     def note_answered(self, attempt: Attempt, chain: PrefixChain) -> None:
         """The attempt's decode worker has generated all that the chain holds."""
         # The last token was generated but has not gone through the model.
-        self._cache.remember(chain.covering(chain.tokens - 1), _holder(attempt.route.decode))
+        self._remember(chain.covering(chain.tokens - 1), attempt.route.decode)
+
+    def _remember(self, keys: Sequence[int], worker: WorkerRecord) -> None:
+        if not self._caches.tells_blocks(*_holder(worker)):
+            self._cache.remember(keys, _holder(worker))
 
     def _forget(self, asked: WriteBack, cached_tokens: int, chain: PrefixChain) -> None:
         kept = len(chain.covering(cached_tokens))

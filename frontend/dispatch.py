@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 from frontend.attempt import Attempt, Surroundings
+from frontend.cache_watch import CacheWatch
 from frontend.cluster_view import ClusterView, ClusterWatch
 from frontend.conversation_cache import PrefixChain
 from frontend.conversations import Conversations
@@ -29,6 +30,7 @@ from frontend.dispatch_metrics import (
     WORKER_FAILURES,
 )
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
+from frontend.known_caches import KnownCaches
 from frontend.progress import Progress
 from frontend.request_life import note_route, stage
 from frontend.request_record import current
@@ -52,16 +54,19 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
     async with AsyncExitStack() as stack:
         channels = await stack.enter_async_context(WorkerChannels())
         fleet = Fleet(tie_break=uuid.uuid4().hex)
-        conversations = Conversations(write_back=settings.frontend.write_back)
+        caches = KnownCaches(fleet)
+        conversations = Conversations(caches, write_back=settings.frontend.write_back)
+        cache_watch = await stack.enter_async_context(CacheWatch(caches, channels, frontend_id=fleet.tie_break))
 
         async def take_note(view: ClusterView) -> None:
             records = view.records()
             fleet.apply(records)
+            await cache_watch.retain(records)
             await channels.retain({record.address for record in records})
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        around = Surroundings(settings.frontend, channels, fleet, time.monotonic)
+        around = Surroundings(settings.frontend, channels, fleet, time.monotonic, fleet.tie_break)
         router = Router(settings.frontend.policy, always_hand_off=settings.frontend.handoff == "always")
         yield ClusterDispatcher(around, watch, conversations, Routing(fleet, router))
 
