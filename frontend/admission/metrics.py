@@ -15,7 +15,6 @@ QUEUED = Gauge(
     "slipstream_frontend_queue_requests",
     "Requests that wait in this frontend for room at the workers, by class. Above zero for long: add workers.",
     ["class"],
-    multiprocess_mode="livesum",
 )
 WAIT_SECONDS = Histogram(
     "slipstream_frontend_queue_seconds",
