@@ -215,6 +215,39 @@ FRONTEND = Dashboard(
             ),
         ),
         Row(
+            "Admission",
+            (
+                Panel(
+                    "Queued here",
+                    "Requests that wait for room at the workers, by class. Above zero for long: add workers.",
+                    (Query(f"sum by (class) ({_F}queue_requests)", "{{class}}"),),
+                    stacked=True,
+                ),
+                Panel(
+                    "Wait, p99",
+                    "In the frontend's queue, by class.",
+                    quantiles(f"{_F}queue_seconds", "", 0.99, by="class"),
+                    "s",
+                ),
+                Panel(
+                    "Let in, by tenant",
+                    "Requests that went to the workers.",
+                    (rate(f"{_F}admitted_total", by="tenant"),),
+                    "reqps",
+                    stacked=True,
+                ),
+                Panel(
+                    "Refused and preempted",
+                    "429 by class and reason. Batch alone is as it should be under load.",
+                    (
+                        rate(f"{_F}refused_total", by="class, reason"),
+                        Query(rate(f"{_F}preempted_total").expr, "preempted"),
+                    ),
+                    "reqps",
+                ),
+            ),
+        ),
+        Row(
             "When workers fail",
             (
                 Panel(
@@ -415,6 +448,19 @@ ROUTING = Dashboard(
                     "Of one routing decision.",
                     quantiles(f"{_F}stage_seconds", 'stage="route"', 0.5, 0.99),
                     "s",
+                ),
+                Panel(
+                    "Routes by reason",
+                    "docs/routing.md says what each reason means.",
+                    (rate(f"{_F}routes_total", by="reason"),),
+                    "ops",
+                    stacked=True,
+                ),
+                Panel(
+                    "Seen over predicted",
+                    "Median. Near 1 is good; steadily far from it, the workers' profiles are not theirs.",
+                    quantiles(f"{_F}prediction_ratio", "", 0.5, by="of"),
+                    "none",
                 ),
                 Panel(
                     "Fallbacks by reason",

@@ -35,6 +35,7 @@ CONTINUATIONS = Counter(
 OPEN_REQUESTS = Gauge(
     "slipstream_frontend_dispatched_requests",
     "Requests that are with the workers now.",
+    multiprocess_mode="livesum",
 )
 PREFILL_SECONDS = Histogram(
     "slipstream_frontend_prefill_seconds",
@@ -71,11 +72,13 @@ WRITE_BACKS_REFUSED = Counter(
 REGISTRY_CONNECTED = Gauge(
     "slipstream_frontend_registry_connected",
     "1 while this frontend hears the control plane; at 0 it serves from its last view of the workers.",
+    multiprocess_mode="livemin",
 )
 WORKERS = Gauge(
     "slipstream_frontend_workers",
     "Workers in this frontend's view, by role and state.",
     ["role", "state"],
+    multiprocess_mode="livemax",
 )
 
 # A series that begins with its first event has no rate at that event: all begin at 0.

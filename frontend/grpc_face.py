@@ -102,15 +102,17 @@ class GrpcFace:
 
     Args:
         max_message_bytes: larger requests are refused with RESOURCE_EXHAUSTED.
+        shares_port: with other processes of the same pool.
     """
 
-    def __init__(self, service: InferenceService, *, max_message_bytes: int) -> None:
+    def __init__(self, service: InferenceService, *, max_message_bytes: int, shares_port: bool = False) -> None:
         self._service = service
         self._health = health.aio.HealthServicer()
         self.server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a second server on the same port should fail, not share it
+                # A second server on the same port should fail, not share it, unless it is meant to.
+                ("grpc.so_reuseport", int(shares_port)),
             ]
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self.server)

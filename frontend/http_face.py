@@ -11,6 +11,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client.registry import Collector
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -49,17 +50,19 @@ def create_app(
     *,
     max_body_bytes: int,
     wall_clock: Callable[[], float] = time.time,
+    metrics: Collector = REGISTRY,
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
         max_body_bytes: larger request bodies are refused with 413.
         wall_clock: seconds since the epoch, for the `created` fields.
+        metrics: what /metrics shows.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
-    face = HttpFace(service, max_body_bytes, wall_clock)
+    face = HttpFace(service, max_body_bytes, wall_clock, metrics)
     for path, body, responds_with, endpoint in (
         ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
         ("/v1/completions", CompletionBody, "Completion", face.completions),
@@ -114,6 +117,7 @@ class HttpFace:
     service: InferenceService
     max_body_bytes: int
     wall_clock: Callable[[], float]
+    families: Collector
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -149,7 +153,7 @@ class HttpFace:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        page = KnownNames(REGISTRY, metric_names.FRONTEND, model=self.service.model_name)
+        page = KnownNames(self.families, metric_names.FRONTEND, model=self.service.model_name)
         return Response(generate_latest(page), media_type=CONTENT_TYPE_LATEST)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:

@@ -9,12 +9,15 @@ import asyncio
 import contextlib
 import gc
 import math
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
+from prometheus_client.registry import Collector
 
 from frontend import access_log
 from frontend.admission.cluster_room import room_of
@@ -39,10 +42,16 @@ _KEEP_ALIVE_S = 75
 # Net allocations between two looks at the youngest objects, and how many looks between two at the older ones.
 _COLLECT_AFTER_OBJECTS = 50_000
 _COLLECT_OLDER_EVERY = (20, 20)
+# Open files asked for, and how few are worth a warning.
+_OPEN_FILES = 1 << 16
+_FEW_OPEN_FILES = 4096
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> None:
     """Run both faces until SIGTERM or SIGINT, then let open requests finish for `frontend.drain_timeout_s`.
+
+    Args:
+        metrics_folder: where the processes of a pool (`frontend.pool`) keep their counts; None outside of one.
 
     Raises:
         StartupError: a port is taken, the model folder is not usable, the control plane's settings are wrong.
@@ -51,6 +60,7 @@ async def serve(settings: Settings) -> None:
     from frontend.dispatch import open_dispatcher
     from slipstream import model_folder
 
+    _raise_file_limit()
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
@@ -74,6 +84,7 @@ async def serve(settings: Settings) -> None:
                 http_socket=http_socket,
                 stop=stop,
                 admission=settings.admission,
+                metrics=_metrics_of_all(metrics_folder),
             )
 
 
@@ -87,12 +98,14 @@ async def run_faces(
     stop: asyncio.Event,
     listening: Callable[[str, str], None] = lambda http, grpc: None,
     admission: AdmissionSettings | None = None,
+    metrics: Collector = REGISTRY,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
     Args:
         listening: called with the HTTP and the gRPC address once both accept.
         admission: who the tenants are; `dispatcher` does the rest.
+        metrics: what /metrics shows.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -105,9 +118,9 @@ async def run_faces(
         max_n=settings.max_n,
         tenants=Tenants(admission or AdmissionSettings()),
     )
-    grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes)
+    grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
     grpc_port = _bind_grpc(grpc_face, settings)
-    http_server = _http_server(service, settings)
+    http_server = _http_server(service, settings, metrics)
     http_socket.listen(_BACKLOG_CONNECTIONS)
     try:
         await grpc_face.start()
@@ -129,6 +142,24 @@ async def run_faces(
     finally:
         await grpc_face.stop(0)
     log.info("frontend_stopped")
+
+
+def _metrics_of_all(folder: Path | None) -> Collector:
+    if folder is None:
+        return REGISTRY
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return registry
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system lets this process have: each stream is a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < _FEW_OPEN_FILES:
+        log.warning("few_open_files", limit=wanted, remedy="raise the hard limit (ulimit -Hn): each stream needs one")
 
 
 def _calm_collector() -> None:
@@ -170,10 +201,12 @@ def bound_socket(settings: FrontendSettings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.workers > 1:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             bound.bind((settings.host, settings.http_port))
         except OSError as error:
-            raise _port_error("http_port", settings.host, settings.http_port, error.strerror or str(error)) from error
+            raise port_error("http_port", settings.host, settings.http_port, error.strerror or str(error)) from error
         yield bound
 
 
@@ -181,10 +214,11 @@ def _bind_grpc(face: GrpcFace, settings: FrontendSettings) -> int:
     try:
         return face.server.add_insecure_port(host_port(settings.host, settings.grpc_port))
     except RuntimeError as error:
-        raise _port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
+        raise port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
 
 
-def _port_error(setting: str, host: str, port: int, reason: str) -> StartupError:
+def port_error(setting: str, host: str, port: int, reason: str) -> StartupError:
+    """What to say when a face's port cannot be had."""
     return StartupError(
         f"Cannot listen on {host_port(host, port)}: {reason}. Set frontend.{setting} to another port, or to 0 for a "
         "free one, or end the process that holds it."
@@ -199,8 +233,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _http_server(service: InferenceService, settings: FrontendSettings) -> _Server:
-    app = create_app(service, max_body_bytes=settings.max_body_bytes)
+def _http_server(service: InferenceService, settings: FrontendSettings, metrics: Collector) -> _Server:
+    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics)
     return _Server(
         uvicorn.Config(
             app,

@@ -36,6 +36,9 @@ class FrontendSettings(Section):
     host: str = Field("127.0.0.1", description="address the HTTP and gRPC faces listen on")
     http_port: int = Field(8000, ge=0, le=65535, description="port of the OpenAI-compatible HTTP face")
     grpc_port: int = Field(8001, ge=0, le=65535, description="port of the gRPC face")
+    workers: int = Field(
+        1, ge=1, le=64, description="processes that serve on these ports; one for each core that the faces may use"
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request body accepted")
     max_n: int = Field(16, ge=1, le=128, description="largest `n` accepted")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="longest a request may take in all")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from frontend.admission.claim import Claim
+from frontend.admission.claim import Claim, Priority
 
 MAX_TENANT_LABELS = 32
 OTHER_TENANTS = "other"
@@ -15,6 +15,7 @@ QUEUED = Gauge(
     "slipstream_frontend_queue_requests",
     "Requests that wait in this frontend for room at the workers, by class. Above zero for long: add workers.",
     ["class"],
+    multiprocess_mode="livesum",
 )
 WAIT_SECONDS = Histogram(
     "slipstream_frontend_queue_seconds",
@@ -39,6 +40,11 @@ PREEMPTED = Counter(
     "Times a batch request in flight was sent back into the queue because the SLO of a realtime one was at risk.",
     ["tenant"],
 )
+
+# Series that are there from the start have a value, and a rate, before and at their first event.
+for _priority in Priority:
+    QUEUED.labels(_priority.label)
+    WAIT_SECONDS.labels(_priority.label)
 
 
 class TenantLabels:

@@ -41,8 +41,8 @@ _FLAGS = select(
     "log.*",
     "tracing.*",
     own={"cluster", "frontend", "worker"},
-    without={"worker.worker_id", "worker.port", "worker.metrics_port", "control_plane.address"},
-)
+    without={"worker.worker_id", "worker.port", "worker.metrics_port", "control_plane.address", "frontend.workers"},
+) + select("frontend.workers")
 _PUBLIC_PORTS = (("frontend", "http_port"), ("frontend", "grpc_port"), ("control_plane", "port"))
 _ASK_TIMEOUT_S = 30.0
 

@@ -59,6 +59,11 @@ def frontend(loaded: LoadedConfig) -> None:
     from slipstream import telemetry, tracing
 
     telemetry.configure(loaded.settings.log, component="frontend")
+    if loaded.settings.frontend.workers > 1:
+        from frontend.pool import supervise
+
+        uvloop.run(supervise(loaded.settings))
+        return
     from frontend.process import serve
 
     instance = f"{socket.gethostname()}-{os.getpid()}"

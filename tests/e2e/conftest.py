@@ -17,17 +17,23 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
+def tracing_flags(collector: Collector) -> list[str]:
+    """Trace the requests that come with a `traceparent`, and no others."""
+    return [
+        *("--tracing-endpoint", collector.endpoint),
+        *("--tracing-sample-ratio", "0"),
+        *("--tracing-export-every-s", "0.1"),
+    ]
+
+
 @pytest.fixture(scope="session")
-def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
-    """It traces the requests that come with a `traceparent`, and no others."""
+def real_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster") / "run"
-    tracing = (
-        "--tracing-endpoint",
-        collector.endpoint,
-        "--tracing-sample-ratio",
-        "0",
-        "--tracing-export-every-s",
-        "0.1",
-    )
-    with Cluster(tiny_model, folder, "--dtype", "float32", "--served-model-name", "tiny", *tracing) as running:
+    flags = ["--dtype", "float32", "--served-model-name", "tiny", *tracing_flags(collector)]
+    with Cluster(tiny_model, folder, *flags) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def cluster(real_cluster: Cluster) -> Cluster:
+    return real_cluster

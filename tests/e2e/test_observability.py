@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,35 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.dashboards import DASHBOARDS, FOLDER
 from deploy.grafana_json import render
 from slipstream.v1.registry_pb2 import Role
+from tests.e2e.conftest import tracing_flags
 from tests.support.cluster import Cluster, wait_for
 from tests.support.otlp_collector import Collector
 from tests.support.promql import asked
 
 ALERTS = FOLDER.parent / "prometheus" / "alerts.yaml"
-TRACE_ID = "5bd66ef5095369c7b0d1f8f4bd33716a"
-TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
+PARENT = "00f067aa0ba902b7"
 # What appears only when something breaks, with the labels that it then has.
 ONLY_IN_TROUBLE = {
     "slipstream_frontend_broken_streams_total": {"face", "endpoint", "model", "code"},
+    "slipstream_frontend_refused_total": {"class", "tenant", "reason"},
+    "slipstream_frontend_preempted_total": {"tenant"},
     "slipstream_kv_path_broken": {"role", "worker", "peer"},
 }
 
 Labels = dict[str, set[str]]
+
+
+@pytest.fixture(scope="module", params=["vllm", "simulated"])
+def cluster(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[Cluster]:
+    """With either engine: they tell the same things."""
+    if request.param == "vllm":
+        yield request.getfixturevalue("real_cluster")
+        return
+    flags = ["--engine", "simulated", "--served-model-name", "tiny", *tracing_flags(collector)]
+    with Cluster(tiny_model, tmp_path_factory.mktemp("simulated") / "run", *flags) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +144,10 @@ def test_vllms_and_dynamos_dashboards_find_their_names(exposed: Labels) -> None:
 
 
 def test_a_request_is_one_trace_across_frontend_prefill_and_decode(client: httpx.Client, collector: Collector) -> None:
-    ask(client, "A prompt that nobody has asked before, of some length, to be handed over.", traceparent=TRACEPARENT)
+    trace_id = uuid.uuid4().hex
+    ask(client, "A prompt that nobody has asked before, to be handed over.", traceparent=f"00-{trace_id}-{PARENT}-01")
 
-    spans = collector.until(15, trace_id=TRACE_ID)
+    spans = collector.until(15, trace_id=trace_id)
     tree = _tree(spans)
     assert tree == {
         ("slipstream-frontend", "POST completions"): {
@@ -159,19 +176,20 @@ def test_a_request_is_one_trace_across_frontend_prefill_and_decode(client: httpx
     assert transfer.attributes["slipstream.kv.bytes"] > 0
 
 
-def _tree(spans: list[Any], parent: str = "00f067aa0ba902b7") -> dict[tuple[str, str], Any]:
+def _tree(spans: list[Any], parent: str = PARENT) -> dict[tuple[str, str], Any]:
     children = [span for span in spans if span.parent == parent]
     return {(span.service, span.name): _tree(spans, span.span_id) for span in children}
 
 
 def test_the_log_names_the_request_and_its_trace(cluster: Cluster, client: httpx.Client) -> None:
-    ask(client, "How many stars?", **{"x-request-id": "starry", "traceparent": TRACEPARENT.replace("5bd6", "6bd6")})
+    trace_id = uuid.uuid4().hex
+    ask(client, "How many stars?", **{"x-request-id": "starry", "traceparent": f"00-{trace_id}-{PARENT}-01"})
 
     def line() -> str | None:
         return next((one for one in _log(cluster.run_folder / "frontend.log") if "request_id=starry-" in one), None)
 
     said = wait_for("the request's line", line, timeout_s=5)
-    for fact in ("trace_id=6bd6", "status=200", "path=/v1/completions", "output_length=8", "ttft_s=", "route="):
+    for fact in (f"trace_id={trace_id}", "status=200", "path=/v1/completions", "output_length=8", "ttft_s=", "route="):
         assert fact in said
 
 

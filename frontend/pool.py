@@ -1,0 +1,157 @@
+"""Several frontend processes on the same two ports, for machines with more cores than one event loop can use.
+
+The kernel gives each connection to one of them (SO_REUSEPORT). This process, their parent, holds the ports, serves
+nothing, starts a member anew when it has ended by itself, and passes on the request to stop. Members find each
+other's counts in a private folder (Prometheus' multiprocess mode), so that /metrics of any of them is of all.
+
+uvloop.run(supervise(settings))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from prometheus_client import multiprocess
+
+from frontend.process import bound_socket, port_error, stop_signals
+from slipstream import model_folder, telemetry
+from slipstream.errors import StartupError
+from slipstream.settings import FrontendSettings, Settings
+
+log = telemetry.get_logger(__name__)
+
+SETTINGS_FILE = "settings.json"
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""Read by prometheus_client when it is imported, and by nothing else; set for members alone."""
+_FIRST_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 15.0
+# One that lived this long had started well: its end is no reason to wait with the next.
+_STABLE_S = 30.0
+# Ends within less than `_STABLE_S`, one after another, after which a member is not started again.
+_MAX_QUICK_ENDS = 5
+# On top of the members' own drain.
+_STOP_GRACE_S = 5.0
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+async def supervise(settings: Settings) -> None:
+    """Keep `frontend.workers` processes serving until SIGTERM or SIGINT; then each lets its open requests finish.
+
+    Raises:
+        StartupError: a port is taken, the model folder is not usable, or members keep ending at once.
+    """
+    with (
+        stop_signals() as stop,
+        held_ports(settings.frontend) as frontend,
+        tempfile.TemporaryDirectory(prefix="slipstream-frontend-") as name,
+    ):
+        # Here already, so that what cannot work is said once, and a download is not made by all at once.
+        await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
+        folder = Path(name)
+        members = settings.model_copy(update={"frontend": frontend})
+        (folder / SETTINGS_FILE).write_text(members.model_dump_json())
+        log.info(
+            "frontend_pool", processes=frontend.workers, http_port=frontend.http_port, grpc_port=frontend.grpc_port
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index in range(frontend.workers):
+                    tasks.create_task(_keep(folder, stop, frontend.drain_timeout_s), name=f"frontend member {index}")
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+
+@contextlib.contextmanager
+def held_ports(settings: FrontendSettings) -> Iterator[FrontendSettings]:
+    """Both ports, found to be free and kept from others while the block runs; 0 has become a number.
+
+    Raises:
+        StartupError: one is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        ports = {}
+        for name in ("http_port", "grpc_port"):
+            ports[name] = _free_port(settings, name)
+            one = settings.model_copy(update={"http_port": ports[name]})
+            # Bound and never listening: no connection comes to it.
+            stack.enter_context(bound_socket(one))
+        yield settings.model_copy(update=ports)
+
+
+def _free_port(settings: FrontendSettings, name: str) -> int:
+    """The port of that name, if nobody has it: with SO_REUSEPORT two clusters would share it without a word."""
+    host, port = settings.host, int(getattr(settings, name))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise port_error(name, host, port, error.strerror or str(error)) from error
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+async def _keep(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> None:
+    """One member and its successors, until `stop` and its end.
+
+    Raises:
+        StartupError: they keep ending at once.
+    """
+    quick_ends = 0
+    while not stop.is_set():
+        began_s = asyncio.get_running_loop().time()
+        code = await _run_member(folder, stop, drain_timeout_s)
+        if stop.is_set():
+            return
+        lived_s = asyncio.get_running_loop().time() - began_s
+        quick_ends = 0 if lived_s >= _STABLE_S else quick_ends + 1
+        log.error("frontend_process_died", code=code, lived_s=round(lived_s, 1))
+        if quick_ends >= _MAX_QUICK_ENDS:
+            raise StartupError(
+                f"a frontend process ended {quick_ends} times within {_STABLE_S:g} s of its start (last with code "
+                f"{code}); the log above says why"
+            )
+        pause_s = min(_FIRST_BACKOFF_S * 2.0**quick_ends, _MAX_BACKOFF_S) if quick_ends else 0.0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await stop.wait()
+
+
+async def _run_member(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> int:
+    """One process from its start to its end: by itself, or because of `stop`; its exit code."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "frontend.pool_member", str(folder)),
+        stdin=asyncio.subprocess.PIPE,  # its end tells the member that this process is gone
+        env=_environ(os.environ, folder),
+    )
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    ended = asyncio.create_task(process.wait(), name="member ended")
+    try:
+        await asyncio.wait({stopping, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait({ended}, timeout=drain_timeout_s + _STOP_GRACE_S)
+    finally:
+        stopping.cancel()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        code = await ended
+        # Its gauges are no more; what it has counted still counts.
+        multiprocess.mark_process_dead(process.pid, str(folder))  # type: ignore[no-untyped-call]
+    return code
+
+
+def _environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), environ.get("PYTHONPATH"))))
+    return {**environ, "PYTHONPATH": path, METRICS_VARIABLE: str(folder)}

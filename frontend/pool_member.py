@@ -1,0 +1,43 @@
+"""One of several frontend processes on the same ports: `python -m frontend.pool_member FOLDER`, by `frontend.pool`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import uvloop
+
+from frontend.pool import SETTINGS_FILE
+from frontend.process import serve
+from slipstream import telemetry, tracing
+from slipstream.errors import SlipstreamError
+from slipstream.settings import Settings
+
+
+def main(folder: Path) -> None:
+    """Serve until SIGTERM, SIGINT, or the end of the parent. Exits with 1 when it cannot."""
+    settings = Settings.model_validate_json((folder / SETTINGS_FILE).read_text())
+    telemetry.configure(settings.log, component="frontend")
+    # A thread, because a pipe's end must be seen also while the event loop has not begun.
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    instance = f"{socket.gethostname()}-{os.getpid()}"
+    try:
+        with tracing.exporting(settings.tracing, service="slipstream-frontend", instance=instance):
+            uvloop.run(serve(settings, metrics_folder=folder))
+    except SlipstreamError as error:
+        telemetry.get_logger(__name__).error("frontend_failed", reason=error.message)
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of standard input for as long as it lives."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
