@@ -53,10 +53,16 @@ class Match:
         """Blocks by owner."""
         return {owner: blocks for blocks, mask in self.parts for owner in members(mask)}
 
-    def fill(self, blocks_by_owner: NDArray[np.int32]) -> None:
-        """Write the blocks of each owner into a vector; the others are left as they are."""
-        for blocks, mask in self.parts:
-            blocks_by_owner[members(mask) if mask.bit_count() <= _FEW else _places(mask)] = blocks
+    def spread(self, size: int, place_of: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Blocks as a vector of so many places, and one more for owners without a place.
+
+        Args:
+            place_of: by owner, its place, or -1; where several owners share one, the one with the most blocks counts.
+        """
+        found = np.zeros(size + 1, dtype=np.int32)
+        for blocks, mask in reversed(self.parts):
+            found[place_of[members(mask) if mask.bit_count() <= _FEW else _places(mask)]] = blocks
+        return found
 
 
 class BlockIndex:

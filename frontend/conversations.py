@@ -5,7 +5,10 @@ Joins the prefix memory with the workers' records, and turns what attempts repor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from frontend import write_back
 from frontend.attempt import Attempt
@@ -29,24 +32,38 @@ class Conversations:
         self._caches = caches
         self._write_back = write_back
         self._cache = ConversationCache()
+        self._slots: dict[Holder, int] = {}
+        self._block_tokens: dict[str, set[int]] = {}
 
-    def begin(self, model: str, token_ids: Sequence[int], records: Iterable[WorkerRecord]) -> PrefixChain:
+    def note_workers(self, records: Sequence[WorkerRecord], slots: Mapping[str, int]) -> None:
+        """These are all workers there are, and their places in the router's vectors."""
+        self._slots = {_holder(record): slots[record.worker_id] for record in records}
+        self._caches.place(slots)
+        self._block_tokens = {}
+        for record in records:
+            self._block_tokens.setdefault(record.model, set()).add(record.capacity.block_tokens)
+
+    def begin(self, model: str, token_ids: Sequence[int]) -> PrefixChain:
         """The chain of a request. Stays empty where workers disagree on the block size: they cannot exchange any."""
-        sizes = {record.capacity.block_tokens for record in records if record.model == model} - {0}
-        chain = PrefixChain(model, sizes.pop() if len(sizes) == 1 else 0)
+        sizes = self._block_tokens.get(model, set()) - {0}
+        chain = PrefixChain(model, next(iter(sizes)) if len(sizes) == 1 else 0)
         chain.extend(token_ids)
         return chain
 
-    def known(self, chain: PrefixChain, records: Iterable[WorkerRecord]) -> dict[str, int]:
-        """By worker id, the tokens from the beginning that the worker has; the last one is always computed."""
-        keys, size = chain.covering(chain.tokens - 1), chain.block_tokens
-        known = {name: blocks * size for name, blocks in self._caches.blocks(keys).items()}
-        guessed = self._cache.blocks_known(keys)
-        guessed = {held: blocks for held, blocks in guessed.items() if not self._caches.tells_blocks(*held)}
-        if guessed:
-            holders = {_holder(record) for record in records}
-            known |= {held[0]: blocks * size for held, blocks in guessed.items() if held in holders}
-        return known
+    def known(self, chain: PrefixChain, slots: int) -> NDArray[np.int32] | None:
+        """By slot, the tokens from the beginning that a worker has; the last one is always computed. None: nobody has.
+
+        Args:
+            slots: places there are.
+        """
+        keys = chain.covering(chain.tokens - 1)
+        blocks = self._caches.blocks_by_slot(keys, slots)
+        for held, count in self._cache.blocks_known(keys).items():
+            slot = self._slots.get(held)
+            if slot is not None and not self._caches.tells_blocks(*held):
+                blocks = np.zeros(slots + 1, dtype=np.int32) if blocks is None else blocks
+                blocks[slot] = count
+        return None if blocks is None else blocks * chain.block_tokens
 
     def plan(self, ask: Ask, route: Route, fleet: Fleet) -> WriteBack | None:
         """What a decode worker should hand over to the route's prefill worker, if anything."""

@@ -61,6 +61,7 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
         async def take_note(view: ClusterView) -> None:
             records = view.records()
             fleet.apply(records)
+            conversations.note_workers(records, fleet.places())
             await cache_watch.retain(records)
             await channels.retain({record.address for record in records})
 
@@ -129,7 +130,7 @@ class ClusterDispatcher:
         """
         deadline_s = self._around.clock() + self._settings.request_timeout_s
         progress = Progress(request, self._settings.max_attempts, deadline_s)
-        chain = self._conversations.begin(request.model, request.token_ids, self._watch.view.records())
+        chain = self._conversations.begin(request.model, request.token_ids)
         with OPEN_REQUESTS.track_inprogress():
             while True:
                 attempt = self._attempt(progress, chain)
@@ -160,10 +161,10 @@ class ClusterDispatcher:
         view, now_s = self._watch.view, self._around.clock()
         if not view.known:
             raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
-        records = view.records()
         record = current()
         ask = replace(
-            progress.ask(self._conversations.known(chain, records)),
+            progress.ask(),
+            known_by_slot=self._conversations.known(chain, self._around.fleet.slots),
             suspects=view.suspects(now_s),
             session=record.session if record is not None else "",
         )

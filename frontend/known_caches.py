@@ -6,7 +6,7 @@ owner in the index, so that what it had before is forgotten at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,6 +63,8 @@ class KnownCaches:
         self._listener = listener
         self._workers: dict[str, KnownWorker] = {}
         self._names: dict[int, str] = {}  # by owner
+        self._slots: dict[str, int] = {}
+        self._slot_of: NDArray[np.int64] = np.full(64, -1)  # by owner
 
     def get(self, worker_id: str) -> KnownWorker | None:
         """What is known of a worker."""
@@ -80,6 +82,17 @@ class KnownCaches:
             name = self._names[owner]
             found[name] = max(blocks, found.get(name, 0))
         return found
+
+    def place(self, slots: Mapping[str, int]) -> None:
+        """The places that `blocks_by_slot` gives to workers from now on."""
+        self._slots = dict(slots)
+        for owner, name in self._names.items():
+            self._slot_of[owner] = self._slots.get(name, -1)
+
+    def blocks_by_slot(self, keys: Sequence[int], slots: int) -> NDArray[np.int32] | None:
+        """`blocks` as a vector, with one place more for workers without; None when nobody has any."""
+        match = self.index.match(keys)
+        return match.spread(slots, self._slot_of) if match.parts else None
 
     def apply(self, worker_id: str, update: CacheUpdate) -> None:
         """A worker's next update."""
@@ -120,6 +133,9 @@ class KnownCaches:
         if owner is None:
             owner = worker.owners[tier] = self.index.enter()
             self._names[owner] = worker_id
+            if owner >= len(self._slot_of):
+                self._slot_of = np.concatenate([self._slot_of, np.full_like(self._slot_of, -1)])
+            self._slot_of[owner] = self._slots.get(worker_id, -1)
         return owner
 
     def _leave(self, worker: KnownWorker) -> None:

@@ -5,7 +5,7 @@ Pure data; the time and every event are passed in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from frontend.attempt import Attempt, Job
@@ -40,14 +40,10 @@ class Progress:
     _prefill_failure: WorkerFailure | None = None
     _decode_alone: bool = False
 
-    def ask(self, known: Mapping[str, int]) -> Ask:
-        """The question for the router: workers that failed this request are out.
-
-        Args:
-            known: by worker id, tokens of prompt and answer so far that the worker has.
-        """
+    def ask(self) -> Ask:
+        """The question for the router: workers that failed this request are out."""
         tokens = len(self.request.token_ids) + len(self.generated)
-        return Ask(self.request.model, tokens, self.remaining_tokens() or 0, frozenset(self._failed), known)
+        return Ask(self.request.model, tokens, self.remaining_tokens() or 0, frozenset(self._failed))
 
     def settle(self, route: Route) -> Route:
         """The route as it is taken: decode alone when the tries are used up, with the true reason for it."""

@@ -46,6 +46,10 @@ class Fleet:
         """The worker as it runs now."""
         return self._members.get(worker_id)
 
+    def places(self) -> dict[str, int]:
+        """By worker id, the worker's slot."""
+        return {worker_id: one.slot for worker_id, one in self._members.items()}
+
     def pool(self, model: str, role: Role.ValueType) -> Pool | None:
         """The workers of one model and role; None, or empty, when there are none."""
         return self.pools.get((model, role))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine.simulated.engine import SimulatedEngine
 
 from engine.profiler import Facts, Grid, measure
+from engine.simulated.engine import SimulatedEngine
 from kv_transfer.board import Board
 from slipstream.errors import StartupError
 from slipstream.performance import Profile, decode_profile, encode_profile

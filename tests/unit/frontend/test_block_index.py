@@ -174,7 +174,5 @@ def test_a_chain_of_any_length_is_found_to_its_end(blocks: int) -> None:
     owner, keys = index.enter(), chain(3, blocks)
     index.store(owner, array(keys))
     assert hits(index, [*keys, 99]) == {owner: blocks}
-    vector = np.zeros(3, dtype=np.int32)
-    index.match(keys).fill(vector)
-    assert vector.tolist() == [blocks, 0, 0]
+    assert index.match(keys).spread(3, np.array([1])).tolist() == [0, blocks, 0, 0]
     assert hits(index, []) == {}

@@ -225,3 +225,19 @@ def test_a_snapshot_replaces_everything_and_a_profile_that_is_none_is_left_out(
     assert listener.profiles == {}
     caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2], blocks_known=True))
     assert caches.blocks(first) == {"w": 2}
+
+
+def test_the_router_reads_a_vector_by_its_own_places(caches: KnownCaches) -> None:
+    caches.apply("early", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2, 3], blocks_known=True))
+    assert caches.blocks_by_slot([1, 2, 3], 2) is not None, "it has no place yet"
+    caches.place({"late": 0, "early": 1})
+    caches.apply("late", CacheUpdate(epoch=1, snapshot=True, stored=[1], blocks_known=True))
+    caches.apply("late", CacheUpdate(epoch=1, sequence=1, stored=[1, 2], tier=Tier.TIER_HOST, blocks_known=True))
+    found = caches.blocks_by_slot([1, 2, 3], 2)
+    assert found is not None
+    assert found[:2].tolist() == [2, 3]
+    caches.place({"late": 0})
+    found = caches.blocks_by_slot([1, 2, 3], 2)
+    assert found is not None
+    assert found[:2].tolist() == [2, 0], "a worker without a place is nobody"
+    assert caches.blocks_by_slot([7], 2) is None
