@@ -7,12 +7,13 @@ keys, as `slipstream.block_keys` makes them for a running cluster.
 from __future__ import annotations
 
 import csv
+import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -111,7 +112,7 @@ def read_azure(file: Path) -> list[Arrival]:
         ConfigError: a row is not of that format; the message names it.
     """
     arrivals = []
-    with file.open(newline="") as rows:
+    with _opened(file) as rows:
         for number, row in enumerate(csv.DictReader(rows), start=2):
             try:
                 at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
@@ -138,14 +139,26 @@ def _key(name: str) -> int:
     return xxh3_64_intdigest(name.encode())
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    with file.open("rb") as lines:
+def _opened(file: Path) -> TextIO:
+    """For reading; compressed files (.xz) are read as what is in them.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        return lzma.open(file, "rt", newline="") if file.suffix == ".xz" else file.open(newline="")
+    except OSError as error:
+        raise ConfigError(f"trace {file}: cannot be read ({error.strerror})", param="trace") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, line
 
 
-def _decoded(file: Path, number: int, line: bytes, kind: type[T]) -> T:
+def _decoded(file: Path, number: int, line: str, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(line, type=kind)
     except msgspec.DecodeError as error:

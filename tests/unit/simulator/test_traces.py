@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_faster_replay_keeps_order_and_requests(times: list[float], factor: fl
     faster = list(traces.at_speed(arrivals, factor))
     assert [one.request_id for one in faster] == [one.request_id for one in arrivals]
     assert all(one.at_s * factor == pytest.approx(before.at_s) for one, before in zip(faster, arrivals, strict=True))
+
+
+def test_a_compressed_trace_is_read_as_it_is(tmp_path: Path) -> None:
+    plain = written(tmp_path, mooncake(0, 600, [1]), mooncake(10, 1200, [1, 2]))
+    packed = tmp_path / "trace.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    assert traces.read_mooncake(packed) == traces.read_mooncake(plain)
+
+
+def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        traces.read_azure(tmp_path / "nowhere.csv")

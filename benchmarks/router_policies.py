@@ -1,0 +1,74 @@
+"""One replay of a trace under one routing policy, in virtual time; runs in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.router_baselines import Dynamo, LlmD
+from frontend.router.choice import Router
+from simulator import traces
+from simulator.journey import Summary, summarize
+from simulator.serving import Policy, SimulatedCluster
+from slipstream.performance import Profile, read_profile
+
+TRACE = Path(__file__).with_name("traces") / "mooncake_conversation_trace.jsonl.xz"
+PROFILES = Path(__file__).resolve().parent.parent / "engine" / "simulated" / "profiles"
+TTFT_SLO_S, TPOT_SLO_S = 10.0, 0.1
+"""The limits that Mooncake states for this trace."""
+
+LOAD_ONLY = ("round_robin", "load", "power_of_two")
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "kv": lambda: Router(policy="kv"),
+    "round_robin": lambda: Router(policy="round_robin"),
+    "load": lambda: Router(policy="load"),
+    "power_of_two": lambda: Router(policy="power_of_two"),
+    "llm_d": LlmD,
+    "dynamo": Dynamo,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Which cluster serves the trace, and how fast the trace comes.
+
+    Attributes:
+        speed: times the trace's own rate.
+        requests: of the trace's beginning.
+    """
+
+    profile: str
+    prefill: int
+    decode: int
+    speed: float
+    requests: int = 1 << 30
+    frontends: int = 1
+
+
+def replay(setting: Setting, policy: str) -> Summary:
+    """The whole of it; the same for the same arguments."""
+    profile = coarse(read_profile(PROFILES / f"{setting.profile}.json"), traces.MOONCAKE_BLOCK_TOKENS)
+    policies = [POLICIES[policy]() for _ in range(setting.frontends)]
+    cluster = SimulatedCluster((profile, profile), (setting.prefill, setting.decode), policies)
+    journeys = cluster.run(traces.at_speed(_arrivals()[: setting.requests], setting.speed))
+    return summarize(journeys, ttft_slo_s=TTFT_SLO_S, tpot_slo_s=TPOT_SLO_S)
+
+
+def coarse(profile: Profile, block_tokens: int) -> Profile:
+    """The same KV cache in blocks of a trace's size."""
+    factor = block_tokens // profile.block_tokens
+    return msgspec.structs.replace(
+        profile,
+        block_tokens=block_tokens,
+        block_bytes=profile.block_bytes * factor,
+        blocks=profile.blocks // factor,
+    )
+
+
+@lru_cache(maxsize=1)
+def _arrivals() -> list[traces.Arrival]:
+    return traces.read_mooncake(TRACE)
