@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,14 @@ class WorkerFacts:
 
 
 @asynccontextmanager
-async def cluster(model: str, folder: Path) -> AsyncIterator[tuple[Server, WorkerFacts]]:
+async def cluster(
+    model: str, folder: Path, *options: str, workers: Sequence[str] = _WORKERS
+) -> AsyncIterator[tuple[Server, WorkerFacts]]:
     """The cluster while the block runs; its logs go below `folder`.
+
+    Args:
+        options: more of `slipstream up`.
+        workers: that these start.
 
     Raises:
         StartupError: it did not become ready.
@@ -57,13 +63,14 @@ async def cluster(model: str, folder: Path) -> AsyncIterator[tuple[Server, Worke
     began_s = time.monotonic()
     run_folder = folder / "cluster"
     ports = ("--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0")
+    where = ("--model", model, "--log-dir", str(run_folder), *ports)
     component = Component(
         name="the cluster",
-        argv=(sys.executable, "-P", "-m", "slipstream", "up", "--model", model, "--log-dir", str(run_folder), *ports),
+        argv=(sys.executable, "-P", "-m", "slipstream", "up", *where, *options),
         environ=child_environ(os.environ) | {"SLIPSTREAM_FRONTEND__HANDOFF": "always"},
         log_path=folder / "cluster.log",
     )
-    until_ready = _UntilReady(run_folder / "slipstream.yaml")
+    until_ready = _UntilReady(run_folder / "slipstream.yaml", workers)
     async with running(
         component, until_ready, start_timeout_s=_START_TIMEOUT_S, stop_timeout_s=_STOP_TIMEOUT_S
     ) as process:
@@ -82,8 +89,9 @@ async def cluster(model: str, folder: Path) -> AsyncIterator[tuple[Server, Worke
 class _UntilReady:
     """Waits until the cluster has written its ports down, then until all of it is ready."""
 
-    def __init__(self, settings_file: Path) -> None:
+    def __init__(self, settings_file: Path, workers: Sequence[str]) -> None:
         self._settings_file = settings_file
+        self._workers = workers
         self.http_port = 0
         self.registry = ""
 
@@ -96,7 +104,7 @@ class _UntilReady:
             registry=self.registry,
             frontend_host="127.0.0.1",
             http_port=self.http_port,
-            workers=_WORKERS,
+            workers=self._workers,
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,
             report=lambda name, state, detail="": None,
