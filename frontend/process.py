@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import math
+import os
 import resource
 import signal
 import socket
@@ -28,7 +29,7 @@ from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
-from slipstream import telemetry
+from slipstream import telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 from slipstream.settings import AdmissionSettings, FrontendSettings, Settings
@@ -65,6 +66,9 @@ async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> No
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
         access_log.writing(settings.log),
+        tracing.exporting(
+            settings.tracing, service="slipstream-frontend", instance=f"{socket.gethostname()}-{os.getpid()}"
+        ),
     ):
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import typer
 
 from slipstream.cli.flags import Flag, select, with_settings
@@ -56,7 +53,7 @@ def frontend(loaded: LoadedConfig) -> None:
     """Run a frontend: the OpenAI-compatible HTTP face and the gRPC face, until SIGTERM or Ctrl-C."""
     import uvloop
 
-    from slipstream import telemetry, tracing
+    from slipstream import telemetry
 
     telemetry.configure(loaded.settings.log, component="frontend")
     if loaded.settings.frontend.workers > 1:
@@ -66,9 +63,7 @@ def frontend(loaded: LoadedConfig) -> None:
         return
     from frontend.process import serve
 
-    instance = f"{socket.gethostname()}-{os.getpid()}"
-    with tracing.exporting(loaded.settings.tracing, service="slipstream-frontend", instance=instance):
-        uvloop.run(serve(loaded.settings))
+    uvloop.run(serve(loaded.settings))
 
 
 @with_settings(*_WORKER_FLAGS)
