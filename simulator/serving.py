@@ -72,10 +72,8 @@ class SimulatedFrontend:
         self.expected_tokens = tokens if before == 0 else EXPECTED_DECAY * before + (1 - EXPECTED_DECAY) * tokens
 
     def ask(self, arrival: Arrival, block_tokens: int) -> Ask:
-        known = np.zeros(self.fleet.slots, np.int32)
-        if arrival.keys:
-            self.index.match(arrival.keys).fill(known)
-            known *= block_tokens
+        # Owners are entered as slots are given out: each one's place is its number.
+        known = self.index.match(arrival.keys).spread(self.fleet.slots, np.arange(self.fleet.slots)) * block_tokens
         return Ask(
             MODEL,
             arrival.input_tokens,
