@@ -21,13 +21,15 @@ from frontend.inference import INTERNAL_ERROR
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import observed
-from frontend.request_record import RequestRecord
+from frontend.request_record import RequestRecord, current
 from slipstream import telemetry
 from slipstream.errors import CancelledByClientError, SlipstreamError
 
 log = telemetry.get_logger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+ROUTE_HEADER = "x-slipstream-route"
+"""Why the request went to its workers, in a word; `slipstream explain` has the rest."""
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -36,6 +38,7 @@ _ENDPOINTS = {
     "/health/ready": "health",
     "/metrics": "metrics",
 }
+_PREFIXES = (("/v1/models/", "models"), ("/slipstream/v1/requests/", "explain"))
 _ABOUT_A_MODEL = frozenset({"chat", "completions"})
 
 
@@ -45,7 +48,7 @@ def where_of(path: str, model: str) -> Where:
     Args:
         model: the one served, for paths that are about a model.
     """
-    endpoint = "models" if path.startswith("/v1/models/") else _ENDPOINTS.get(path, "other")
+    endpoint = next((name for start, name in _PREFIXES if path.startswith(start)), "") or _ENDPOINTS.get(path, "other")
     return Where("http", endpoint, model if endpoint in _ABOUT_A_MODEL else "")
 
 
@@ -108,7 +111,11 @@ class _Outgoing:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+            headers = MutableHeaders(scope=message)
+            headers[REQUEST_ID_HEADER] = self._request_id
+            record = current()
+            if record is not None and record.route:
+                headers[ROUTE_HEADER] = record.route
         await self._send(message)
 
 

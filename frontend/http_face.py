@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from frontend.decisions import Decisions
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
 from frontend.http_exchange import (
@@ -36,9 +37,10 @@ from frontend.openai_requests import COMPLETIONS_DEFAULT_MAX_TOKENS, ChatBody, C
 from frontend.openai_responses import ModelCard, ModelList, error_body, response_schemas
 from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect
 from frontend.request_life import note_broken
+from frontend.request_record import current
 from frontend.sampling_fields import invalid_request
 from slipstream import metric_names
-from slipstream.errors import NoWorkerError
+from slipstream.errors import NoWorkerError, UnknownRequestError
 from slipstream.metric_names import KnownNames
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
@@ -51,6 +53,7 @@ def create_app(
     max_body_bytes: int,
     wall_clock: Callable[[], float] = time.time,
     metrics: Collector = REGISTRY,
+    decisions: Decisions | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -58,11 +61,13 @@ def create_app(
         max_body_bytes: larger request bodies are refused with 413.
         wall_clock: seconds since the epoch, for the `created` fields.
         metrics: what /metrics shows.
+        decisions: what to tell of requests that were routed; nothing without.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
-    face = HttpFace(service, max_body_bytes, wall_clock, metrics)
+    known = Decisions() if decisions is None else decisions
+    face = HttpFace(service, max_body_bytes, wall_clock, metrics, known)
     for path, body, responds_with, endpoint in (
         ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
         ("/v1/completions", CompletionBody, "Completion", face.completions),
@@ -73,6 +78,7 @@ def create_app(
     app.add_api_route("/v1/models/{model_id:path}", face.model, methods=["GET"], **_documented("ModelCard"))
     app.add_api_route("/health/live", face.live, methods=["GET"], **_documented(None))
     app.add_api_route("/health/ready", face.ready, methods=["GET"], **_documented(None))
+    app.add_api_route("/slipstream/v1/requests/{request_id}", face.explain, methods=["GET"], **_documented(None))
     app.add_api_route("/metrics", face.metrics, methods=["GET"], **_documented(None))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -118,6 +124,7 @@ class HttpFace:
     max_body_bytes: int
     wall_clock: Callable[[], float]
     families: Collector
+    decisions: Decisions
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -151,6 +158,13 @@ class HttpFace:
             raise NoWorkerError("No decode worker is ready yet.", retry_after_s=_READY_RETRY_S)
         return _json({"status": "ready"})
 
+    async def explain(self, request_id: str) -> Response:
+        """Why a request went to its workers: a list, one entry for each dispatch."""
+        found = self.decisions.of(request_id)
+        if not found:
+            raise UnknownRequestError(f"Request '{request_id}' is not among the last that this frontend dispatched.")
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
     async def metrics(self) -> Response:
         """Prometheus' text format."""
         page = KnownNames(self.families, metric_names.FRONTEND, model=self.service.model_name)
@@ -166,6 +180,9 @@ class HttpFace:
     def _asked(
         self, request: Request, body: ChatBody | CompletionBody, default_max_tokens: int | None
     ) -> InferenceRequest:
+        record = current()
+        if record is not None and not record.session:
+            record.session = body.session_of_user
         return InferenceRequest(
             request_id=request.state.request_id,
             model=body.model,

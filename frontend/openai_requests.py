@@ -36,6 +36,10 @@ class Extension(BaseModel):
     account: bool | None = Field(None, description="report which workers did what, and the KV blocks moved")
 
 
+LONGEST_SESSION = 200
+"""Characters of a user's name that tell sessions apart."""
+
+
 class GenerationBody(SamplingFields):
     """What both endpoints accept."""
 
@@ -46,6 +50,11 @@ class GenerationBody(SamplingFields):
     user: str | None = None
     service_tier: str | None = None
     slipstream: Extension | None = None
+
+    @property
+    def session_of_user(self) -> str:
+        """What keeps a user's requests together where no session is named."""
+        return (self.user or "")[:LONGEST_SESSION]
 
     @property
     def include_usage(self) -> bool:

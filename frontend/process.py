@@ -24,6 +24,7 @@ from frontend import access_log
 from frontend.admission.cluster_room import room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
+from frontend.decisions import Decisions
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
@@ -89,6 +90,7 @@ async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> No
                 stop=stop,
                 admission=settings.admission,
                 metrics=_metrics_of_all(metrics_folder),
+                decisions=dispatcher.routing.decisions,
             )
 
 
@@ -103,6 +105,7 @@ async def run_faces(
     listening: Callable[[str, str], None] = lambda http, grpc: None,
     admission: AdmissionSettings | None = None,
     metrics: Collector = REGISTRY,
+    decisions: Decisions | None = None,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
@@ -110,6 +113,7 @@ async def run_faces(
         listening: called with the HTTP and the gRPC address once both accept.
         admission: who the tenants are; `dispatcher` does the rest.
         metrics: what /metrics shows.
+        decisions: of the dispatcher, for those who ask why.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -124,7 +128,7 @@ async def run_faces(
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
     grpc_port = _bind_grpc(grpc_face, settings)
-    http_server = _http_server(service, settings, metrics)
+    http_server = _http_server(service, settings, metrics, decisions)
     http_socket.listen(_BACKLOG_CONNECTIONS)
     try:
         await grpc_face.start()
@@ -237,8 +241,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _http_server(service: InferenceService, settings: FrontendSettings, metrics: Collector) -> _Server:
-    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+def _http_server(
+    service: InferenceService, settings: FrontendSettings, metrics: Collector, decisions: Decisions | None
+) -> _Server:
+    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics, decisions=decisions)
     return _Server(
         uvicorn.Config(
             app,

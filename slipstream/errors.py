@@ -72,6 +72,15 @@ class ModelNotFoundError(SlipstreamError):
     default_code = "model_not_found"
 
 
+class UnknownRequestError(SlipstreamError):
+    """A request that this process does not remember."""
+
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    openai_type = "invalid_request_error"
+    default_code = "unknown_request"
+
+
 class RequestTooLargeError(SlipstreamError):
     """The request body is larger than the configured limit."""
 

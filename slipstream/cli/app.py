@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from slipstream import __version__
-from slipstream.cli import chat, local, profile, roles, show, status, top, transfer
+from slipstream.cli import chat, explain, local, profile, roles, show, status, top, transfer
 from slipstream.errors import ConfigError, SlipstreamError
 
 
@@ -51,6 +51,7 @@ local.add_to(app)
 chat.add_to(app)
 status.add_to(app)
 top.add_to(app)
+explain.add_to(app)
 profile.add_to(app)
 transfer.add_to(ways)
 roles.add_to(app, planner)

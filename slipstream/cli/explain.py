@@ -1,0 +1,135 @@
+"""`slipstream explain`: why a request went to its workers, what was expected of that, and what came of it."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote, urlsplit
+
+import msgspec
+import typer
+
+from slipstream.addresses import host_port, reachable
+from slipstream.cli.flags import select, with_settings
+from slipstream.cli.show import examples
+from slipstream.config import LoadedConfig
+from slipstream.errors import ConfigError, InvalidRequestError, UnavailableError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from frontend.decisions import Decision
+
+PANEL = "Use a cluster"
+TIMEOUT_S = 10.0
+_MAX_ANSWER_BYTES = 16 << 20
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        rich_help_panel=PANEL,
+        epilog=examples(
+            ("slipstream explain my-request-1", "by the X-Request-Id of a request or of its answer"),
+            ("slipstream explain my-request-1 --json | jq '.[0].considered'", "for programs"),
+        ),
+    )(explain)
+
+
+@with_settings(*select("frontend.host", "frontend.http_port"))
+def explain(
+    loaded: LoadedConfig,
+    request_id: Annotated[str, typer.Argument(help="As in the answer's X-Request-Id header.")],
+    frontend: Annotated[
+        str | None, typer.Option("--frontend", metavar="URL", help="The HTTP address of the frontend that was asked.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show why a request went to its workers: what was weighed, what was predicted, and what came of it."""
+    own = loaded.settings.frontend
+    content = fetch(frontend or host_port(reachable(own.host), own.http_port), request_id)
+    if as_json:
+        print(content.decode())  # noqa: T201
+        return
+    from frontend.decisions import Decision
+    from slipstream.cli.terminal import output
+
+    console = output()
+    for decision in msgspec.json.decode(content, type=list[Decision]):
+        for line in lines(decision):
+            console.print(line, highlight=False)
+        if decision.considered:
+            console.print(table(decision))
+
+
+def fetch(address: str, request_id: str) -> bytes:
+    """What a frontend says of a request, as JSON.
+
+    Raises:
+        ConfigError: the address is none.
+        InvalidRequestError: the frontend does not know the request.
+        UnavailableError: the frontend does not answer.
+    """
+    base = address if "//" in address else f"http://{address}"
+    if urlsplit(base).scheme not in ("http", "https") or not urlsplit(base).netloc:
+        raise ConfigError(f"--frontend = {address} is not an HTTP address, such as http://127.0.0.1:8000")
+    url = f"{base.rstrip('/')}/slipstream/v1/requests/{quote(request_id, safe='')}"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            content: bytes = answer.read(_MAX_ANSWER_BYTES)
+            return content
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 404:
+                raise InvalidRequestError(
+                    f"the frontend at {base} does not know request {request_id}: it remembers the last ones that it "
+                    "sent to workers itself, until it is restarted"
+                ) from None
+            raise UnavailableError(f"the frontend at {base} answers {error.code} {error.reason}") from None
+    except OSError as error:
+        raise UnavailableError(f"the frontend at {base} does not answer: {error}") from None
+
+
+def lines(decision: Decision) -> list[str]:
+    """What was decided, and what came of it, in words."""
+    where = f"prefill [bold]{decision.prefill_worker}[/bold], " if decision.prefill_worker else ""
+    said = [
+        f"[bold]{decision.request_id}[/bold] dispatch {decision.attempt}: {decision.prompt_tokens} prompt tokens, "
+        f"policy {decision.policy}",
+        f"  {where}decode [bold]{decision.decode_worker}[/bold], because: {decision.reason}"
+        + (f" ({decision.fallback})" if decision.fallback else ""),
+    ]
+    for what, workers in (("failed it before", decision.excluded), ("not answering", decision.suspects)):
+        if workers:
+            said.append(f"  left out, {what}: {', '.join(workers)}")
+    seen = decision.actual
+    if seen is None:
+        return [*said, "  not ended yet"]
+    expected = decision.considered[0] if decision.considered else None
+    for name, actual_s, predicted_s in (
+        ("prompt computed", seen.prefill_s, expected.queue_s + expected.prefill_s if expected else None),
+        ("first token", seen.ttft_s, expected.ttft_s if expected else None),
+        ("between tokens", seen.itl_s, expected.itl_s if expected else None),
+    ):
+        if actual_s is not None:
+            predicted = "" if predicted_s is None else f", predicted {_ms(predicted_s)}"
+            said.append(f"  {name}: {_ms(actual_s)}{predicted}")
+    computed = "" if seen.computed_tokens is None else f"{seen.computed_tokens} prompt tokens computed, "
+    return [*said, f"  {computed}{seen.tokens} tokens generated"]
+
+
+def table(decision: Decision) -> Table:
+    """The choices that were weighed, the best first."""
+    from rich.table import Table
+
+    columns = ("prefill", "decode", "new tokens", "queue", "prefill", "transfer", "slot", "step", "others", "cost")
+    shown = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for one in decision.considered:
+        times = (one.queue_s, one.prefill_s, one.transfer_s, one.slot_s, one.itl_s, one.others_s, one.cost_s)
+        prefill = one.prefill_worker or "-"
+        shown.add_row(prefill, one.decode_worker, str(one.new_tokens), *map(_ms, times))
+    return shown
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
