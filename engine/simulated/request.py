@@ -100,9 +100,10 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Step:
-    """One run of the model.
+    """One run of the model, or several in which the batch stays the same.
 
     Attributes:
+        seconds: of all its ticks together; each takes as long as the others.
         batch: requests that get one token each; the prompts that end in this step get their first one besides.
         context_tokens: of all of the batch together.
     """
@@ -112,6 +113,7 @@ class Step:
     batch: int
     context_tokens: int
     started_s: float
+    ticks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

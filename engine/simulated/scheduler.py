@@ -13,6 +13,7 @@ counted by the `tick` of the whole batch. So one core simulates millions of toke
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 
 from engine.simulated.blocks import BlockPool
@@ -47,6 +48,7 @@ class Scheduler:
         self._receiving = 0
         self._held = 0
         self._tick = 0
+        self._marks: list[int] = []  # a heap of ticks before which nothing of the above changes
         self._grow_at: dict[int, list[tuple[Request, int]]] = {}
         self._end_at: dict[int, list[tuple[Request, int]]] = {}
         self._context_tokens = 0
@@ -137,14 +139,20 @@ class Scheduler:
 
     # -- the cycle ----------------------------------------------------------------------------------------
 
-    def plan(self, now_s: float) -> Step | None:
-        """What to compute next; None when nothing can be. The caller calls `finish` once its seconds are over."""
+    def plan(self, now_s: float, most_ticks: int = 1) -> Step | None:
+        """What to compute next; None when nothing can be. The caller calls `finish` once its seconds are over.
+
+        Args:
+            most_ticks: with more than one, ticks that only generate, and between which nothing can change from inside,
+                are one step: a simulation has fewer events. When something comes from outside, see `shorten`.
+        """
         if self._step is not None:
             raise RuntimeError("a step runs: finish it before the next one is planned")
         before = self._preemptions
         self._grow_decoding()
         chunks = self._continue_prompts()
-        if self._preemptions == before:
+        settled = self._preemptions == before
+        if settled:
             self._admit(chunks)
         batch = len(self._decoding)
         if not batch and not chunks:
@@ -155,14 +163,28 @@ class Scheduler:
             self._context_tokens / batch if batch else 0.0,
         )
         self._step = Step(seconds, chunks, batch, self._context_tokens, now_s)
+        if most_ticks > 1 and settled and not chunks:
+            self._merge(self._step, most_ticks)
         return self._step
+
+    def shorten(self, step: Step, now_s: float) -> float:
+        """Something has come that the next step should know: the step ends with the tick that runs now.
+
+        Returns:
+            The step's seconds from its start on, as they are now.
+        """
+        each_s = step.seconds / step.ticks
+        ticks = min(step.ticks, max(1, math.ceil((now_s - step.started_s) / each_s)))
+        step.seconds, step.ticks = each_s * ticks, ticks
+        return step.seconds
 
     def finish(self, step: Step, now_s: float) -> list[Event]:
         """The step's time is over: every request of `decoding` has one more token. Returns `take_events`."""
         if step is not self._step:
             raise RuntimeError("another step runs than the one that is to be finished")
         self._step = None
-        self._context_tokens += len(self._decoding)
+        self._context_tokens += len(self._decoding) * step.ticks
+        self._tick += step.ticks - 1
         for request, turn in self._end_at.pop(self._tick, ()):
             if request.turn == turn:
                 self._tick += 1
@@ -231,6 +253,15 @@ class Scheduler:
             if self._make_room(1, request, []):
                 request.blocks += self.pool.take(1)
                 self._grow_later(request, self._tick + self._block_tokens)
+
+    def _merge(self, step: Step, most_ticks: int) -> None:
+        while self._marks and self._marks[0] <= self._tick:
+            heapq.heappop(self._marks)
+        if self._marks:
+            most_ticks = min(most_ticks, self._marks[0] - self._tick)
+        # The context grows from tick to tick; its mean is as good, since the prediction is linear nearly everywhere.
+        mean_context = self._context_tokens / step.batch + (most_ticks - 1) / 2
+        step.ticks, step.seconds = most_ticks, most_ticks * self.predictor.step_s([], step.batch, mean_context)
 
     def _continue_prompts(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -356,14 +387,15 @@ class Scheduler:
         self._decoding[request.request_id] = request
         self._context_tokens += request.tokens
         request.since_tick = self._tick
-        self._end_at.setdefault(self._tick + request.max_tokens - request.generated - 1, []).append(
-            (request, request.turn)
-        )
+        last = self._tick + request.max_tokens - request.generated - 1
+        self._end_at.setdefault(last, []).append((request, request.turn))
+        heapq.heappush(self._marks, last + 1)
         # The token at position p is computed, and needs its block, p - done ticks from now.
         self._grow_later(request, self._tick + len(request.blocks) * self._block_tokens - request.done)
 
     def _grow_later(self, request: Request, tick: int) -> None:
         self._grow_at.setdefault(tick, []).append((request, request.turn))
+        heapq.heappush(self._marks, tick)
 
     def _leave_decoding(self, request: Request) -> None:
         request.generated = self.generated(request)

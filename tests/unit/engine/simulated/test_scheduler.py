@@ -34,6 +34,18 @@ def run(scheduler: Scheduler, steps: int = 1000) -> list[tuple[float, Event]]:
     return events
 
 
+def merged(scheduler: Scheduler) -> list[tuple[float, Event]]:
+    """As `run`, with as few steps as can be; every second one is shortened."""
+    now_s, events, number = 0.0, [], 0
+    while (step := scheduler.plan(now_s, most_ticks=1000)) is not None:
+        number += 1
+        if number % 2:
+            scheduler.shorten(step, now_s + step.seconds / 2)
+        now_s += step.seconds
+        events += [(now_s, event) for event in scheduler.finish(step, now_s)]
+    return events
+
+
 def one_step(scheduler: Scheduler) -> Step:
     step = scheduler.plan(0.0)
     assert step is not None
@@ -324,3 +336,31 @@ def test_the_same_load_always_runs_the_same_way(chosen: Profile, cases: list[Cas
     once.play()
     again.play()
     assert once.log == again.log
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROFILES, CASES)
+def test_ticks_in_one_step_come_to_the_same_as_one_by_one(chosen: Profile, cases: list[Case]) -> None:
+    logs = []
+    for play in (run, merged):
+        scheduler = Scheduler(chosen)
+        for number, case in enumerate(cases):
+            scheduler.add(request(str(number), case.prompt, case.max_tokens + 1, case.family))
+        logs.append([(round(at_s, 9), event.kind, event.request.request_id) for at_s, event in play(scheduler)])
+    alone = [entry for entry in logs[0] if entry[1] is not EventKind.PREEMPTED]
+    assert [entry for entry in logs[1] if entry[1] is not EventKind.PREEMPTED] == alone
+
+
+def test_a_step_of_many_ticks_ends_where_something_changes_or_comes() -> None:
+    scheduler = Scheduler(PROFILE)
+    scheduler.add(request("a", 5, max_tokens=9))
+    one_step(scheduler)
+    step = scheduler.plan(0.0, most_ticks=100)
+    assert step is not None
+    assert step.ticks == 3  # until it needs a block
+    assert step.seconds == pytest.approx(3 * 0.005)
+    assert scheduler.shorten(step, 0.006) == pytest.approx(0.010)
+    scheduler.finish(step, 0.010)
+    asked = scheduler.get("a")
+    assert asked is not None
+    assert scheduler.generated(asked) == 3
