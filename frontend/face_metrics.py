@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -100,6 +101,59 @@ class Where:
         return self.face, self.endpoint, self.model
 
 
+class Series:
+    """The series of one `Where`: looked up once, since each look-up costs more than a count."""
+
+    __slots__ = (
+        "awaiting",
+        "between",
+        "cached",
+        "codes",
+        "completion",
+        "duration",
+        "first",
+        "in_flight",
+        "input",
+        "output",
+        "prompt",
+        "where",
+    )
+
+    def __init__(self, where: Where) -> None:
+        labels = where.labels
+        self.where = where
+        self.in_flight = IN_FLIGHT.labels(*labels)
+        self.duration = DURATION_S.labels(*labels)
+        self.codes: dict[str, Counter] = {}
+        self.awaiting = AWAITING_FIRST_TOKEN.labels(*labels)
+        self.first = TIME_TO_FIRST_TOKEN_S.labels(*labels)
+        self.between = INTER_TOKEN_LATENCY_S.labels(*labels)
+        self.prompt = PROMPT_TOKENS.labels(*labels)
+        self.cached = CACHED_PROMPT_TOKENS.labels(*labels)
+        self.completion = COMPLETION_TOKENS.labels(*labels)
+        self.input = INPUT_TOKENS.labels(*labels)
+        self.output = OUTPUT_TOKENS.labels(*labels)
+
+    def answered(self, code: str) -> None:
+        """A request ended with this status."""
+        counter = self.codes.get(code)
+        if counter is None:
+            counter = self.codes[code] = REQUESTS.labels(*self.where.labels, code)
+        counter.inc()
+
+
+@lru_cache(maxsize=64)
+def series(where: Where) -> Series:
+    """The series of a place; there are about ten places."""
+    return Series(where)
+
+
+@lru_cache(maxsize=16)
+def stage_series(stage: str) -> Histogram:
+    """The series of a stage."""
+    return STAGE_S.labels(stage)
+
+
 class TokenTimes:
     """Time to first token and between tokens of one request; of each of its answers when there are several.
 
@@ -111,10 +165,9 @@ class TokenTimes:
         self._clock = clock
         self._record = record
         self._last_s: dict[int, float] = {}
-        self._first = TIME_TO_FIRST_TOKEN_S.labels(*where.labels)
-        self._between = INTER_TOKEN_LATENCY_S.labels(*where.labels)
-        self._tokens = COMPLETION_TOKENS.labels(*where.labels)
-        self._awaiting = AWAITING_FIRST_TOKEN.labels(*where.labels)
+        own = series(where)
+        self._first, self._between, self._tokens = own.first, own.between, own.completion
+        self._awaiting = own.awaiting
         self._awaiting.inc()
 
     def arrived(self, index: int, tokens: int) -> None:

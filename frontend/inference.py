@@ -18,7 +18,7 @@ from frontend import access_log
 from frontend.admission.claim import DEFAULT_CLAIM, DEFAULT_TENANT, Claim
 from frontend.admission.tenants import Tenants
 from frontend.answer_text import AnswerPiece, AnswerText
-from frontend.face_metrics import PROMPT_TOKENS, TokenTimes, Where
+from frontend.face_metrics import TokenTimes, Where, series
 from frontend.fan_in import merged
 from frontend.generation import Dispatcher, ServedModel, TokenRequest
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, context_length_error
@@ -206,7 +206,7 @@ class InferenceService:
                 record.prompt_tokens = sum(map(len, prompts))
                 record.prompts = prompts if access_log.wants_prompts() else ()
                 sequences = self._sequences(request, model, prompts)
-                PROMPT_TOKENS.labels(*request.where.labels).inc(record.prompt_tokens)
+                series(request.where).prompt.inc(record.prompt_tokens)
                 streams = [
                     self._generate(index, sequence, request.sampling, times) for index, sequence in enumerate(sequences)
                 ]

@@ -53,7 +53,7 @@ def observed(
     bound = {"request_id": request_id}
     if record.span.trace_id:
         bound["trace_id"] = record.span.trace_id
-    in_flight = face_metrics.IN_FLIGHT.labels(*where.labels)
+    in_flight = face_metrics.series(where).in_flight
     in_flight.inc()
     token = CURRENT.set(record)
     try:
@@ -73,7 +73,7 @@ def received(clock: Callable[[], float]) -> None:
     if record is None:
         return
     now_s = clock()
-    face_metrics.STAGE_S.labels("receive").observe(now_s - record.started_s)
+    face_metrics.stage_series("receive").observe(now_s - record.started_s)
     if record.span.recording:
         record.span.child("receive", start_ns=record.started_ns).end(record.unix_ns(now_s))
 
@@ -105,18 +105,19 @@ def stage(name: str) -> Iterator[Span]:
         span.fail(type(error).__name__)
         raise
     finally:
-        face_metrics.STAGE_S.labels(name).observe(time.perf_counter() - began_s)
+        face_metrics.stage_series(name).observe(time.perf_counter() - began_s)
         span.end()
 
 
 def _ended(where: Where, record: RequestRecord, now_s: float) -> None:
     total_s = now_s - record.started_s
-    face_metrics.REQUESTS.labels(*where.labels, record.status).inc()
-    face_metrics.DURATION_S.labels(*where.labels).observe(total_s)
+    own = face_metrics.series(where)
+    own.answered(record.status)
+    own.duration.observe(total_s)
     if record.prompt_tokens:
-        face_metrics.INPUT_TOKENS.labels(*where.labels).observe(record.prompt_tokens)
-        face_metrics.OUTPUT_TOKENS.labels(*where.labels).observe(record.completion_tokens)
-        face_metrics.CACHED_PROMPT_TOKENS.labels(*where.labels).inc(record.cached_tokens)
+        own.input.observe(record.prompt_tokens)
+        own.output.observe(record.completion_tokens)
+        own.cached.inc(record.cached_tokens)
     if where.model:
         access_log.write(record, total_s)
         if record.span.recording:

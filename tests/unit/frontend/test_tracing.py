@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import grpc.aio
 import httpx
 import pytest
 
@@ -15,6 +17,7 @@ from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
 from slipstream import tracing
 from slipstream.settings import TracingSettings
+from slipstream.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.otlp_collector import CollectedSpan, Collector, collecting
 from tests.support.scripted_cluster import ScriptedCluster, scripted_cluster
 from tests.support.scripted_worker import MODEL, Script
@@ -96,6 +99,17 @@ async def test_who_calls_decides_whether_a_request_is_traced(collector: Collecto
     assert len(collector.spans) == 7
     # The workers are told, so that they do not begin traces of their own.
     assert flags == ["00", "00", "01"]
+
+
+async def test_a_grpc_call_goes_on_with_its_callers_trace_too(collector: Collector, channel: grpc.aio.Channel) -> None:
+    with tracing.exporting(settings(collector), service="frontend", instance="f0"):
+        request = inference_pb2.GenerateRequest(text="x")
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(request, metadata=(("traceparent", TRACEPARENT),))
+        assert [response async for response in call][-1].finish_reason
+        spans = by_name(await asyncio.to_thread(collector.until, 4, trace_id=TRACE_ID))
+
+    assert spans.keys() == {"rpc generate", "receive", "tokenize", "stream"}
+    assert spans["rpc generate"].parent == PARENT
 
 
 async def test_nothing_is_sent_along_when_nothing_is_traced(text_model: TextModel) -> None:
