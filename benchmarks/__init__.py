@@ -5,6 +5,7 @@ pd_vs_nixl.py      `python -m benchmarks.pd_vs_nixl`: the cluster beside vLLM's 
 kv_compression.py  `python -m benchmarks.kv_compression`: what quantizing KV blocks costs, saves and changes
 frontend.py        `python -m benchmarks.frontend`: our frontend beside NVIDIA Dynamo's, with workers that take no time
 frontend_comparison.py  what it asks of both and makes of it; frontend_servers.py starts them
+many_streams.py    its other half: thousands of streams through one frontend for minutes
 instant_worker.py  those workers, for our frontend
 stream_load.py     a closed load of streamed answers over many connections, cheaper than what it measures
 transfer.py        `python -m benchmarks.transfer`: the transports beside raw copies and beside NIXL alone

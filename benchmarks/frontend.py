@@ -11,6 +11,8 @@ import asyncio
 import json
 import os
 import re
+import resource
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +24,8 @@ from benchmarks import command
 from benchmarks.command import Say
 from benchmarks.frontend_comparison import Plan, Report, Words, measure, report
 from benchmarks.frontend_servers import DYNAMO_VERSION, dynamo_frontend, dynamo_python, slipstream_frontend
-from benchmarks.report import Machine, machine, targets_table
+from benchmarks.many_streams import Endurance, Endured, endure, targets
+from benchmarks.report import Machine, Target, machine, targets_table
 from slipstream import model_folder
 from slipstream.errors import SlipstreamError
 from slipstream.settings import DEFAULT_MODEL
@@ -41,9 +44,19 @@ def frontend(
     dynamo: Annotated[bool, typer.Option("--dynamo/--no-dynamo", help="Measure Dynamo beside it.")] = True,
     processes: Annotated[int, typer.Option("--processes", help="Processes of our frontend.", min=1)] = 1,
     rounds: Annotated[int, typer.Option("--rounds", help="Starts of each system.", min=1)] = Plan().rounds,
+    streams: Annotated[int, typer.Option("--streams", help="Instead: this many streams at once.", min=0)] = 0,
+    minutes: Annotated[float, typer.Option("--minutes", help="How long --streams goes on.", min=0.05)] = 10.0,
     model: Annotated[str, typer.Option("--model", help="A local folder or a Hugging Face id.")] = DEFAULT_MODEL,
 ) -> None:
     """Measure CPU time a request, requests/s and added latency of our frontend and of NVIDIA Dynamo's."""
+    if streams:
+        endurance = Endurance(streams, minutes * 60, leavers=streams // 20)
+        facts = machine()
+        endured = command.run(
+            lambda logs, say: _endure(endurance, facts, model, processes, logs, say), _RUN_TIMEOUT_S + minutes * 60
+        )
+        command.show(endured, as_json, _print_endured)
+        return
     plan = Plan(requests=200, warm_requests=50, latency_requests=10, rounds=1) if quick else Plan(rounds=rounds)
     facts = machine()
     result = command.run(
@@ -73,6 +86,37 @@ async def _run(plan: Plan, facts: Machine, model: str, processes: int, logs: Pat
             say(f"round {number} of {plan.rounds}: dynamo")
             rounds.append(await measure(dynamo_frontend(python, folder, where, speedup=0), plan, words))
     return report(plan, facts, rounds, skipped or None)
+
+
+@dataclass(frozen=True, slots=True)
+class EnduranceReport:
+    plan: Endurance
+    machine: Machine
+    seen: Endured
+    memory_growth: float
+    targets: list[Target]
+
+
+async def _endure(plan: Endurance, facts: Machine, model: str, processes: int, logs: Path, say: Say) -> EnduranceReport:
+    folder = (await asyncio.to_thread(model_folder.resolve, model, weights=False)).path
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # Each stream is a connection of this process too.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    async with slipstream_frontend(folder, logs, step_s=plan.step_s, processes=processes) as running:
+        say(f"{plan.streams} streams for {plan.seconds:g} s")
+        seen = await endure(running, plan)
+    return EnduranceReport(plan, facts, seen, seen.memory_growth, targets(plan, seen))
+
+
+def _print_endured(console: Console, result: EnduranceReport) -> None:
+    seen = result.seen
+    console.print(
+        f"{seen.answers} answers, {seen.tokens} tokens, {seen.left} clients left in the middle; memory "
+        f"{seen.memory_mib[0]:.0f} to {seen.memory_mib[-1]:.0f} MiB; {seen.cpu_cores:.2f} cores"
+    )
+    console.print(targets_table(result.targets))
+    for error in seen.errors[:5]:
+        console.print(f"[red]{error}[/]")
 
 
 def _words(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.instant_worker import FIRST_TOKEN
 from benchmarks.server import child_environ, running
 from benchmarks.vllm_server import free_port
 from deploy.processes import Component
@@ -53,7 +54,7 @@ class MeasuredFrontend:
 
 @asynccontextmanager
 async def slipstream_frontend(
-    model: Path, folder: Path, *, step_s: float, processes: int = 1
+    model: Path, folder: Path, *, step_s: float, processes: int = 1, first_token: int = FIRST_TOKEN
 ) -> AsyncIterator[MeasuredFrontend]:
     """Our frontend with a real control plane and workers that take `step_s` a token.
 
@@ -75,7 +76,7 @@ async def slipstream_frontend(
             return (await stack.enter_async_context(running(component, ready, **limits))).pid
 
         await start("control-plane", (*program, "planner", "serve", "--port", str(registry_port)), _at_once)
-        await start("workers", (*workers, str(WORKERS), str(step_s)), _at_once)
+        await start("workers", (*workers, str(WORKERS), str(step_s), str(first_token)), _at_once)
         ready = _until_ok(f"http://127.0.0.1:{http_port}/health/ready")
         pid = await start("frontend", (*program, "frontend", *common, *frontend_flags), ready)
         yield MeasuredFrontend("slipstream", http_port, pid)

@@ -1,6 +1,6 @@
 """Decode workers that take no time: what a frontend is measured with, so that nothing but the frontend is.
 
-    python -m benchmarks.instant_worker REGISTRY MODEL WORKERS STEP_S
+    python -m benchmarks.instant_worker REGISTRY MODEL WORKERS STEP_S [FIRST_TOKEN]
 
 They speak gRPC as real workers do, through the real `decode_worker.service`; behind it, steps make one token of each
 running sequence, as fast as possible or every STEP_S seconds. As in vLLM, tokens that a sequence's reader has not
@@ -30,11 +30,11 @@ from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, Worke
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
 from slipstream.v1.worker_pb2 import Handoff
 
-_MAX_MODEL_LEN = 8192
+_MAX_MODEL_LEN = 1 << 20
 _BLOCK_TOKENS = 16
 _MAX_OPEN = 8192
-# Tokens go round in this range of ids: plain text in the vocabularies of most models.
-_FIRST_TOKEN, _TOKENS = 1000, 500
+# Tokens go round in a range of so many ids, from one on where the vocabularies of most models have plain text.
+FIRST_TOKEN, _TOKENS = 1000, 90
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +43,12 @@ class _Sequence:
 
     left: int
     position: int
+    first_token: int
     waiting: list[int] = field(default_factory=list)
     came: asyncio.Event = field(default_factory=asyncio.Event)
 
     def step(self) -> None:
-        self.waiting.append(_FIRST_TOKEN + self.position * 7 % _TOKENS)
+        self.waiting.append(self.first_token + self.position * 7 % _TOKENS)
         self.position += 1
         self.left -= 1
         self.came.set()
@@ -60,16 +61,17 @@ class InstantEngine:
         step_s: between two steps; 0 is as fast as possible.
     """
 
-    def __init__(self, worker_id: str, step_s: float) -> None:
+    def __init__(self, worker_id: str, step_s: float, first_token: int = FIRST_TOKEN) -> None:
         self._worker_id = worker_id
         self._step_s = step_s
+        self._first_token = first_token
         self._running: set[_Sequence] = set()
         self._work = asyncio.Event()
 
     async def decode(
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
     ) -> AsyncGenerator[TokensGenerated, None]:
-        sequence = _Sequence(max(1, sampling.max_tokens), len(token_ids))
+        sequence = _Sequence(max(1, sampling.max_tokens), len(token_ids), self._first_token)
         self._running.add(sequence)
         self._work.set()
         try:
@@ -102,9 +104,11 @@ class InstantEngine:
 
 
 @asynccontextmanager
-async def worker(registry: str, model: str, worker_id: str, step_s: float) -> AsyncIterator[None]:
+async def worker(
+    registry: str, model: str, worker_id: str, step_s: float, first_token: int = FIRST_TOKEN
+) -> AsyncIterator[None]:
     """One decode worker, registered, while the block runs."""
-    engine = InstantEngine(worker_id, step_s)
+    engine = InstantEngine(worker_id, step_s, first_token)
     server = grpc.aio.server(options=server_options())
     service = DecodeService(engine, Admission(limit=_MAX_OPEN), model=model)  # type: ignore[arg-type]
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, server)
@@ -138,15 +142,16 @@ async def worker(registry: str, model: str, worker_id: str, step_s: float) -> As
         await server.stop(0)
 
 
-async def _serve(registry: str, model: str, workers: int, step_s: float) -> None:
+async def _serve(registry: str, model: str, workers: int, step_s: float, first_token: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         for index in range(workers):
-            await stack.enter_async_context(worker(registry, model, f"decode-{index}", step_s))
+            await stack.enter_async_context(worker(registry, model, f"decode-{index}", step_s, first_token))
         await stop.wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+    first = int(sys.argv[5]) if len(sys.argv) > 5 else FIRST_TOKEN
+    uvloop.run(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), first))

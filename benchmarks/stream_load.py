@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -144,7 +144,7 @@ class _Connection(asyncio.Protocol):
 
 
 async def closed_load(
-    host: str, port: int, requests: Sequence[bytes], *, connections: int, timeout_s: float
+    host: str, port: int, requests: Iterable[bytes], *, connections: int, timeout_s: float
 ) -> Streamed:
     """Send `requests` over `connections` connections, each as soon as its last answer has ended.
 
@@ -157,12 +157,12 @@ async def closed_load(
     opened: list[_Connection] = []
     try:
         async with asyncio.timeout(timeout_s):
-            for _ in range(min(connections, len(requests))):
+            for _ in range(connections):
                 _transport, connection = await loop.create_connection(lambda: _Connection(source, into), host, port)
                 opened.append(connection)
             await asyncio.gather(*(connection.done for connection in opened))
     except TimeoutError as error:
-        raise DeadlineError(f"{len(into.total_s)} of {len(requests)} answers within {timeout_s:g} s") from error
+        raise DeadlineError(f"only {len(into.total_s)} answers within {timeout_s:g} s") from error
     except OSError as error:
         raise UnavailableError(f"cannot connect to {host}:{port}: {error}") from error
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from frontend.chat_template import ChatTemplate, read_template
 from frontend.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
@@ -20,6 +21,9 @@ from slipstream.errors import StartupError
 
 # Shorter texts take less time to encode than a thread takes to wake up.
 _INLINE_CHARACTERS = 4096
+# Words whose pieces the tokenizer remembers, in each thread that encodes. Its own 10,000 are fewer than a language has,
+# and when they are full it learns no more: 200 words of a 21,500-word vocabulary took 0.66 ms, with this 0.42 ms.
+_CACHED_WORDS = 1 << 16
 # tokenizer_config.json says "no limit" as 1e30.
 _LARGEST_LENGTH = 1 << 31
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -50,6 +54,8 @@ class TextModel:
         # A tokenizer.json saved after training may cut or pad; a prompt must be neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if isinstance(tokenizer.model, BPE):
+            tokenizer.model._resize_cache(_CACHED_WORDS)
         self._tokenizer = tokenizer
         self.chat_template = chat_template
         self.eos_token_ids = eos_token_ids
