@@ -98,7 +98,7 @@ class AdmissionSettings(Section):
         2048, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
     )
     worker_wait_s: float = Field(
-        0.01, ge=0, le=60, description="predicted wait at the workers up to which requests go to them"
+        0.02, ge=0, le=60, description="predicted wait at the workers up to which requests go to them"
     )
     ttft_slo_s: float = Field(
         2.0,

@@ -4,8 +4,8 @@ Requests shall queue in the frontend, where fairness works, and not in the engin
 the workers busy, and no more:
 
 - until its prompt is computed a request holds a prefill worker. As many as there are prefill workers always go
-  through; one more does when a worker is predicted to be done within `worker_wait_s`, so that it finds its next prompt
-  there.
+  through, and short ones until there is a full step for each, since an engine computes them together; one more does
+  when a worker is predicted to be done within `worker_wait_s`, so that it finds its next prompt there.
 - until its end it holds a place in a decode worker's batch and room in its KV cache. There are as many as the workers
   say; what other frontends have there is what the workers report beyond our own.
 
@@ -26,6 +26,9 @@ E = TypeVar("E", bound=Entry)
 
 START_WORK_PER_S = 2000.0
 """What a worker is taken to finish before any has finished anything; it counts like one second of experience."""
+
+STEP_WORK = 1024.0
+"""Work that one engine step does in hardly more time than a short prompt: beyond it, prompts gain little together."""
 
 DECAY = 0.98
 """What earlier experience weighs after each newer prompt: some fifty prompts count."""
@@ -74,6 +77,7 @@ class Lanes(Generic[E]):
     def __init__(self, now_s: float) -> None:
         self._by_free: list[_Lane[E]] = [_Lane(now_s)]  # by `free_at_s`
         self._lane_of: dict[E, _Lane[E]] = {}
+        self._work = 0.0
         self._at_s = now_s
         self._busy_s = 0.0  # lane-seconds with a prompt since the last finished one
         self._done_work, self._done_s = START_WORK_PER_S, 1.0
@@ -100,6 +104,8 @@ class Lanes(Generic[E]):
 
     def free_in_s(self, now_s: float) -> float:
         """Predicted seconds until one is free; 0 when one is, infinite when each is late already."""
+        if self._work < STEP_WORK * len(self._by_free):
+            return 0.0
         for lane in self._by_free:
             if lane.free_at_s > now_s:
                 return lane.free_at_s - now_s
@@ -115,6 +121,7 @@ class Lanes(Generic[E]):
         lane.free_at_s = max(now_s, lane.free_at_s) + entry.prompt_work / self.work_per_s
         lane.prompts[entry] = lane.free_at_s
         self._lane_of[entry] = lane
+        self._work += entry.prompt_work
         self._place(lane)
 
     def end(self, entry: E, now_s: float, *, computed: bool) -> None:
@@ -122,6 +129,7 @@ class Lanes(Generic[E]):
         self._pass(now_s)
         lane = self._lane_of.pop(entry)
         del lane.prompts[entry]
+        self._work = self._work - entry.prompt_work if self._lane_of else 0.0
         ends_at_s, work_per_s = now_s, self.work_per_s
         for one in lane.prompts:
             ends_at_s += one.prompt_work / work_per_s

@@ -23,7 +23,7 @@ def policy(
     each: int = 1000,
     total: int = 3000,
     aging_s: float = 10.0,
-    worker_wait_s: float = 0.01,
+    worker_wait_s: float = 0.02,
     ttft_slo_s: float = 2.0,
     max_preemptions: int = 2,
 ) -> Policy:
@@ -54,7 +54,7 @@ def job(
     priority: Priority = Priority.REALTIME,
     *,
     weight: float = 1.0,
-    work: float = 100.0,
+    work: float = 4000.0,
     timeout_s: float = 1e6,
     prefill_s: float = 0.1,
     decode_s: float = 0.2,

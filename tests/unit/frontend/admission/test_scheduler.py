@@ -22,7 +22,7 @@ def arrivals(tenant: str, rate: float, seed: int, priority: Priority = Priority.
     chance, at_s, jobs = random.Random(seed), 0.0, []
     while (at_s := at_s + chance.expovariate(rate)) < SECONDS:
         size = chance.uniform(0.5, 1.5)
-        jobs.append(job(at_s, tenant, priority, work=100 * size, prefill_s=0.1 * size))
+        jobs.append(job(at_s, tenant, priority, work=4000 * size, prefill_s=0.1 * size))
     return jobs
 
 
@@ -79,8 +79,8 @@ def test_decode_places_bound_what_is_in_flight() -> None:
 
 def test_full_kv_caches_hold_requests_back() -> None:
     scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
-    scheduler.take_room(ClusterRoom(prefill_workers=8, decode_workers=1, kv_tokens=250), 0.0)
-    admitted = [scheduler.arrive(job(0.0, work=100), 0.0).admitted for _ in range(5)]
+    scheduler.take_room(ClusterRoom(prefill_workers=8, decode_workers=1, kv_tokens=10_000), 0.0)
+    admitted = [scheduler.arrive(job(0.0), 0.0).admitted for _ in range(5)]
     assert admitted == [True, True, True, False, False]
 
 
@@ -98,13 +98,19 @@ def test_a_prompt_that_takes_longer_than_predicted_holds_its_worker_until_it_is_
     slow, waiting = job(0.0), job(0.0)
     assert scheduler.arrive(slow, 0.0).admitted
     assert not scheduler.arrive(waiting, 0.0).admitted
-    assert scheduler.step(0.045).granted == [waiting]  # done after 0.05 s, it was predicted
-    late = job(1.0)
-    assert not scheduler.arrive(late, 1.0).admitted
+    assert scheduler.step(1.99).granted == [waiting]  # done after 2 s, it was predicted
+    late = job(3.0)
+    assert not scheduler.arrive(late, 3.0).admitted
     assert scheduler.step(100.0).granted == []
     scheduler.computed(slow, 100.0)
     scheduler.computed(waiting, 100.1)
     assert scheduler.step(100.1).granted == [late]
+
+
+def test_short_prompts_go_together_as_an_engine_computes_them() -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(prefill_workers=2, decode_workers=1), 0.0)
+    assert [scheduler.arrive(job(0.0, work=300), 0.0).admitted for _ in range(8)] == [True] * 7 + [False]
 
 
 def test_without_workers_everything_passes_so_that_the_dispatcher_says_what_is_wrong() -> None:
