@@ -1,8 +1,7 @@
 """One line for each answered request: in the log for people, and in a file of JSON lines for programs.
 
-The file can be replayed: `timestamp` (milliseconds), `input_length`,
-`output_length` and `hash_ids` are what the traces of Mooncake (https://github.com/kvcache-ai/Mooncake, FAST '25) have;
-the rest says what became of the request.
+The file can be replayed (`simulator.traces.read_access_log`): `timestamp`, `input_length`, `output_length` and
+`block_keys` say what was asked and when, as the traces of Mooncake (FAST '25) do; the rest says what became of it.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from slipstream.settings import LogSettings
 log = telemetry.get_logger(__name__)
 
 BLOCK_TOKENS = 16
-"""Tokens a block of `hash_ids`; fixed, so that logs of different clusters can be compared."""
+"""Tokens a block of `block_keys`; fixed, so that logs of different clusters can be compared."""
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A line of the access log. What is absent is empty, 0 or unknown.
 
     Attributes:
-        timestamp: Unix time of the request's arrival, in milliseconds.
+        timestamp: Unix time of the request's arrival, in seconds.
         input_length, output_length: tokens.
-        hash_ids: the prompt's whole blocks of `block_tokens` tokens (`slipstream.block_keys`): equal ids are equal
+        block_keys: the prompt's whole blocks of `block_tokens` tokens (`slipstream.block_keys`): equal keys are equal
             beginnings.
         cached_length: prompt tokens that no worker had to compute.
     """
 
-    timestamp: int
+    timestamp: float
     input_length: int
     output_length: int
     request_id: str
@@ -46,6 +45,7 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     total_s: float
     model: str = ""
     tenant: str = ""
+    service_class: str = ""
     session: str = ""
     error: str = ""
     ttft_s: float | None = None
@@ -58,7 +58,7 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     attempts: int = 0
     trace_id: str = ""
     block_tokens: int = 0
-    hash_ids: tuple[int, ...] = ()
+    block_keys: tuple[int, ...] = ()
 
 
 class AccessLog:
@@ -88,7 +88,7 @@ class AccessLog:
             self._file = None
 
 
-_ONLY_IN_FILE = {"timestamp", "request_id", "trace_id", "block_tokens", "hash_ids"}
+_ONLY_IN_FILE = {"timestamp", "request_id", "trace_id", "block_tokens", "block_keys"}
 _current = AccessLog(LogSettings(requests=False), None)
 
 
@@ -125,7 +125,7 @@ def writing(settings: LogSettings) -> Iterator[None]:
 def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLine:
     """What is told of a request."""
     return AccessLine(
-        timestamp=record.started_ns // 1_000_000,
+        timestamp=record.started_ns // 1_000_000 / 1e3,
         input_length=record.prompt_tokens,
         output_length=record.completion_tokens,
         request_id=record.request_id,
@@ -135,6 +135,7 @@ def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLin
         total_s=round(total_s, 6),
         model=record.model,
         tenant=record.tenant,
+        service_class=record.service_class,
         session=record.session,
         error=record.error,
         ttft_s=_rounded(record.ttft_s),
@@ -147,7 +148,7 @@ def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLin
         attempts=record.attempts,
         trace_id=record.span.trace_id,
         block_tokens=BLOCK_TOKENS if blocks else 0,
-        hash_ids=_keys(record.model, record.prompts) if blocks else (),
+        block_keys=_keys(record.model, record.prompts) if blocks else (),
     )
 
 

@@ -187,6 +187,7 @@ class InferenceService:
         """
         received(self.clock)
         record = current() or RequestRecord(request.request_id, "", "", self.clock(), time.time_ns())
+        record.service_class = request.claim.priority.label
         record.tenant = "" if request.claim.tenant == DEFAULT_TENANT else request.claim.tenant
         times = TokenTimes(request.where, record, self.clock)
         limit_s, limited_by = self._request_timeout_s, "frontend.request_timeout_s"

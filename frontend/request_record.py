@@ -23,6 +23,7 @@ class RequestRecord:
         started_ns: Unix time of `started_s`.
         status: HTTP status or gRPC status name, once there is one; `cancelled` for a client that left.
         tenant: who asked, when that is known.
+        service_class: its priority at admission.
         session: what the client calls the conversation.
         prompts: token ids, kept only if the access log names blocks.
         cached_tokens: prompt tokens that no worker had to compute.
@@ -40,6 +41,7 @@ class RequestRecord:
     error: str = ""
     model: str = ""
     tenant: str = ""
+    service_class: str = ""
     session: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0

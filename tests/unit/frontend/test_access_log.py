@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from frontend import access_log
 from frontend.tokenizer import TextModel
+from simulator.traces import read_access_log
 from slipstream import block_keys
 from slipstream.errors import StartupError, WorkerLostError
 from slipstream.settings import LogSettings
@@ -50,7 +51,7 @@ async def test_a_line_says_what_the_request_was_and_how_it_was_answered(
     assert response.status_code == 200
     (line,) = lines(file)
     assert line.pop("request_id").startswith("mine-")
-    assert line.pop("timestamp") > 1_600_000_000_000
+    assert line.pop("timestamp") > 1_600_000_000
     assert 0 < line.pop("ttft_s") <= line.pop("total_s")
     assert line.pop("itl_s") >= 0
     assert line == {
@@ -59,12 +60,13 @@ async def test_a_line_says_what_the_request_was_and_how_it_was_answered(
         "status": "200",
         "model": "tiny",
         "session": "chat-7",
+        "service_class": "realtime",
         "input_length": 40,
         "cached_length": 32,
         "output_length": 2,
         "fallback": "prefill_lost",
         "block_tokens": 16,
-        "hash_ids": block_keys.extend(block_keys.root_key("tiny", 16), PROMPT, 16),
+        "block_keys": block_keys.extend(block_keys.root_key("tiny", 16), PROMPT, 16),
     }
 
 
@@ -74,9 +76,20 @@ async def test_prompts_with_the_same_beginning_have_the_same_first_blocks(
     for prompt in (PROMPT, [*PROMPT[:20], *PROMPT]):
         await app_http.post("/v1/completions", json={"model": "tiny", "prompt": prompt})
 
-    first, second = (line["hash_ids"] for line in lines(file))
+    first, second = (line["block_keys"] for line in lines(file))
     assert first[0] == second[0]
     assert first[1] != second[1]
+
+
+async def test_the_simulator_can_replay_what_was_asked(app_http: httpx.AsyncClient, file: Path) -> None:
+    for session in ("one", "two"):
+        headers = {"X-Session-Id": session, "X-Slipstream-Class": "batch"}
+        await app_http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT}, headers=headers)
+
+    first, second = read_access_log(file)
+    assert (first.at_s, first.input_tokens, first.session, first.service_class) == (0.0, 40, "one", "batch")
+    assert 0 <= second.at_s < 20
+    assert first.keys == second.keys == tuple(block_keys.extend(block_keys.root_key("tiny", 16), PROMPT, 16))
 
 
 async def test_errors_and_grpc_calls_have_their_line_and_probes_have_none(
@@ -113,7 +126,7 @@ async def test_the_log_has_the_same_line_for_people(app_http: httpx.AsyncClient)
         "200",
         2,
     )
-    assert "hash_ids" not in said
+    assert "block_keys" not in said
 
 
 def test_a_file_that_cannot_be_written_is_named_with_its_setting(tmp_path: Path) -> None:
