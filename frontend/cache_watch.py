@@ -15,6 +15,7 @@ from typing import Self
 
 import grpc.aio
 
+from frontend.dispatch_metrics import CACHE_FEEDS_LOST, INDEX_BLOCKS
 from frontend.known_caches import KnownCaches
 from frontend.worker_channels import WorkerChannels
 from slipstream import telemetry
@@ -30,7 +31,7 @@ UNSERVED_BACKOFF_S = 30.0
 """Pause before a worker that does not serve the call at all is asked again."""
 
 UPDATES_PER_S = 1000.0
-"""Updates that one frontend wants to hear in a second, of all workers together: some tenth of a core."""
+"""Updates that one frontend wants to hear in a second, of all workers together: each costs some 0.23 ms."""
 
 MIN_INTERVAL_MS = 20
 TIDY_PAUSE_S = 0.25
@@ -92,6 +93,7 @@ class CacheWatch:
                 self._caches.lost(worker_id)
             if heard:
                 pause_s, told = FIRST_BACKOFF_S, False
+            CACHE_FEEDS_LOST.inc()
             if not told:
                 log.info("cache_feed_lost", worker_id=worker_id, reason=reason)
                 told = True
@@ -118,6 +120,7 @@ class CacheWatch:
         """Take what growth left over off the requests' way. Runs until cancelled."""
         while True:
             more = self._caches.index.tidy()
+            INDEX_BLOCKS.set(len(self._caches.index))
             await asyncio.sleep(0.002 if more else TIDY_PAUSE_S)
 
 

@@ -80,6 +80,17 @@ WORKERS = Gauge(
     ["role", "state"],
     multiprocess_mode="livemax",
 )
+INDEX_BLOCKS = Gauge(
+    "slipstream_frontend_index_blocks",
+    "Different KV blocks that this frontend knows some worker to have. 0 under load: no worker tells what it caches "
+    "(worker.cache_events).",
+    multiprocess_mode="livemax",
+)
+CACHE_FEEDS_LOST = Counter(
+    "slipstream_frontend_cache_feeds_lost",
+    "Times a worker's cache feed broke and was asked for anew; a worker that leaves counts once. More than workers "
+    "leave: connections break.",
+)
 
 # A series that begins with its first event has no rate at that event: all begin at 0.
 for _reason in (*Fallback, DECODE_RECOMPUTED):
