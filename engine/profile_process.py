@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
 
 from engine import environment
+from engine.cpu_clock import cpu_seconds
 from engine.profiler import Facts, Grid, Say, measure
 from kv_transfer.board import Board
 from slipstream import telemetry
@@ -18,21 +21,22 @@ from slipstream.performance import Profile
 from slipstream.settings import Settings
 
 
-def run(settings: Settings, *, name: str, source: str, grid: Grid, say: Say) -> Profile:
+def run(settings: Settings, *, name: str, source: str, grid: Grid, say: Say, cpu_clock: bool = False) -> Profile:
     """Measure.
 
     Args:
         name: of the profile. source: how it came to be, for whoever reads it.
+        cpu_clock: by the CPU time of the engine's processes, not by the wall's.
 
     Raises:
         StartupError: the engine cannot be loaded, or is too small to be measured.
     """
     environment.prepare(settings, os.environ)
     telemetry.configure(settings.log, component="profile")
-    return uvloop.run(_run(settings, name, source, grid, say))
+    return uvloop.run(_run(settings, name, source, grid, say, cpu_seconds if cpu_clock else time.monotonic))
 
 
-async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say) -> Profile:
+async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say, clock: Callable[[], float]) -> Profile:
     from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
 
     folder = resolve(settings.model)
@@ -48,7 +52,7 @@ async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say)
                     f"cpu, {threads} thread{'s' if threads > 1 else ''}" if engine.device == "cpu" else engine.device
                 )
                 facts = Facts(name, served, where, source, engine.step_tokens, engine.vocabulary)
-                return await measure(engine, facts, grid, say)
+                return await measure(engine, facts, grid, say, clock)
             finally:
                 await asyncio.to_thread(engine.shutdown)
         finally:

@@ -41,7 +41,7 @@ class Grid:
 
     prefill: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32)
-    contexts: Sequence[int] = (128, 512, 1536)
+    contexts: Sequence[int] = (129, 513, 1537)  # the last token of a prompt is never a hit: so all blocks are
     steps: int = 16
     repeats: int = 5
 
@@ -58,15 +58,20 @@ class Facts:
     vocabulary: int
 
 
-async def measure(engine: Engine, facts: Facts, grid: Grid, say: Say) -> Profile:
+async def measure(
+    engine: Engine, facts: Facts, grid: Grid, say: Say, clock: Callable[[], float] = time.monotonic
+) -> Profile:
     """A profile of the engine; takes minutes.
+
+    Args:
+        clock: by which it is measured; `cpu_clock.cpu_seconds` for an engine of one thread beside other programs.
 
     Raises:
         StartupError: the engine's cache is too small to measure anything.
     """
     capacity = engine.capacity()
     room = capacity.blocks * capacity.block_tokens
-    prober = _Prober(engine, random.Random(0), facts.vocabulary)
+    prober = _Prober(engine, random.Random(0), facts.vocabulary, clock)
     lengths = [tokens for tokens in grid.prefill if tokens < min(capacity.max_model_len, room)]
     contexts = [tokens for tokens in grid.contexts if tokens + grid.steps * 2 < min(capacity.max_model_len, room)]
     if len(lengths) < 2 or not contexts:
@@ -127,10 +132,11 @@ def _rising(points: list[PrefillPoint]) -> list[PrefillPoint]:
 class _Prober:
     """Asks the engine, with prompts that it has never seen."""
 
-    def __init__(self, engine: Engine, source: random.Random, vocabulary: int) -> None:
+    def __init__(self, engine: Engine, source: random.Random, vocabulary: int, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._random = source
         self._vocabulary = vocabulary
+        self._clock = clock
         self._asked = 0
 
     def prompt(self, tokens: int) -> list[int]:
@@ -138,26 +144,30 @@ class _Prober:
 
     async def answer(self, prompt: list[int], tokens: int) -> tuple[list[float], EngineTimes | None]:
         """When each token arrived (time.monotonic), and the engine's own times."""
-        self._asked += 1
-        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        stream = self._engine.decode(f"profile-{self._asked}", prompt, sampling, None)
         arrivals: list[float] = []
-        times = None
-        async with aclosing(stream):
-            async for part in stream:
-                arrivals += [time.monotonic()] * len(part.token_ids)
-                times = part.times or times
+        times = await self._answer(prompt, tokens, lambda count: arrivals.extend([time.monotonic()] * count))
         return arrivals, times
 
+    async def _answer(self, prompt: list[int], tokens: int, arrived: Callable[[int], None]) -> EngineTimes | None:
+        self._asked += 1
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        times = None
+        async with aclosing(self._engine.decode(f"profile-{self._asked}", prompt, sampling, None)) as stream:
+            async for part in stream:
+                arrived(len(part.token_ids))
+                times = part.times or times
+        return times
+
     async def prefill(self, tokens: int, repeats: int) -> tuple[float, float]:
-        """Seconds in the engine, and what its caller waits besides."""
+        """Seconds in the engine, and what its caller waits besides: all is the first by any clock but the wall's."""
         inside, besides = [], []
         for _ in range(repeats):
             prompt = self.prompt(tokens)
-            asked_s = time.monotonic()
-            arrivals, times = await self.answer(prompt, 1)
-            whole_s = arrivals[0] - asked_s
-            inside_s = times.first_token_s - times.scheduled_s if times is not None else whole_s
+            asked_s = self._clock()
+            times = await self._answer(prompt, 1, lambda count: None)
+            whole_s = inside_s = self._clock() - asked_s
+            if times is not None and self._clock is time.monotonic:
+                inside_s = times.first_token_s - times.scheduled_s
             inside.append(inside_s)
             besides.append(whole_s - inside_s)
         return _lower(inside), _lower(besides)
@@ -166,15 +176,17 @@ class _Prober:
         """Seconds of a step in which all of these are in the batch."""
         for prompt in prompts:  # one by one into the prefix cache: then all begin together
             await self.answer(prompt, 1)
-        answers = await asyncio.gather(*(self.answer(prompt, 2 * steps) for prompt in prompts))
-        began_s = max(arrivals[0] for arrivals, _ in answers)
-        ended_s = min(arrivals[-1] for arrivals, _ in answers)
-        gaps = [
-            after - before
-            for arrivals, _ in answers
-            for before, after in pairwise(arrivals)
-            if before >= began_s and after <= ended_s
-        ]
+        marks: list[tuple[float, float]] = []
+        tokens = 2 * steps
+        mark: Callable[[int], None] = lambda count: marks.append((time.monotonic(), self._clock()))  # noqa: E731
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._answer(prompts[0], tokens, mark))
+            others = [group.create_task(self.answer(prompt, tokens)) for prompt in prompts[1:]]
+        answers = [other.result() for other in others]
+        began_s = max((arrivals[0] for arrivals, _ in answers), default=0.0)
+        ended_s = min((arrivals[-1] for arrivals, _ in answers), default=float("inf"))
+        inside = [clock_s for wall_s, clock_s in marks if began_s <= wall_s <= ended_s]
+        gaps = [after - before for before, after in pairwise(inside)]
         if not gaps:
             raise StartupError(f"the {len(prompts)} sequences never ran together; lower the batch sizes")
         return _lower(gaps)

@@ -59,6 +59,13 @@ def profile(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Of the profile; from the file when absent.")
     ] = None,
+    cpu_clock: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-clock",
+            help="Measure by the CPU time of the engine's processes: for an engine of one thread on a busy machine.",
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few points, in half a minute: shows that all works.")] = False,
 ) -> None:
     """Start an engine, measure prompts and decode steps, and write a profile: what the router predicts with and the
@@ -70,12 +77,21 @@ def profile(
 
     settings, console = loaded.settings, messages()
     file = output or Path(f"{Path(settings.model).name}-{settings.device.replace('auto', 'cpu')}.json")
+    if cpu_clock and settings.worker.threads != 1:
+        raise ConfigError("--cpu-clock: CPU time is what a step takes with --threads 1 only", param="cpu_clock")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {file.absolute().parent}", param="output")
-    grid = Grid(prefill=(16, 64, 256), batches=(1, 4), contexts=(128, 512), steps=8, repeats=2) if quick else Grid()
+    grid = Grid(prefill=(16, 64, 256), batches=(1, 4), contexts=(129, 513), steps=8, repeats=2) if quick else Grid()
     source = " ".join(["slipstream", *(argument for argument in sys.argv[1:])])
     began_s = time.monotonic()
     console.print(f"Measuring {settings.model}; the engine loads first", soft_wrap=True)
-    made = run(settings, name=name or file.stem, source=source, grid=grid, say=lambda line: console.print(f"  {line}"))
+    made = run(
+        settings,
+        name=name or file.stem,
+        source=source,
+        grid=grid,
+        say=lambda line: console.print(f"  {line}"),
+        cpu_clock=cpu_clock,
+    )
     file.write_bytes(encode_profile(made))
     console.print(f"Wrote {file} after {time.monotonic() - began_s:.0f} s", soft_wrap=True)
