@@ -91,11 +91,11 @@ class AdmissionSettings(Section):
     default_class: Literal["realtime", "nearline", "batch"] = Field(
         "realtime", description="class of requests that name none"
     )
-    realtime_queue: int = Field(512, ge=0, le=1 << 20, description="realtime requests that may wait in a frontend")
-    nearline_queue: int = Field(1024, ge=0, le=1 << 20, description="nearline requests that may wait in a frontend")
-    batch_queue: int = Field(2048, ge=0, le=1 << 20, description="batch requests that may wait in a frontend")
+    realtime_queue: int = Field(2048, ge=0, le=1 << 20, description="realtime requests that may wait in a frontend")
+    nearline_queue: int = Field(2048, ge=0, le=1 << 20, description="nearline requests that may wait in a frontend")
+    batch_queue: int = Field(4096, ge=0, le=1 << 20, description="batch requests that may wait in a frontend")
     queue: int = Field(
-        2048, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
+        4096, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
     )
     worker_wait_s: float = Field(
         0.02, ge=0, le=60, description="predicted wait at the workers up to which requests go to them"

@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 from frontend.admission.claim import Priority
 from frontend.admission.class_queues import QueueLimits
@@ -100,7 +99,7 @@ class AdmissionGate:
             if held.turn is not None:
                 with stage("admission"):
                     await self._turn(held)
-            stream = self._inner.generate(held.request) if held.progress is None else self._pausable(held)
+            stream = self._pausable(held) if held.progress is not None else self._send(held)
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     if not held.answered:
@@ -113,7 +112,7 @@ class AdmissionGate:
     async def _pausable(self, held: HeldRequest) -> AsyncGenerator[TokenDelta, None]:
         """The answer in as many parts as it takes: after a pause the rest of it is asked for."""
         while True:
-            async with aclosing(self._inner.generate(held.next_request())) as deltas:
+            async with aclosing(self._send(held)) as deltas:
                 try:
                     while True:
                         yield await held.read(deltas)
@@ -122,6 +121,10 @@ class AdmissionGate:
                 except PausedError:
                     pass
             await self._turn(held)
+
+    def _send(self, held: HeldRequest) -> AsyncGenerator[TokenDelta, None]:
+        # Not kept in `held`: what refers to itself is freed late.
+        return self._inner.generate(held.next_request(lambda: self._computed(held)))
 
     def _hold(self, request: TokenRequest) -> HeldRequest:
         now_s, claim, sampling = self._clock(), request.claim, request.sampling
@@ -135,9 +138,8 @@ class AdmissionGate:
             claim, cost.work, cost.prompt_work, cost.kv_tokens, now_s, now_s + timeout_s,
             request=request, demand=self._demand,
         )  # fmt: skip
-        held.request = replace(request, on_computed=lambda: self._computed(held))
         if self._preempts and claim.priority is Priority.BATCH:
-            held.progress = Progress(held.request, 1, held.deadline_s)
+            held.progress = Progress(request, 1, held.deadline_s)
         return held
 
     def _enter(self, held: HeldRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from frontend.admission.claim import Entry
@@ -61,14 +61,19 @@ class HeldRequest(Entry):
         cost = self.demand.cost(len(self.request.token_ids), len(self.progress.generated), max_tokens)
         self.work, self.prompt_work, self.kv_tokens = cost.work, cost.prompt_work, cost.kv_tokens
 
-    def next_request(self) -> TokenRequest:
+    def next_request(self, on_computed: Callable[[], None]) -> TokenRequest:
         """What is sent: the request, or after a pause what is left of it, under a name that no worker knows yet."""
         self._paused = self.answered = False
         if self.progress is None or not self.preemptions:
-            return self.request
+            return replace(self.request, on_computed=on_computed)
         job = self.progress.job()
-        request_id = f"{self.request.request_id}-{self.preemptions}"
-        return replace(self.request, request_id=request_id, token_ids=job.token_ids, sampling=job.sampling)
+        return replace(
+            self.request,
+            request_id=f"{self.request.request_id}-{self.preemptions}",
+            token_ids=job.token_ids,
+            sampling=job.sampling,
+            on_computed=on_computed,
+        )
 
     async def read(self, stream: AsyncGenerator[TokenDelta, None]) -> TokenDelta:
         """The next tokens, of a request that may be paused.
