@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+import structlog
 
 from decode_worker.service import DecodeService
 from engine.admission import Admission
@@ -44,6 +45,7 @@ class TimedEngine:
     """Says when its stages were: one second each, the last of them a moment ago."""
 
     def __init__(self, account: RequestAccount | None = None) -> None:
+        self.bound: dict[str, Any] = {}
         self.account = account or RequestAccount(prompt_tokens=3)
         now_s = time.monotonic()
         self.times = EngineTimes(now_s - 3, now_s - 2, now_s - 1, now_s)
@@ -54,6 +56,7 @@ class TimedEngine:
     async def decode(
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
     ) -> AsyncGenerator[TokensGenerated, None]:
+        self.bound = structlog.contextvars.get_contextvars()
         yield TokensGenerated([7])
         yield TokensGenerated(
             [8], finish_reason=FinishReason.FINISH_REASON_LENGTH, account=self.account, times=self.times
@@ -146,6 +149,17 @@ async def test_a_prefill_lasts_until_its_blocks_are_handed_over(collector: Colle
     assert spans.keys() == {"slipstream.v1.PrefillWorker/Prefill", "queue", "prefill", "transfer"}
     assert spans["prefill"].attributes["slipstream.tokens.computed"] == 2
     assert spans["transfer"].attributes["slipstream.outcome"] == "ended_by_caller"
+
+
+async def test_whatever_is_logged_during_a_call_names_its_request_and_trace(collector: Collector, board: Board) -> None:
+    engine = TimedEngine()
+    with exporting(collector):
+        async with serving(engine, board) as channel:
+            call = DecodeWorkerStub(channel).Decode(DecodeRequest(**REQUEST), metadata=CALLER)  # type: ignore[arg-type]
+            assert len([event async for event in call]) == 2
+
+    assert engine.bound.items() >= {"request_id": "r1", "trace_id": TRACE_ID}.items()
+    assert "request_id" not in structlog.contextvars.get_contextvars()
 
 
 async def test_a_refusal_is_a_failed_span(collector: Collector, board: Board) -> None:
