@@ -30,7 +30,7 @@ predictions are no better than that, and decode workers that compute prompts are
 PREFIX_SHARE = 0.5
 """A decode worker that has this share of the prompt computes it alone because of that, by the reason's name."""
 
-SHOWN = 6
+SHOWN = 4
 """Choices that are kept to explain a decision."""
 
 

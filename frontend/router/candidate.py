@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SHM = "shm"
 
+CROWDING_S = 1e-3
+"""What a cache that is full up costs beyond one that is empty: something is evicted that may be asked for again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -41,6 +44,8 @@ class Candidate:
     Attributes:
         slot: a small number that no other worker of the fleet has now; kept as long as the candidate is.
         row: in its pool's vectors; -1 once it has left.
+        sender: under which name other workers have measured the way from this one; reachable: whether blocks can leave.
+        crossing: those of its transports that reach other hosts.
         ways: measured ways to this worker by sender and epoch of its transfer agent; None where none works.
         pending_s, jobs: predicted seconds of this frontend's prompts that it has yet to compute, and their number.
         since_s: when the last of them was done, or the first was sent.
@@ -54,6 +59,13 @@ class Candidate:
     curve: Curve
     transports: frozenset[str] = frozenset()
     ways: dict[tuple[str, int], Way | None] = field(default_factory=dict)
+    worker_id: str = ""
+    host_id: str = ""
+    sender: tuple[str, int] = ("", 0)
+    reachable: bool = False
+    crossing: frozenset[str] = frozenset()
+    block_tokens: int = 1
+    block_bytes: int = 0
     prefill: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
     step: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
     handoff: Correction = field(default_factory=lambda: Correction(UNPROFILED_BOUND))
@@ -71,15 +83,6 @@ class Candidate:
     heard: bool = False
 
     @property
-    def worker_id(self) -> str:
-        return self.record.worker_id
-
-    @property
-    def sender(self) -> tuple[str, int]:
-        """Under which name other workers have measured the way from this one."""
-        return self.record.worker_id, self.record.transfer.epoch
-
-    @property
     def profiled(self) -> bool:
         """Whether the worker has told how fast it is."""
         return self.curve.predictor.profile is not TYPICAL
@@ -91,7 +94,12 @@ class Candidate:
     def take_record(self, record: WorkerRecord) -> None:
         """What it says of itself now."""
         self.record = record
+        self.worker_id, self.host_id = record.worker_id, record.host_id
+        self.sender = record.worker_id, record.transfer.epoch
+        self.reachable = bool(record.transfer.address)
         self.transports = frozenset(record.transfer.transports)
+        self.crossing = self.transports - {SHM}
+        self.block_tokens, self.block_bytes = max(1, record.capacity.block_tokens), record.capacity.block_bytes
         self.ways = {}
         for path in record.paths:
             sender = path.peer_worker_id, path.peer_epoch
@@ -143,6 +151,9 @@ class Candidate:
         pool.fresh_requests[row] = self.fresh_requests
         pool.fresh_s[row] = self.fresh_s
         pool.used_blocks[row] = self.blocks_used + self.fresh_blocks
+        # In tenths of the cache: a block more or less is no reason to leave a worker whose prefix cache is warm.
+        crowding = round(pool.used_blocks[row] / max(1.0, pool.blocks[row]), 1)
+        pool.order_s[row] = crowding * CROWDING_S + 1e-6 * pool.tie[row]
         pool.prefill_factor[row] = self.prefill.factor
         pool.handoff_factor[row] = self.handoff.factor
 

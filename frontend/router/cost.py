@@ -28,12 +28,6 @@ UNKNOWN_OUTPUT_TOKENS = 128.0
 UNKNOWN_WAIT_S = 10.0
 """Until blocks become free on a worker that generates for nobody: handoffs hold them."""
 
-CROWDING_S = 1e-3
-"""What a cache that is full up costs beyond one that is empty: something is evicted that may be asked for again."""
-
-TIE_SHARE = 1e-3
-"""Costs that differ by no more than this are equal, and each frontend has its own order among equals."""
-
 
 def output_tokens(ask: Ask) -> float:
     """How long the answer is reckoned to be."""
@@ -129,7 +123,7 @@ def prefill_costs(ask: Ask, pool: Pool, now_s: float) -> PrefillCosts:
     others_s = own_s * behind
     base_s = queue_s + own_s + others_s
     usable = fits(pool, pool.usable(ask), ask.prompt_tokens)
-    ordered_s = base_s * (1.0 + TIE_SHARE * pool.tie) + crowding_s(pool) + 1e-6 * pool.tie
+    ordered_s = base_s * pool.scale + pool.order_s
     return PrefillCosts(pool, known, queue_s, own_s, others_s, base_s, np.where(usable, ordered_s, np.inf))
 
 
@@ -148,7 +142,7 @@ def decode_costs(ask: Ask, pool: Pool) -> DecodeCosts:
     slot_s = _slot_s(ask, pool, requests, step_s * tokens)
     after_s = step_s * tokens + others_s
     usable = fits(pool, pool.usable(ask), ask.prompt_tokens + ask.max_tokens)
-    ordered_s = (slot_s + after_s) * (1.0 + TIE_SHARE * pool.tie) + crowding_s(pool) + 1e-6 * pool.tie
+    ordered_s = (slot_s + after_s) * pool.scale + pool.order_s
     known = pool.known(ask)
     return DecodeCosts(pool, known, slot_s, step_s, others_s, after_s, np.where(usable, ordered_s, np.inf))
 
@@ -164,12 +158,6 @@ def alone_costs(ask: Ask, decode: DecodeCosts, now_s: float) -> AloneCosts:
     others_s = pool.requests * own_s
     own_s = own_s + pieces * pool.step_s
     return AloneCosts(queue_s, own_s, others_s, decode.usable_s + queue_s + own_s + others_s)
-
-
-def crowding_s(pool: Pool) -> Vector:
-    """In tenths of the cache: a block more or less is no reason to leave a worker whose prefix cache is warm."""
-    share: Vector = np.round(pool.used_blocks / np.maximum(pool.blocks, 1.0), 1)
-    return share * CROWDING_S
 
 
 def _slot_s(ask: Ask, pool: Pool, requests: Vector, answer_s: Vector) -> Vector:

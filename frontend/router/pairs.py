@@ -21,11 +21,11 @@ from frontend.router.route import Predicted
 from frontend.router.speeds import Vector
 from frontend.router.ways import exposed_s, way
 
-BEST = 5
+BEST = 3
 """Workers of each side that are looked at together."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pair:
     """One choice of two workers. `ordered_s` is its cost with this frontend's order among equals."""
 
@@ -36,15 +36,26 @@ class Pair:
 
 
 def best_pairs(ask: Ask, prefills: PrefillCosts, decodes: DecodeCosts) -> list[Pair]:
-    """The best pairs that can exchange blocks, the best first; empty when there is no such pair."""
-    pairs = [
-        _pair(ask, prefills, decodes, prefill, decode, the_way)
-        for prefill, decode in _rows(prefills, decodes)
-        if (the_way := way(decodes.pool.members[decode], prefills.pool.members[prefill])) is not None
-    ]
+    """The best pairs that can exchange blocks, the best first; empty when there is no such pair.
+
+    A pair that cannot be better than the best one so far, whatever its transfer costs, is not looked at.
+    """
+    senders = {row: _Sender.at(row, prefills) for row in _least(prefills.usable_s)}
+    receivers = {row: _Receiver.at(row, decodes) for row in _least(decodes.usable_s)}
+    pairs, least_s = list[Pair](), np.inf
+    for sender, receiver in _to_look_at(senders, receivers, prefills, decodes):
+        if sender.usable_s + receiver.usable_s - receiver.slot_s > least_s:
+            continue
+        the_way = way(receiver.one, sender.one)
+        if the_way is not None:
+            pair = _pair(ask, sender, receiver, the_way)
+            least_s = min(least_s, pair.ordered_s)
+            pairs.append(pair)
     if not pairs:
         found = next(connected(prefills.pool, prefills.usable_s, decodes.pool, decodes.usable_s), None)
-        return [] if found is None else [_pair(ask, prefills, decodes, *found)]
+        if found is not None:
+            prefill, decode, the_way = found
+            pairs = [_pair(ask, _Sender.at(prefill, prefills), _Receiver.at(decode, decodes), the_way)]
     pairs.sort(key=lambda pair: pair.ordered_s)
     return pairs
 
@@ -58,7 +69,7 @@ def connected(
     hopeless = set[tuple[str, frozenset[str]]]()
     for decode in np.argsort(decode_costs, kind="stable"):
         one = decodes.members[decode]
-        kind = one.record.host_id, one.transports
+        kind = one.host_id, one.transports
         if decode_costs[decode] == np.inf:
             return
         if kind in hopeless and not one.ways:
@@ -78,25 +89,64 @@ def explained(ask: Ask, prefills: PrefillCosts, decodes: DecodeCosts, pair: Pair
     return predicted_pair(ask, prefills, pair.prefill, decodes, pair.decode, pair.moved_s)
 
 
-def _rows(prefills: PrefillCosts, decodes: DecodeCosts) -> set[tuple[int, int]]:
-    best_prefills, best_decodes = _least(prefills.usable_s), _least(decodes.usable_s)
-    rows = {(prefill, decode) for prefill in best_prefills for decode in best_decodes}
-    for decode in best_decodes:
-        beside = _beside(decodes.pool.members[decode], prefills.pool, prefills.usable_s)
-        rows.update((prefill, decode) for prefill in beside)
-    for prefill in best_prefills:
-        beside = _beside(prefills.pool.members[prefill], decodes.pool, decodes.usable_s)
-        rows.update((prefill, decode) for decode in beside)
-    return rows
+@dataclass(slots=True)
+class _Sender:
+    """One prefill worker's part of its pairs."""
+
+    one: Candidate
+    row: int
+    usable_s: float
+    queue_s: float
+    compute_s: float
+
+    @classmethod
+    def at(cls, row: int, costs: PrefillCosts) -> _Sender:
+        own = float(costs.usable_s[row]), float(costs.queue_s[row]), float(costs.compute_s[row])
+        return cls(costs.pool.members[row], row, *own)
 
 
-def _beside(one: Candidate, others: Pool, costs: Vector) -> list[int]:
+@dataclass(slots=True)
+class _Receiver:
+    """One decode worker's part of its pairs."""
+
+    one: Candidate
+    row: int
+    usable_s: float
+    slot_s: float
+    known: int
+    factor: float
+
+    @classmethod
+    def at(cls, row: int, costs: DecodeCosts) -> _Receiver:
+        known = 0 if costs.known is None else int(costs.known[row])
+        own = float(costs.usable_s[row]), float(costs.slot_s[row]), known
+        return cls(costs.pool.members[row], row, *own, float(costs.pool.handoff_factor[row]))
+
+
+def _to_look_at(
+    senders: dict[int, _Sender], receivers: dict[int, _Receiver], prefills: PrefillCosts, decodes: DecodeCosts
+) -> Iterator[tuple[_Sender, _Receiver]]:
+    best_senders = sorted(senders.values(), key=lambda one: one.usable_s)
+    best_receivers = sorted(receivers.values(), key=lambda one: one.usable_s)
+    for receiver in best_receivers:
+        row = _beside(receiver.one, prefills.pool, prefills.usable_s)
+        if row is not None and row not in senders:
+            yield _Sender.at(row, prefills), receiver
+        for sender in best_senders:
+            yield sender, receiver
+    for sender in best_senders:
+        row = _beside(sender.one, decodes.pool, decodes.usable_s)
+        if row is not None and row not in receivers:
+            yield sender, _Receiver.at(row, decodes)
+
+
+def _beside(one: Candidate, others: Pool, costs: Vector) -> int | None:
     """The cheapest worker of the other side on the same host."""
-    rows = others.on_host(one.record.host_id)
+    rows = others.on_host(one.host_id)
     if len(rows) in (0, len(others)):
-        return []
+        return None
     row = int(rows[costs[rows].argmin()])
-    return [row] if costs[row] < np.inf else []
+    return row if costs[row] < np.inf else None
 
 
 def _least(costs: Vector) -> list[int]:
@@ -104,14 +154,11 @@ def _least(costs: Vector) -> list[int]:
     return [int(row) for row in rows if costs[row] < np.inf]
 
 
-def _pair(ask: Ask, prefills: PrefillCosts, decodes: DecodeCosts, prefill: int, decode: int, the_way: Way) -> Pair:
-    one = decodes.pool.members[decode]
-    known = 0 if decodes.known is None else int(decodes.known[decode])
-    prefill_s = float(prefills.compute_s[prefill])
-    factor = float(decodes.pool.handoff_factor[decode])
-    moved_s = exposed_s(one, the_way, ask.prompt_tokens - 1 - known, prefill_s, factor)
-    arrives_s = float(prefills.queue_s[prefill]) + prefill_s + moved_s
+def _pair(ask: Ask, sender: _Sender, receiver: _Receiver, the_way: Way) -> Pair:
+    moved_tokens = ask.prompt_tokens - 1 - receiver.known
+    moved_s = exposed_s(receiver.one, the_way, moved_tokens, sender.compute_s, receiver.factor)
+    arrives_s = sender.queue_s + sender.compute_s + moved_s
     # Both sides count the whole of their waits: what of decode's is over by then does not count.
-    covered_s = min(arrives_s, float(decodes.slot_s[decode]))
-    ordered_s = float(prefills.usable_s[prefill] + decodes.usable_s[decode]) + moved_s - covered_s
-    return Pair(prefill, decode, moved_s, ordered_s)
+    covered_s = min(arrives_s, receiver.slot_s)
+    ordered_s = sender.usable_s + receiver.usable_s + moved_s - covered_s
+    return Pair(sender.row, receiver.row, moved_s, ordered_s)

@@ -22,12 +22,14 @@ _FLOATS = (
     *("requests", "own_requests", "pending_s", "job_s", "since_s", "jobs", "foreign_s"),
     *("step_s", "joined_step_s", "step_s_per_token", "fresh_requests", "fresh_s", "used_blocks"),
     *("prefill_factor", "handoff_factor", "blocks", "block_tokens", "max_running", "max_model_len"),
-    *("step_tokens", "tie"),
+    *("step_tokens", "tie", "scale", "order_s"),
 )
 _FIRST_ROWS = 8
 _NO_ROWS = np.zeros(0, np.int64)
 UNLIMITED = 1e18
 MAX_ECHO = 64.0
+TIE_SHARE = 1e-3
+"""Costs that differ by no more than this are equal, and each frontend has its own order among equals."""
 
 
 class Pool:
@@ -40,7 +42,8 @@ class Pool:
         foreign_s: seconds of other frontends' prompts.
         step_s: a decode step now; joined_step_s: with one request more that has no context yet.
         step_s_per_token: what each context token of that one adds.
-        tie: a number below 1 by which this frontend orders equals.
+        tie: a number below 1 by which this frontend orders equals; scale and order_s: what costs are multiplied with,
+            and what is added to them, for that order.
         own_requests, fresh_requests, fresh_s: this frontend's part, and what of it the worker has not yet spoken of.
         slots, hashes: `Candidate.slot`, and a number made from the worker's name alone.
     """
@@ -66,6 +69,8 @@ class Pool:
     max_model_len: Vector
     step_tokens: Vector
     tie: Vector
+    scale: Vector
+    order_s: Vector
     ready: Mask
     slots: NDArray[np.int64]
     hashes: NDArray[np.uint64]
@@ -122,16 +127,16 @@ class Pool:
         self.step_tokens[row] = profile.step_tokens
         self.hashes[row] = xxh3_64_intdigest(one.worker_id.encode())
         self.tie[row] = xxh3_64_intdigest(f"{self._tie_break}/{one.worker_id}".encode()) / 2.0**64
+        self.scale[row] = 1.0 + TIE_SHARE * self.tie[row]
         one.refresh()
         self._grouped = False
 
     def known(self, ask: Ask) -> Vector | None:
         """Tokens of the prompt that each worker has; None when nobody has any. The last one is always computed."""
         if ask.known_by_slot is not None:
-            known = np.zeros(len(self))
             inside = self.slots < len(ask.known_by_slot)
-            known[inside] = ask.known_by_slot[self.slots[inside]]
-            return np.minimum(known, max(0, ask.prompt_tokens - 1)) if known.any() else None
+            known = ask.known_by_slot[self.slots * inside] * inside if len(ask.known_by_slot) else inside
+            return np.minimum(known, max(0.0, ask.prompt_tokens - 1.0)) if known.any() else None
         found: Vector | None = None
         for worker_id, tokens in ask.known.items():
             row = self.rows.get(worker_id)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from frontend.paths import FAR_BYTES_PER_S, FAR_LATENCY_S, NEAR_BYTES_PER_S, NEAR_LATENCY_S
-from frontend.router.candidate import SHM, Candidate, Way
+from frontend.router.candidate import Candidate, Way
 
 NEAR = Way(NEAR_BYTES_PER_S, NEAR_LATENCY_S)
 FAR = Way(FAR_BYTES_PER_S, FAR_LATENCY_S)
-_LOCAL_ONLY = frozenset({SHM})
 
 
 def way(receiver: Candidate, sender: Candidate) -> Way | None:
     """The best measured way, a typical one where nobody has measured; None when blocks cannot travel."""
-    if not sender.record.transfer.address:
+    if not sender.reachable:
         return None
-    host = receiver.record.host_id
-    near = bool(host) and host == sender.record.host_id
-    if not near and not (receiver.transports & sender.transports) - _LOCAL_ONLY:
+    near = bool(receiver.host_id) and receiver.host_id == sender.host_id
+    if not near and receiver.crossing.isdisjoint(sender.crossing):
         return None
     measured = receiver.ways.get(sender.sender, NEAR if near else FAR)
     return measured if measured is None or measured.bytes_per_s > 0 else (NEAR if near else FAR)
@@ -29,7 +27,6 @@ def exposed_s(receiver: Candidate, the_way: Way, moved_tokens: int, prefill_s: f
     """
     if moved_tokens <= 0:
         return 0.0
-    capacity = receiver.record.capacity
-    block_s = capacity.block_bytes / the_way.bytes_per_s
-    whole_s = block_s * (moved_tokens / max(1, capacity.block_tokens))
+    block_s = receiver.block_bytes / the_way.bytes_per_s
+    whole_s = block_s * (moved_tokens / receiver.block_tokens)
     return (the_way.latency_s + block_s + max(0.0, whole_s - prefill_s)) * factor
