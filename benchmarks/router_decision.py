@@ -1,0 +1,150 @@
+"""Time of one routing decision, block lookup included, by the number of workers and of indexed blocks.
+
+    python -m benchmarks.router_decision --json
+
+In CPU time of the deciding thread, which is what a decision keeps an event loop from other work; wall time on a
+machine that does other things beside says more of them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import typer
+
+from benchmarks.report import Target, below
+from frontend.block_index import BlockIndex
+from frontend.router import Ask, Fleet, Router
+from frontend.router.candidate import Share
+from slipstream.v1.registry_pb2 import Capacity, Role, TransferEndpoint, WorkerRecord, WorkerState
+
+LIMIT_US = 200.0
+TARGET = "under 200 microseconds at p99 with 1,000 workers and 10 million indexed blocks"
+BLOCK_TOKENS = 16
+CHAIN_BLOCKS = 190
+"""Of each prompt: 3,040 tokens, the first half of which everybody's prompts share."""
+
+WARM_UP = 200
+OPEN_REQUESTS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One size. Times are microseconds of CPU."""
+
+    workers: int
+    blocks: int
+    p50_us: float
+    p99_us: float
+    lookup_p50_us: float
+    choice_p50_us: float
+    choice_p99_us: float
+    update_p50_us: float
+
+
+def fleet_of(workers: int) -> Fleet:
+    """Half prefill and half decode, eight on a host."""
+    fleet = Fleet(tie_break="benchmark")
+    for number in range(workers):
+        role = Role.ROLE_PREFILL if number % 2 else Role.ROLE_DECODE
+        capacity = Capacity(
+            max_model_len=131_072, block_tokens=BLOCK_TOKENS, blocks=40_000, block_bytes=4 << 20, max_running=256
+        )
+        endpoint = TransferEndpoint(address="host:1", epoch=1, transports=["shm", "ucx"])
+        fleet.put(
+            WorkerRecord(
+                worker_id=f"worker-{number}",
+                role=role,
+                state=WorkerState.READY,
+                model="m",
+                host_id=f"host-{number // 8}",
+                epoch=1,
+                capacity=capacity,
+                transfer=endpoint,
+            )
+        )
+    return fleet
+
+
+def index_of(fleet: Fleet, workers: int, blocks: int) -> tuple[BlockIndex, list[list[int]]]:
+    """So many blocks, spread evenly, and the chains of which they are; owner numbers are the workers' slots."""
+    draw = np.random.default_rng(1)
+    index, chains = BlockIndex(), list[list[int]]()
+    shared = draw.integers(1, 1 << 63, CHAIN_BLOCKS // 2, dtype=np.uint64)
+    for _ in range(workers):
+        owner = index.enter()
+        own = draw.integers(1, 1 << 63, max(CHAIN_BLOCKS, blocks // workers), dtype=np.uint64)
+        index.store(owner, shared)
+        index.store(owner, own)
+        chains.append([int(key) for key in (*shared, *own[: CHAIN_BLOCKS - len(shared)])])
+    while index.tidy():
+        pass
+    return index, chains
+
+
+def measure(workers: int, blocks: int, decisions: int) -> Row:
+    """Decisions one after the other, each followed by what its request changes."""
+    fleet = fleet_of(workers)
+    index, chains = index_of(fleet, workers, blocks)
+    places = np.arange(workers)  # owners were entered in the order of slots
+    router, draw, now_s = Router(), random.Random(1), 0.0
+    lookups, choices, updates = list[float](), list[float](), list[float]()
+    open_shares = list[list[Share | None]]()
+    for _ in range(decisions + WARM_UP):
+        now_s += 0.001
+        chain = draw.choice(chains)
+        began = time.thread_time_ns()
+        known = index.match(chain).spread(fleet.slots, places) * BLOCK_TOKENS
+        looked_up = time.thread_time_ns()
+        route = router.choose(Ask("m", CHAIN_BLOCKS * BLOCK_TOKENS, 200, known_by_slot=known), fleet, now_s)
+        chosen = time.thread_time_ns()
+        new_tokens = route.new_tokens or 0
+        shares = [fleet.begin(route.decode.worker_id, CHAIN_BLOCKS * BLOCK_TOKENS, 0, now_s)]
+        if route.prefill is not None:
+            shares.append(fleet.begin(route.prefill.worker_id, CHAIN_BLOCKS * BLOCK_TOKENS, new_tokens, now_s))
+        open_shares.append(shares)
+        for share in open_shares.pop(0) if len(open_shares) > OPEN_REQUESTS else ():
+            if share is not None:
+                share.end(now_s)
+        lookups.append((looked_up - began) / 1e3)
+        choices.append((chosen - looked_up) / 1e3)
+        updates.append((time.thread_time_ns() - chosen) / 1e3)
+    both = np.add(lookups, choices)[WARM_UP:]
+    return Row(
+        workers=workers,
+        blocks=len(index),
+        p50_us=_percentile(both, 50),
+        p99_us=_percentile(both, 99),
+        lookup_p50_us=_percentile(lookups[WARM_UP:], 50),
+        choice_p50_us=_percentile(choices[WARM_UP:], 50),
+        choice_p99_us=_percentile(choices[WARM_UP:], 99),
+        update_p50_us=_percentile(updates[WARM_UP:], 50),
+    )
+
+
+def _percentile(values: Any, share: float) -> float:
+    return round(float(np.percentile(values, share)), 1)
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    blocks: Annotated[int, typer.Option(help="Indexed blocks at the largest size.")] = 10_000_000,
+    decisions: Annotated[int, typer.Option(help="Decisions measured for each size.")] = 5_000,
+) -> None:
+    """Measure decisions over 16, 100 and 1,000 workers."""
+    rows = [measure(workers, blocks * workers // 1000, decisions) for workers in (16, 100, 1000)]
+    targets: list[Target] = [below("routing decision p99 (microseconds)", rows[-1].p99_us, LIMIT_US, TARGET)]
+    if as_json:
+        print(msgspec.json.encode({"targets": targets, "rows": rows}).decode())  # noqa: T201
+        return
+    for row in rows:
+        print(row)  # noqa: T201
+
+
+if __name__ == "__main__":
+    typer.run(main)
