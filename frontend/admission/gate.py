@@ -120,6 +120,7 @@ class AdmissionGate:
                     return
                 except PausedError:
                     pass
+            self._wake(held)
             await self._turn(held)
 
     def _send(self, held: HeldRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -198,6 +199,7 @@ class AdmissionGate:
             self._pump()
 
     def _leave(self, held: HeldRequest) -> None:
+        self._wake(held)
         waited = len(self.scheduler.queues) > 0
         self.scheduler.end(held, self._clock())
         if waited:
@@ -214,12 +216,21 @@ class AdmissionGate:
             log.info("request_preempted", request_id=held.request.request_id, tokens=held.tokens)
         for held in step.granted:
             self._metrics.admitted(held.claim, now_s - held.queued_s)
-            if held.turn is not None and not held.turn.done():
-                held.turn.set_result(None)
+            if step.preempted and held not in step.preempted:
+                # Its place is not free before the other has left it: the router would take all workers for full.
+                step.preempted[-1].successors.append(held)
+            else:
+                _give_turn(held)
         for priority in Priority:
             QUEUED.labels(priority.label).set(len(self.scheduler.queues.of(priority)))
         if len(self.scheduler.queues) and self._timer is None:
             self._timer = loop.call_later(TICK_S, self._tick)
+
+    def _wake(self, held: HeldRequest) -> None:
+        """It has left the workers: those that were granted its place may go there."""
+        for successor in held.successors:
+            _give_turn(successor)
+        held.successors.clear()
 
     def _tick(self) -> None:
         # Set again by `_pump` as long as somebody waits, and whoever waits has a task that ends or leaves.
@@ -230,3 +241,8 @@ class AdmissionGate:
         if now_s - self._room_at_s >= ROOM_PERIOD_S or not self.scheduler.in_flight.room.decode_workers:
             self._room_at_s = now_s
             self.scheduler.take_room(self._room(), now_s)
+
+
+def _give_turn(held: HeldRequest) -> None:
+    if held.turn is not None and not held.turn.done():
+        held.turn.set_result(None)

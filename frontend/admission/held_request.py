@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from frontend.admission.claim import Entry
 from frontend.admission.demand import Demand
@@ -26,6 +26,7 @@ class HeldRequest(Entry):
         turn: done when it may go to the workers, or with the error that ends it.
         answered: whether tokens came since it was sent.
         finished: whether the answer is complete.
+        successors: what was granted its place when it was preempted, and waits for it to leave.
     """
 
     request: TokenRequest
@@ -34,6 +35,7 @@ class HeldRequest(Entry):
     turn: asyncio.Future[SlipstreamError | None] | None = None
     answered: bool = False
     finished: bool = False
+    successors: list[HeldRequest] = field(default_factory=list)
     _paused: bool = False
     _reading: asyncio.Timeout | None = None
 
