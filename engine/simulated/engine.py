@@ -265,6 +265,8 @@ class SimulatedEngine:
     ) -> Stream:
         if not self._alive:
             raise EngineDeadError("the worker's engine is not running")
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request_id: {request_id} is in the engine already", param="request_id")
         prompt = array("I", token_ids)
         if max(prompt, default=0) >= self.vocabulary:
             message = f"token_ids: {max(prompt)} is not below the vocabulary's {self.vocabulary}"

@@ -112,7 +112,7 @@ class ReceivingSide:
 
     @asynccontextmanager
     async def receiving(self, handoff: Handoff) -> AsyncIterator[Incoming]:
-        """Open a handoff; at the end of the block the sender hears that it is taken, or given up.
+        """Open a handoff; at the end of the block the sender hears that all has come, or that it is given up.
 
         Raises:
             TransferError: the sender cannot be reached.
@@ -129,7 +129,8 @@ class ReceivingSide:
             peer.post(wire.Closed(handoff.id, "cancelled", "not waited for any more"))
             raise
         else:
-            peer.post(wire.Done(handoff.id))
+            whole = incoming.arrived.done() and incoming.arrived.exception() is None
+            peer.post(wire.Done(handoff.id) if whole else wire.Closed(handoff.id, "cancelled", "not needed any more"))
         finally:
             del link.incoming[handoff.id]
             incoming.fail(TransferError("not waited for any more", code="cancelled"))
