@@ -30,7 +30,7 @@ predictions are no better than that, and decode workers that compute prompts are
 PREFIX_SHARE = 0.5
 """A decode worker that has this share of the prompt computes it alone because of that, by the reason's name."""
 
-SHOWN = 4
+SHOWN = 3
 """Choices that are kept to explain a decision."""
 
 
@@ -46,7 +46,7 @@ def by_time(ask: Ask, fleet: Fleet, now_s: float, *, always_hand_off: bool = Fal
         return _alone(ask, decodes, alone_costs(ask, decodes, now_s), Reason.NOTHING_TO_MOVE, None)
     prefill_pool = fleet.pool(ask.model, Role.ROLE_PREFILL)
     prefills = prefill_costs(ask, prefill_pool, now_s) if prefill_pool else None
-    if prefills is None or not np.isfinite(prefills.usable_s).any():
+    if prefills is None or prefills.usable_s.min() == np.inf:
         return _alone(ask, decodes, alone_costs(ask, decodes, now_s), Reason.DECODE_ALONE, Fallback.NO_PREFILL_WORKER)
     pairs = best_pairs(ask, prefills, decodes)
     alone = alone_costs(ask, decodes, now_s)
@@ -89,10 +89,10 @@ def _alone(
     pairs: list[Pair] | None = None,
     prefills: PrefillCosts | None = None,
 ) -> Route:
-    rows = [int(row) for row in np.argsort(alone.usable_s, kind="stable")[: SHOWN // 2]]
+    rows = [int(row) for row in np.argsort(alone.usable_s, kind="stable")[: SHOWN - 1]]
     considered = [_considered_alone(ask, decodes, alone, row) for row in rows if np.isfinite(alone.usable_s[row])]
     if pairs and prefills is not None:
-        considered += [_considered_pair(ask, prefills, decodes, pair) for pair in pairs[: SHOWN // 2]]
+        considered += [_considered_pair(ask, prefills, decodes, pair) for pair in pairs[: SHOWN - 1]]
     decode = decodes.pool.members[rows[0]].record
     predicted = considered[0].predicted
     return Route(decode, None, reason, fallback, predicted.new_tokens, predicted, tuple(considered))

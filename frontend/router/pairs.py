@@ -134,7 +134,7 @@ def _to_look_at(
             yield _Sender.at(row, prefills), receiver
         for sender in best_senders:
             yield sender, receiver
-    for sender in best_senders:
+    for sender in best_senders[:1]:
         row = _beside(sender.one, decodes.pool, decodes.usable_s)
         if row is not None and row not in receivers:
             yield sender, _Receiver.at(row, decodes)

@@ -34,7 +34,7 @@ class Reason(StrEnum):
     POWER_OF_TWO = "power_of_two"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take twice as long to make, and each decision makes several
 class Predicted:
     """The parts of one choice's cost, in seconds; `new_tokens` are the prompt's tokens that must be computed.
 
@@ -73,7 +73,7 @@ class Predicted:
         return self.ready_s + self.itl_s * self.output_tokens + self.others_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Considered:
     """One choice that was weighed; `prefill` is empty for decode alone."""
 
