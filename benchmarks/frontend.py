@@ -102,7 +102,9 @@ async def _endure(plan: Endurance, facts: Machine, model: str, processes: int, l
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # Each stream is a connection of this process too.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    async with slipstream_frontend(folder, logs, step_s=plan.step_s, processes=processes) as running:
+    async with slipstream_frontend(
+        folder, logs, step_s=plan.step_s, processes=processes, queue=2 * plan.streams
+    ) as running:
         say(f"{plan.streams} streams for {plan.seconds:g} s")
         seen = await endure(running, plan)
     return EnduranceReport(plan, facts, seen, seen.memory_growth, targets(plan, seen))

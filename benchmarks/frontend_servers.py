@@ -7,6 +7,7 @@ runs without etcd and NATS: it finds its workers by files.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -37,6 +38,7 @@ _DYNAMO_NEEDS = (
     *("uvloop", "setproctitle", "fastapi", "uvicorn"),
 )
 _INSTALL_TIMEOUT_S = 600.0
+_LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,18 @@ class MeasuredFrontend:
 
 @asynccontextmanager
 async def slipstream_frontend(
-    model: Path, folder: Path, *, step_s: float, processes: int = 1, first_token: int = FIRST_TOKEN
+    model: Path,
+    folder: Path,
+    *,
+    step_s: float,
+    processes: int = 1,
+    first_token: int = FIRST_TOKEN,
+    queue: int | None = None,
 ) -> AsyncIterator[MeasuredFrontend]:
     """Our frontend with a real control plane and workers that take `step_s` a token.
+
+    Args:
+        queue: requests that may come at the same time, none of which is to be refused; None leaves the defaults.
 
     Raises:
         StartupError: it did not become ready.
@@ -67,6 +78,11 @@ async def slipstream_frontend(
     common = ("--model", str(model), "--served-model-name", MODEL_NAME, "--control-plane", registry)
     frontend_flags = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     frontend_flags += ["--workers", str(processes)] if processes > 1 else []
+    if queue is not None:
+        file = folder / "frontend.yaml"
+        limits = {"realtime_queue": queue, "queue": queue, "worker_wait_s": _LONGEST_WAIT_S}
+        file.write_text(json.dumps({"admission": limits}))
+        frontend_flags += ["--config", str(file)]
     workers = (*(sys.executable, "-P", "-m", "benchmarks.instant_worker"), registry, MODEL_NAME)
     async with AsyncExitStack() as stack:
 

@@ -22,6 +22,7 @@ import uvloop
 from decode_worker.service import DecodeService
 from engine.admission import Admission
 from engine.protocol import TokensGenerated
+from slipstream import grpc_wakeups
 from slipstream.background import background
 from slipstream.grpc_channels import server_options
 from slipstream.registration import Registration
@@ -72,8 +73,10 @@ class InstantEngine:
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
     ) -> AsyncGenerator[TokensGenerated, None]:
         sequence = _Sequence(max(1, sampling.max_tokens), len(token_ids), self._first_token)
-        self._running.add(sequence)
-        self._work.set()
+        sequence.step()  # the prompt takes no time
+        if sequence.left:
+            self._running.add(sequence)
+            self._work.set()
         try:
             while True:
                 await sequence.came.wait()
@@ -153,5 +156,6 @@ async def _serve(registry: str, model: str, workers: int, step_s: float, first_t
 
 
 if __name__ == "__main__":
+    grpc_wakeups.install()
     first = int(sys.argv[5]) if len(sys.argv) > 5 else FIRST_TOKEN
     uvloop.run(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), first))

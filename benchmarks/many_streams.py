@@ -25,6 +25,7 @@ _SAMPLE_EVERY_S = 2.0
 _END_TIMEOUT_S = 60.0
 _LEAVE_WITHIN_S = 10.0
 _CONNECT_TIMEOUT_S = 60.0
+_REFUSAL_BYTES = 1000
 _OPEN = re.compile(r"^slipstream_frontend_(requests_in_flight\{.*chat.*\}|dispatched_requests) (\S+)$", re.MULTILINE)
 _STREAMS_TARGET = (
     "2,000 concurrent streams through one frontend with no error, flat memory over 10 minutes, and clean aborts"
@@ -38,6 +39,7 @@ class Endurance:
     """What is asked.
 
     Attributes:
+        ramp_s: over which the streams begin.
         leavers: of the streams, those whose clients leave in the middle of each answer.
         tokens: of each answer; the workers make one each `step_s`.
     """
@@ -46,6 +48,7 @@ class Endurance:
     seconds: float
     step_s: float = 1.0
     tokens: int = 60
+    ramp_s: float = 40.0
     leavers: int = 100
     words: int = 50
     seed: int = 5
@@ -117,6 +120,7 @@ async def _stay(frontend: MeasuredFrontend, plan: Endurance, until_s: float) -> 
         frontend.port,
         _requests(plan, until_s),
         connections=connections,
+        ramp_s=plan.ramp_s,
         timeout_s=plan.seconds + plan.tokens * plan.step_s + _END_TIMEOUT_S,
     )
     return Endured(answers=len(answered.total_s), tokens=answered.tokens, errors=answered.errors)
@@ -140,9 +144,11 @@ async def _leave(frontend: MeasuredFrontend, plan: Endurance, seen: Endured, unt
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(_HOST, frontend.port)
             writer.write(chat_request(_HOST, MODEL_NAME, f"{seed} {draw.random()}", plan.tokens * 1000))
-            head = await reader.readuntil(b'"content":')
-        if not head.startswith(b"HTTP/1.1 200"):
-            seen.errors.append(head[:300].decode(errors="replace"))
+            status = await reader.readline()
+            refused = not status.startswith(b"HTTP/1.1 200")
+            rest = await (reader.read(_REFUSAL_BYTES) if refused else reader.readuntil(b'"content":'))
+        if refused:
+            seen.errors.append((status + rest).decode(errors="replace"))
         await asyncio.sleep(draw.uniform(0, min(_LEAVE_WITHIN_S, plan.tokens * plan.step_s)))
         writer.transport.abort()
         seen.left += 1

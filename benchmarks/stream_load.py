@@ -144,9 +144,12 @@ class _Connection(asyncio.Protocol):
 
 
 async def closed_load(
-    host: str, port: int, requests: Iterable[bytes], *, connections: int, timeout_s: float
+    host: str, port: int, requests: Iterable[bytes], *, connections: int, timeout_s: float, ramp_s: float = 0.0
 ) -> Streamed:
     """Send `requests` over `connections` connections, each as soon as its last answer has ended.
+
+    Args:
+        ramp_s: over which the connections are opened, evenly.
 
     Raises:
         DeadlineError: it took longer than `timeout_s`.
@@ -160,6 +163,8 @@ async def closed_load(
             for _ in range(connections):
                 _transport, connection = await loop.create_connection(lambda: _Connection(source, into), host, port)
                 opened.append(connection)
+                if ramp_s:
+                    await asyncio.sleep(ramp_s / connections)
             await asyncio.gather(*(connection.done for connection in opened))
     except TimeoutError as error:
         raise DeadlineError(f"only {len(into.total_s)} answers within {timeout_s:g} s") from error

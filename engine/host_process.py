@@ -34,7 +34,7 @@ from engine.simulated.profile_choice import profile_of
 from engine.worker_metrics import MetricsServer
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import grpc_errors, telemetry, tracing
+from slipstream import grpc_errors, grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
@@ -65,6 +65,7 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
         EngineDeadError: the engine died; the process should end with a failure, so that it is started again.
     """
     environment.prepare(settings, os.environ)
+    grpc_wakeups.install()
     name = "prefill" if role == Role.ROLE_PREFILL else "decode"
     worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
     telemetry.configure(settings.log, component=worker_id)

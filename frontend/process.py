@@ -30,7 +30,7 @@ from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.tokenizer import TextModel
-from slipstream import telemetry, tracing
+from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 from slipstream.settings import AdmissionSettings, FrontendSettings, Settings
@@ -63,6 +63,7 @@ async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> No
     from slipstream import model_folder
 
     _raise_file_limit()
+    grpc_wakeups.install()
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,

@@ -8,7 +8,7 @@ from benchmarks.frontend_servers import slipstream_frontend
 from benchmarks.many_streams import Endurance, endure
 from tests.support.text_model_folder import write_model_folder
 
-PLAN = Endurance(streams=200, seconds=6.0, step_s=0.2, tokens=20, leavers=20, words=5)
+PLAN = Endurance(streams=200, seconds=6.0, step_s=0.2, tokens=20, leavers=20, words=5, ramp_s=1.0)
 EXCLAMATION_MARK = 0
 
 
