@@ -141,7 +141,14 @@ def _print(console: Console, report: Report) -> None:
         f"SLO: {report.slo}"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("policy", "TTFT p50/p90/p99 s", "end-to-end p50/p90/p99 s", "ms a token p50/p99", "prefix hits"):
+    for column in (
+        "policy",
+        "TTFT p50/p90/p99 s",
+        "end-to-end p50/p90/p99 s",
+        "ms a token p50/p99",
+        "cached",
+        "fetched",
+    ):
         table.add_column(column)
     for column in ("imbalance", "decode alone", "within SLO"):
         table.add_column(column)
@@ -153,6 +160,7 @@ def _print(console: Console, report: Report) -> None:
             _points(summary.e2e),
             f"{summary.tpot.p50 * 1e3:.1f} / {summary.tpot.p99 * 1e3:.1f}",
             f"{summary.hit_rate:.1%}",
+            f"{summary.fetch_rate:.1%}",
             f"{summary.imbalance:.2f}",
             f"{summary.alone_share:.1%}",
             f"{summary.attainment:.1%}",

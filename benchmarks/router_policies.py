@@ -22,11 +22,15 @@ TTFT_SLO_S, TPOT_SLO_S = 10.0, 0.1
 """The limits that Mooncake states for this trace."""
 
 LOAD_ONLY = ("round_robin", "load", "power_of_two")
+FETCHING = frozenset({"kv", "load_fetching"})
+"""Policies under which prefill fetches what a decode worker has; it takes an index of who has what, as `kv` has it."""
+
 POLICIES: dict[str, Callable[[], Policy]] = {
     "kv": lambda: Router(policy="kv"),
     "round_robin": lambda: Router(policy="round_robin"),
     "load": lambda: Router(policy="load"),
     "power_of_two": lambda: Router(policy="power_of_two"),
+    "load_fetching": lambda: Router(policy="load"),
     "llm_d": LlmD,
     "dynamo": Dynamo,
 }
@@ -53,7 +57,8 @@ def replay(setting: Setting, policy: str) -> Summary:
     """The whole of it; the same for the same arguments."""
     profile = coarse(read_profile(PROFILES / f"{setting.profile}.json"), traces.MOONCAKE_BLOCK_TOKENS)
     policies = [POLICIES[policy]() for _ in range(setting.frontends)]
-    cluster = SimulatedCluster((profile, profile), (setting.prefill, setting.decode), policies)
+    counts = setting.prefill, setting.decode
+    cluster = SimulatedCluster((profile, profile), counts, policies, write_back=policy in FETCHING)
     journeys = cluster.run(traces.at_speed(_arrivals()[: setting.requests], setting.speed))
     return summarize(journeys, ttft_slo_s=TTFT_SLO_S, tpot_slo_s=TPOT_SLO_S)
 

@@ -35,10 +35,6 @@ class Journey:
     error: str = ""
 
     @property
-    def computed_by(self) -> str:
-        return self.prefill or self.decode
-
-    @property
     def ttft_s(self) -> float:
         return self.first_token_s - self.arrival.at_s
 
@@ -76,7 +72,7 @@ class Summary:
     Attributes:
         hit_rate: prompt tokens found in the prefix cache of the worker that computed the rest, of all.
         fetch_rate: prompt tokens that it got from another worker's.
-        imbalance: of the prompt tokens computed, the busiest worker's over the mean.
+        imbalance: of the prompt tokens computed by prefill workers, the busiest one's over the mean.
         attainment: requests that met both limits, of all; goodput_per_s: those, each second of the trace.
     """
 
@@ -103,9 +99,9 @@ def summarize(journeys: list[Journey], *, ttft_slo_s: float, tpot_slo_s: float) 
     good = int(((ttft <= ttft_slo_s) & (tpot <= tpot_slo_s)).sum()) if done else 0
     prompt = sum(one.arrival.input_tokens for one in done)
     by_worker: dict[str, int] = {}
-    for one in done:
+    for one in (one for one in done if one.prefill):
         computed = one.arrival.input_tokens - one.cached_tokens - one.fetched_tokens
-        by_worker[one.computed_by] = by_worker.get(one.computed_by, 0) + computed
+        by_worker[one.prefill] = by_worker.get(one.prefill, 0) + computed
     last_arrival_s = max((one.arrival.at_s for one in journeys), default=0.0)
     return Summary(
         requests=len(journeys),
