@@ -8,6 +8,7 @@ thread that serves them shares nothing with the event loop but the reference to 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,10 @@ WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
         """A scrape each few seconds is no news."""
+
+
+class _Ipv6Server(ThreadingWSGIServer):
+    address_family = socket.AF_INET6
 
 
 class RegistryCollector(Collector):
@@ -92,8 +97,9 @@ def serving_metrics(service: RegistryService, host: str, port: int) -> Iterator[
             return [json.dumps(targets(service.posted.workers)).encode()]
         return metrics(environ, start_response)
 
+    kind = _Ipv6Server if ":" in host else ThreadingWSGIServer
     try:
-        server = make_server(host, port, app, ThreadingWSGIServer, handler_class=_QuietHandler)
+        server = make_server(host, port, app, kind, handler_class=_QuietHandler)
     except OSError as error:
         raise StartupError(
             f"control_plane.metrics_port: cannot listen on {host}:{port}: {error.strerror}; 0 takes a free port"
