@@ -25,7 +25,7 @@ def usage(tokens: int, **more: object) -> bytes:
 
 
 @asynccontextmanager
-async def playing(play: Play, status: str = "200 OK") -> AsyncIterator[tuple[LoadClient, list[dict[str, object]]]]:
+async def playing(play: Play, status: str = "200 OK", timeout_s: float = 10.0) -> AsyncIterator[tuple[LoadClient, list[dict[str, object]]]]:
     """A client of a server that answers each request with this status and with what `play` writes."""
     bodies: list[dict[str, object]] = []
 
@@ -43,7 +43,7 @@ async def playing(play: Play, status: str = "200 OK") -> AsyncIterator[tuple[Loa
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, LoadClient(f"http://127.0.0.1:{port}", "a-model", timeout_s=0.5) as client:
+    async with server, LoadClient(f"http://127.0.0.1:{port}", "a-model", timeout_s=timeout_s) as client:
         yield client, bodies
 
 
@@ -133,7 +133,7 @@ async def test_a_server_that_stops_talking_runs_into_the_deadline() -> None:
         await write(writer, event("a"))
         await asyncio.sleep(5)
 
-    async with playing(silent) as (client, _):
+    async with playing(silent, timeout_s=0.5) as (client, _):
         with pytest.raises(DeadlineError, match=r"within 0\.5 s"):
             await client.ask(QUESTION)
 
