@@ -25,7 +25,9 @@ def usage(tokens: int, **more: object) -> bytes:
 
 
 @asynccontextmanager
-async def playing(play: Play, status: str = "200 OK", timeout_s: float = 10.0) -> AsyncIterator[tuple[LoadClient, list[dict[str, object]]]]:
+async def playing(
+    play: Play, status: str = "200 OK", timeout_s: float = 10.0
+) -> AsyncIterator[tuple[LoadClient, list[dict[str, object]]]]:
     """A client of a server that answers each request with this status and with what `play` writes."""
     bodies: list[dict[str, object]] = []
 
