@@ -8,11 +8,11 @@ is made. vLLM's numbers of the messages show when one is missing; it is asked fo
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from slipstream import block_keys, telemetry
 log = telemetry.get_logger(__name__)
 
 _PREFIX = "slipstream-events-"
+_UNFINISHED = "slipstream-unfinished-events-"
 _REPLAY_TIMEOUT_S = 3.0
 _REPLAY_END = (-1).to_bytes(8, "big", signed=True)
 _DEVICE_MEDIA = (None, "GPU")  # vLLM's word for the engine's own cache, also on a CPU
@@ -140,7 +141,7 @@ class EventSocket:
 
     def __init__(self) -> None:
         remove_stale()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._folder, self._lock = _own_folder()
         self.endpoint = f"ipc://{self._folder}/events"
         self.replay_endpoint = f"ipc://{self._folder}/replay"
         self._decoder = msgspec.msgpack.Decoder(EventBatch)
@@ -166,8 +167,11 @@ class EventSocket:
                     yield translation.change(self._decoder.decode(payload).events)
 
     def close(self) -> None:
-        """Remove the folder."""
+        """Remove the folder. Again is fine."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     async def _missed(self, context: zmq.asyncio.Context, translation: Translation) -> list[CacheChange]:
         """The changes of the messages that did not come, as far as vLLM still has them.
@@ -205,9 +209,29 @@ class EventSocket:
 
 
 def remove_stale() -> None:
-    """Remove the folders of workers that were killed."""
+    """Remove the folders of workers that were killed.
+
+    An owner holds a lock on its folder, and the kernel drops the lock when it dies. A process id would not do: workers
+    in containers of their own may share a folder without seeing each other's processes.
+    """
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            with suppress(OSError):
-                shutil.rmtree(folder)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue  # another user's, or just removed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(lock)
+
+
+def _own_folder() -> tuple[Path, int]:
+    """A new folder that only this user can enter, and the descriptor that holds its lock."""
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
+    lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Only now under its name: another worker would take an unlocked folder for a dead one's.
+    return unfinished.rename(unfinished.with_name(unfinished.name.replace(_UNFINISHED, _PREFIX, 1))), lock
