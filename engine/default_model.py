@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -157,7 +157,8 @@ def _fetch(target: Path, environ: Mapping[str, str]) -> Path:
 
 def _installer() -> list[str]:
     # pip first, since it reads pip's configuration; an environment that uv made has none.
-    if importlib.util.find_spec("pip") is not None:
+    # Not by looking for the module: setuptools then believes that pip runs, and can no longer be imported.
+    if any(importlib.metadata.distributions(name="pip")):
         return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     beside = Path(sys.executable).with_name("uv")
     uv = str(beside) if beside.exists() else shutil.which("uv")
