@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from deploy.processes import Component, Process, describe_exit, log_tail
+from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import StartupError
 
 _KILL_TIMEOUT_S = 10.0
-_SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def tree_cpu_s(pid: int) -> float:
 def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """What a measured server gets: this very code on its path, and no setting of Slipstream's."""
     child = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
-    child["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), environ.get("PYTHONPATH"))))
+    child["PYTHONPATH"] = module_path(environ)
     child["PYTHONUNBUFFERED"] = "1"
     return child
 

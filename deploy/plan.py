@@ -19,6 +19,7 @@ from deploy import cores
 from deploy.processes import Component
 from slipstream import config_file
 from slipstream.addresses import host_port, reachable
+from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import ConfigError, StartupError
 from slipstream.settings import Settings
@@ -27,7 +28,6 @@ CONTROL_PLANE = "control-plane"
 FRONTEND = "frontend"
 
 _KEPT_RUNS = 20
-_SOURCE_ROOT = Path(config_file.__file__).resolve().parent.parent
 
 # The faces stop taking requests first; workers finish what they have; the registry hears them leave.
 _STAGE_FRONTEND, _STAGE_WORKERS, _STAGE_CONTROL_PLANE = range(3)
@@ -157,8 +157,7 @@ def _workers(settings: Settings, cpus: Iterable[int], commands: _Commands) -> li
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
     child = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
-    # With `-P` the current folder is not searched for modules: children run the very code that this process runs.
-    child["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), environ.get("PYTHONPATH"))))
+    child["PYTHONPATH"] = module_path(environ)
     child["PYTHONUNBUFFERED"] = "1"
     return child
 

@@ -23,6 +23,7 @@ from prometheus_client import multiprocess
 
 from frontend.process import bound_socket, port_error, stop_signals
 from slipstream import model_folder, telemetry
+from slipstream.child_python import module_path
 from slipstream.errors import StartupError
 from slipstream.settings import FrontendSettings, Settings
 
@@ -39,7 +40,6 @@ _STABLE_S = 30.0
 _MAX_QUICK_ENDS = 5
 # On top of the members' own drain.
 _STOP_GRACE_S = 5.0
-_SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
 async def supervise(settings: Settings) -> None:
@@ -153,5 +153,4 @@ async def _run_member(folder: Path, stop: asyncio.Event, drain_timeout_s: float)
 
 
 def _environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), environ.get("PYTHONPATH"))))
-    return {**environ, "PYTHONPATH": path, METRICS_VARIABLE: str(folder)}
+    return {**environ, "PYTHONPATH": module_path(environ), METRICS_VARIABLE: str(folder)}

@@ -17,6 +17,7 @@ from frontend.block_index import BlockIndex
 from frontend.router.ask import Ask
 from frontend.router.candidate import Share
 from frontend.router.fleet import Fleet
+from frontend.router.learning import AnswerLengths
 from frontend.router.route import Route
 from frontend.write_back import plan
 from simulator.event_loop import EventLoop
@@ -30,8 +31,6 @@ from slipstream.v1.registry_pb2 import Capacity, Load, Role, TransferEndpoint, T
 MODEL = "simulated"
 FEED_INTERVAL_S = 0.1
 """How often a frontend hears a worker's load; its own requests it knows at once."""
-
-EXPECTED_DECAY = 0.99
 
 
 class Policy(Protocol):
@@ -64,12 +63,7 @@ class SimulatedFrontend:
     fleet: Fleet
     index: BlockIndex = field(default_factory=BlockIndex)
     owners: dict[str, int] = field(default_factory=dict)
-    expected_tokens: float = 0.0
-
-    def learn_output(self, tokens: int) -> None:
-        """An answer has ended: the next ones are expected to be like those before."""
-        before = self.expected_tokens
-        self.expected_tokens = tokens if before == 0 else EXPECTED_DECAY * before + (1 - EXPECTED_DECAY) * tokens
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)
 
     def ask(self, arrival: Arrival, block_tokens: int) -> Ask:
         # Owners are entered as slots are given out: each one's place is its number.
@@ -79,7 +73,7 @@ class SimulatedFrontend:
             arrival.input_tokens,
             known_by_slot=known,
             session=arrival.session,
-            expected_tokens=self.expected_tokens,
+            expected_tokens=self.lengths.of(MODEL),
         )
 
 
@@ -324,7 +318,7 @@ class SimulatedCluster:
         journey.ended_s = self.loop.now_s
         if under.decode_share is not None:
             under.decode_share.end(self.loop.now_s)
-        under.frontend.learn_output(journey.arrival.output_tokens)
+        under.frontend.lengths.note(MODEL, journey.arrival.output_tokens)
         del self._under[journey.arrival.request_id]
 
 

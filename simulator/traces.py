@@ -129,12 +129,6 @@ def at_speed(arrivals: Iterable[Arrival], factor: float) -> Iterator[Arrival]:
         yield replace(arrival, at_s=arrival.at_s / factor)
 
 
-def mean_rate(arrivals: list[Arrival]) -> float:
-    """Requests a second, over the whole trace."""
-    span_s = arrivals[-1].at_s - arrivals[0].at_s
-    return len(arrivals) / span_s if span_s > 0 else float(len(arrivals))
-
-
 def _key(name: str) -> int:
     return xxh3_64_intdigest(name.encode())
 

@@ -83,11 +83,6 @@ class Candidate:
     heard: bool = False
 
     @property
-    def profiled(self) -> bool:
-        """Whether the worker has told how fast it is."""
-        return self.curve.predictor.profile is not TYPICAL
-
-    @property
     def takes_requests(self) -> bool:
         return self.record.state == WorkerState.READY
 

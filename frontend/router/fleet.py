@@ -19,8 +19,6 @@ from slipstream.v1.registry_pb2 import Load, Role, WorkerRecord
 FOREIGN_PROMPT_TOKENS = 512
 """What a request of another frontend is taken to wait with on a prefill worker whose record counts requests only."""
 
-NO_LOAD = Load()
-
 
 @dataclass(slots=True)
 class Fleet:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frontend.paths import usable
 from frontend.router import Ask, Fallback, Reason, Router
 from frontend.router.choice import PolicyName
 from slipstream.errors import ModelNotFoundError, NoWorkerError
 from slipstream.v1.registry_pb2 import TransferEndpoint, TransferPath, WorkerState
+from tests.unit.frontend.router.paths import usable
 from tests.unit.frontend.router.workers import ASK, DECODE, PREFILL, Worker, choose, fast_worker, worker
 
 

@@ -1,15 +1,11 @@
-"""Whether KV blocks can travel from one worker to another, and how fast, by what their records say. Pure."""
+"""Whether KV blocks can travel from one worker to another, read off their records: what routes are checked against."""
 
 from __future__ import annotations
 
-from slipstream.v1.registry_pb2 import TransferPath, WorkerRecord
+from slipstream.v1.registry_pb2 import WorkerRecord
 
 SHM = "shm"
 """The transport within one host; every other one crosses hosts."""
-
-NEAR_BYTES_PER_S, NEAR_LATENCY_S = 1e9, 1e-3
-FAR_BYTES_PER_S, FAR_LATENCY_S = 100e6, 10e-3
-"""What a way that nobody has measured is taken for, within a host and between hosts."""
 
 
 def same_host(one: WorkerRecord, other: WorkerRecord) -> bool:
@@ -41,19 +37,3 @@ def usable(receiver: WorkerRecord, sender: WorkerRecord) -> bool:
     if not sender.transfer.address or is_broken(sender, broken_senders(receiver)):
         return False
     return same_host(receiver, sender) or bool(crossing(receiver) & crossing(sender))
-
-
-def transfer_s(receiver: WorkerRecord, sender: WorkerRecord, moved_bytes: int) -> float:
-    """Predicted seconds for that many bytes on the best measured way, or on a typical one."""
-    measured = [path for path in receiver.paths if _is_measured(path, sender)]
-    if measured:
-        best = max(measured, key=lambda path: path.bytes_per_s)
-        return moved_bytes / best.bytes_per_s + best.latency_s
-    if same_host(receiver, sender):
-        return moved_bytes / NEAR_BYTES_PER_S + NEAR_LATENCY_S
-    return moved_bytes / FAR_BYTES_PER_S + FAR_LATENCY_S
-
-
-def _is_measured(path: TransferPath, sender: WorkerRecord) -> bool:
-    sender_now = (sender.worker_id, sender.transfer.epoch)
-    return (path.peer_worker_id, path.peer_epoch) == sender_now and not path.error and path.bytes_per_s > 0
