@@ -1,6 +1,9 @@
-"""The control plane: for now the registry of workers.
+"""The control plane: the registry of workers, and the planner of their counts.
 
-`registry` is the pure soft state, `record_check` what a record must look like, `service` the gRPC face of it,
-`server` the process. Nothing is stored: whoever restarts this process loses nothing, because the workers
-tell it everything again. It never imports torch or vllm.
+The registry: `registry` is the pure soft state, `record_check` what a record must look like, `service` its gRPC face,
+`server` the process. Nothing is stored: whoever restarts this process loses nothing, because the workers tell it
+everything again.
+
+The planner: `observation` is what it sees, `objectives` what it is to reach, `scaling` what a scaling policy is and
+decides, `scaler` what starts and ends workers. It never imports torch or vllm.
 """

@@ -1,0 +1,80 @@
+"""What a scaling policy is: observations in, decisions out. Worker counts, the actions towards them, and why.
+
+Ours and the baselines have this shape, so that the live loop, the simulator and the benchmark run any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from planner.observation import Observation
+from slipstream.v1.registry_pb2 import Role
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Counts:
+    """Workers of one model. No prefill workers at all: an aggregated pool, in which decode computes prompts too."""
+
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        return self.prefill + self.decode
+
+    def __str__(self) -> str:
+        return f"{self.prefill}P{self.decode}D"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A new worker."""
+
+    model: str
+    role: Role.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A worker gets nothing new, finishes what it has, and ends."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A worker takes the other role, with its model loaded and its cache warm; what it has it finishes."""
+
+    worker_id: str
+    role: Role.ValueType
+
+
+Action = Start | Drain | Flip
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What shall be, and why.
+
+    Attributes:
+        targets: workers wanted, by model; a model that is absent is left as it is.
+        actions: the steps towards them that are taken now, in order; none where limits forbid them for now.
+        reason: one line for people.
+        numbers: what it was computed from, by name with unit; `slipstream planner explain` prints them.
+    """
+
+    at_s: float
+    targets: Mapping[str, Counts]
+    actions: tuple[Action, ...] = ()
+    reason: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class ScalingPolicy(Protocol):
+    """Decides from what it has been shown so far. Pure: no clock, no I/O, and by one seed always the same."""
+
+    def decide(self, seen: Observation) -> Decision:
+        """Called once an interval, in order of time."""
+        ...
