@@ -152,6 +152,7 @@ def make(python: Path, folder: Path, model: Model, gpu: Gpu, gpus: int, today: d
         transfer_latency_s=TRANSFER_LATENCY_S,
         tensor_parallel=gpus,
         gpus=gpus,
+        prefill_step_tokens=PREFILL_TOKENS[-1],  # the tables are of a whole prompt in one pass
     )
 
 

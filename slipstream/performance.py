@@ -7,8 +7,10 @@ corrections apply everywhere.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         prefill: by rising tokens; at least two points.
         decode: a full grid: every batch with every context; sorted by batch, then context.
         step_tokens: most tokens computed in one engine step (chunked prefill).
+        prefill_step_tokens: the same when the prefill table was made: a longer prompt's seconds hold the fixed cost of
+            each of its steps. A table of whole prompts in one pass has its longest prompt here. 0 is `step_tokens`.
         max_running: most sequences in one step.
         blocks: KV blocks in all.
         transfer_bytes_per_s, transfer_latency_s: of KV blocks to another worker.
@@ -69,6 +73,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     overhead_s: Annotated[float, Meta(ge=0)] = 0.0
     tensor_parallel: Count = 1
     gpus: Annotated[int, Meta(ge=0)] = 1
+    prefill_step_tokens: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
         tokens = [point.tokens for point in self.prefill]
@@ -78,6 +83,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         batches, contexts = sorted({one for one, _ in grid}), sorted({one for _, one in grid})
         if not grid or grid != [(batch, context) for batch in batches for context in contexts]:
             raise ValueError("decode: a full grid of batch and context_tokens, sorted by both, is needed")
+        if not self.prefill_step_tokens:  # settled here: `step_tokens` may be replaced, what was measured stays
+            msgspec.structs.force_setattr(self, "prefill_step_tokens", self.step_tokens)
 
 
 class Predictor:
@@ -89,22 +96,28 @@ class Predictor:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._tokens = [float(point.tokens) for point in profile.prefill]
-        self._prefill = [point.seconds for point in profile.prefill]
         self._batches = sorted({float(point.batch) for point in profile.decode})
         self._contexts = sorted({float(point.context_tokens) for point in profile.decode})
         width = len(self._contexts)
         rows = [point.seconds for point in profile.decode]
         self._decode = [rows[start : start + width] for start in range(0, len(rows), width)]
-        first, second = profile.prefill[0], profile.prefill[1]
-        slope = max(0.0, (second.seconds - first.seconds) / (second.tokens - first.tokens))
-        self.step_overhead_s = max(0.0, first.seconds - slope * first.tokens)
-        """What a step costs before its first token: the prefill table's value at zero tokens."""
+        self.step_overhead_s = _step_overhead_s(profile)
+        """What a step costs before its first token."""
+        self._step_tokens = profile.step_tokens
+        self._prefill = _rising(
+            point.seconds - self.step_overhead_s * math.ceil(point.tokens / profile.prefill_step_tokens)
+            for point in profile.prefill
+        )
 
     def prefill_s(self, new_tokens: float, context_tokens: float = 0.0) -> float:
         """Seconds to compute `new_tokens` after `context_tokens` that are in the cache, alone on the engine."""
         if new_tokens <= 0:
             return 0.0
-        return self.step_overhead_s + self.chunk_s(new_tokens, context_tokens)
+        return self.steps_s(new_tokens) + self.chunk_s(new_tokens, context_tokens)
+
+    def steps_s(self, new_tokens: float) -> float:
+        """What the steps for so many tokens cost before their tokens, alone on the engine."""
+        return self.step_overhead_s * math.ceil(new_tokens / self._step_tokens)
 
     def chunk_s(self, new_tokens: float, context_tokens: float) -> float:
         """What these tokens add to a step that runs anyway."""
@@ -134,10 +147,29 @@ class Predictor:
         return self.profile.transfer_latency_s + moved_bytes / self.profile.transfer_bytes_per_s
 
     def _whole_s(self, tokens: float) -> float:
-        """The prefill table without its fixed part; 0 at 0 tokens."""
+        """The prefill table without the fixed cost of its steps; 0 at 0 tokens."""
         if tokens <= self._tokens[0]:
-            return (self._prefill[0] - self.step_overhead_s) * tokens / self._tokens[0]
-        return _line(self._tokens, self._prefill, tokens) - self.step_overhead_s
+            return self._prefill[0] * tokens / self._tokens[0]
+        return _line(self._tokens, self._prefill, tokens)
+
+
+def _step_overhead_s(profile: Profile) -> float:
+    """Of the two shortest prompts: what is the same in each of their steps, beside what grows with the tokens.
+
+    Nothing where both consist of nearly full steps: then the two cannot be told apart.
+    """
+    first, second = profile.prefill[0], profile.prefill[1]
+    first_steps, second_steps = (math.ceil(one.tokens / profile.prefill_step_tokens) for one in (first, second))
+    unlike = first_steps * second.tokens - second_steps * first.tokens
+    if abs(unlike) < 0.05 * first_steps * second.tokens:
+        return 0.0
+    overhead_s = (first.seconds * second.tokens - second.seconds * first.tokens) / unlike
+    return min(max(0.0, overhead_s), first.seconds / first_steps)
+
+
+def _rising(values: Iterable[float]) -> list[float]:
+    """More tokens never cost less: where a table says so, that was noise."""
+    return list(accumulate(values, max))
 
 
 def _place(points: list[float], at: float) -> tuple[int, float]:

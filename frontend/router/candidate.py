@@ -141,6 +141,7 @@ class Candidate:
         pool.jobs[row] = self.jobs + (foreign.requests if foreign.waiting_tokens else 0)
         pool.foreign_s[row] = foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
         pool.step_s[row] = predictor.decode_s(requests, context / max(1, requests)) * factor
+        pool.piece_s[row] = pool.step_s[row] if requests else predictor.step_overhead_s * self.prefill.factor
         pool.joined_step_s[row] = with_one
         pool.step_s_per_token[row] = slope / joined
         pool.fresh_requests[row] = self.fresh_requests

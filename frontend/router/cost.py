@@ -13,6 +13,7 @@ one does. There is nothing to tune:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from frontend.router.ask import Ask
 from frontend.router.pool import Mask, Pool
 from frontend.router.route import Predicted
-from frontend.router.speeds import Vector
+from frontend.router.speeds import Curve, Vector
 
 UNKNOWN_OUTPUT_TOKENS = 128.0
 """An answer's length when neither experience nor the request says one."""
@@ -97,15 +98,14 @@ def prompt_queue_s(pool: Pool, now_s: float, echo: float) -> Vector:
 
 def compute_s(pool: Pool, prompt_tokens: int, known: Vector | None) -> Vector:
     """Seconds in which each worker computes what it does not have of the prompt, alone."""
-    curves = pool.curves()
-    if len(curves) == 1:
-        one_s: Vector = curves[0][0].prefill_s(prompt_tokens, known) * pool.prefill_factor
-        return one_s
-    seconds: Vector = np.empty(len(pool))
-    for curve, rows in curves:
-        seconds[rows] = curve.prefill_s(prompt_tokens, None if known is None else known[rows])
-    seconds *= pool.prefill_factor
-    return seconds
+    return _by_curve(pool, known, lambda curve, known: curve.prefill_s(prompt_tokens, known)) * pool.prefill_factor
+
+
+def _by_curve(pool: Pool, known: Vector | None, of: Callable[[Curve, Vector | None], Vector | float]) -> Vector:
+    values: Vector = np.empty(len(pool))
+    for curve, rows in pool.curves():
+        values[rows] = of(curve, None if known is None else known[rows])
+    return values
 
 
 def fits(pool: Pool, usable: Mask, tokens: int) -> Mask:
@@ -151,12 +151,12 @@ def alone_costs(ask: Ask, decode: DecodeCosts, now_s: float) -> AloneCosts:
     """Of every worker of a decode pool, without a prefill worker."""
     pool = decode.pool
     queue_s = prompt_queue_s(pool, now_s, 0.0)
-    new_tokens = ask.prompt_tokens if decode.known is None else ask.prompt_tokens - decode.known
-    # The prompt is computed in pieces, each beside a step of everybody else.
-    pieces = np.ceil(new_tokens / pool.step_tokens)
-    own_s = compute_s(pool, ask.prompt_tokens, decode.known)
-    others_s = pool.requests * own_s
-    own_s = own_s + pieces * pool.step_s
+    chunks_s = _by_curve(pool, decode.known, lambda curve, known: curve.chunk_s(ask.prompt_tokens, known))
+    chunks_s *= pool.prefill_factor
+    others_s = pool.requests * chunks_s
+    # The prompt is computed in pieces, each beside a step of everybody else, or in one of its own where nobody is.
+    pieces = _by_curve(pool, decode.known, lambda curve, known: curve.steps(ask.prompt_tokens, known))
+    own_s = chunks_s + pieces * pool.piece_s
     return AloneCosts(queue_s, own_s, others_s, decode.usable_s + queue_s + own_s + others_s)
 
 

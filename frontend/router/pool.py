@@ -22,7 +22,7 @@ _FLOATS = (
     *("requests", "own_requests", "pending_s", "job_s", "since_s", "jobs", "foreign_s"),
     *("step_s", "joined_step_s", "step_s_per_token", "fresh_requests", "fresh_s", "used_blocks"),
     *("prefill_factor", "handoff_factor", "blocks", "block_tokens", "max_running", "max_model_len"),
-    *("step_tokens", "tie", "scale", "order_s"),
+    *("piece_s", "tie", "scale", "order_s"),
 )
 _FIRST_ROWS = 8
 _NO_ROWS = np.zeros(0, np.int64)
@@ -42,6 +42,7 @@ class Pool:
         foreign_s: seconds of other frontends' prompts.
         step_s: a decode step now; joined_step_s: with one request more that has no context yet.
         step_s_per_token: what each context token of that one adds.
+        piece_s: what a step costs beside the prompt's tokens that are computed in it.
         tie: a number below 1 by which this frontend orders equals; scale and order_s: what costs are multiplied with,
             and what is added to them, for that order.
         own_requests, fresh_requests, fresh_s: this frontend's part, and what of it the worker has not yet spoken of.
@@ -67,7 +68,7 @@ class Pool:
     block_tokens: Vector
     max_running: Vector
     max_model_len: Vector
-    step_tokens: Vector
+    piece_s: Vector
     tie: Vector
     scale: Vector
     order_s: Vector
@@ -117,14 +118,13 @@ class Pool:
 
     def write(self, one: Candidate) -> None:
         """Write the whole row: the record, or the profile, changed."""
-        row, capacity, profile = one.row, one.record.capacity, one.curve.predictor.profile
+        row, capacity = one.row, one.record.capacity
         self.ready[row] = one.takes_requests
         self.slots[row] = one.slot
         self.blocks[row] = capacity.blocks
         self.block_tokens[row] = max(1, capacity.block_tokens)
         self.max_running[row] = capacity.max_running or UNLIMITED
         self.max_model_len[row] = capacity.max_model_len or UNLIMITED
-        self.step_tokens[row] = profile.step_tokens
         self.hashes[row] = xxh3_64_intdigest(one.worker_id.encode())
         self.tie[row] = xxh3_64_intdigest(f"{self._tie_break}/{one.worker_id}".encode()) / 2.0**64
         self.scale[row] = 1.0 + TIE_SHARE * self.tie[row]

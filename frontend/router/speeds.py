@@ -54,6 +54,7 @@ class Curve:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
+        self.step_tokens = predictor.profile.step_tokens
         points = [0.0, *(float(point.tokens) for point in predictor.profile.prefill), _FAR]
         self._tokens = np.array(points)
         self._seconds = np.array([predictor.chunk_s(tokens, 0.0) for tokens in points])
@@ -61,13 +62,25 @@ class Curve:
         self.s_per_token = predictor.chunk_s(typical, 0.0) / typical
         """Of a prompt whose length nobody said."""
 
-    def prefill_s(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
-        """Seconds to compute the prompt's rest, by what is known of it; a number when nothing is."""
-        whole_s = self.predictor.chunk_s(prompt_tokens, 0.0) + self.predictor.step_overhead_s
+    def chunk_s(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
+        """What the prompt's rest adds to steps that run anyway, by what is known of it; a number when nothing is."""
+        whole_s = self.predictor.chunk_s(prompt_tokens, 0.0)
         if known is None:
             return whole_s
         rest_s: Vector = whole_s - np.interp(known, self._tokens, self._seconds)
         return rest_s
+
+    def steps(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
+        """In how many steps the prompt's rest is computed."""
+        if known is None:
+            return math.ceil(prompt_tokens / self.step_tokens)
+        steps: Vector = np.ceil((prompt_tokens - known) / self.step_tokens)
+        return steps
+
+    def prefill_s(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
+        """Seconds to compute the prompt's rest alone, by what is known of it; a number when nothing is."""
+        overhead_s = self.predictor.step_overhead_s
+        return self.chunk_s(prompt_tokens, known) + overhead_s * self.steps(prompt_tokens, known)
 
 
 @lru_cache(maxsize=256)

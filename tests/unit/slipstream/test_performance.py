@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -48,9 +49,33 @@ def test_measured_points_are_predicted_exactly() -> None:
 
 
 @given(st.integers(1, 6000), st.integers(1, 6000))
-def test_a_prompt_in_two_chunks_costs_one_more_step_and_no_more(first: int, second: int) -> None:
+def test_a_prompt_in_two_chunks_costs_the_steps_that_it_has_more_and_nothing_else(first: int, second: int) -> None:
+    steps = sum(math.ceil(tokens / PROFILE.step_tokens) for tokens in (first, second))
+    more = steps - math.ceil((first + second) / PROFILE.step_tokens)
     whole = AT.prefill_s(first + second)
-    assert AT.prefill_s(first) + AT.prefill_s(second, first) == pytest.approx(whole + AT.step_overhead_s)
+    assert AT.prefill_s(first) + AT.prefill_s(second, first) == pytest.approx(whole + more * AT.step_overhead_s)
+
+
+def made_up(measured_in: int, points: tuple[int, ...] = (64, 200, 1000, 4000)) -> Profile:
+    """10 ms a step and 0.1 ms a token, measured in steps of so many tokens."""
+    prefill = tuple(PrefillPoint(n, 0.010 * math.ceil(n / measured_in) + 1e-4 * n) for n in points)
+    return msgspec.structs.replace(PROFILE, prefill=prefill, prefill_step_tokens=measured_in)
+
+
+@pytest.mark.parametrize("measured_in", [64, 150, 512, 4000])
+def test_what_a_step_costs_is_told_from_what_tokens_cost_in_whatever_steps_that_was_measured(measured_in: int) -> None:
+    predict = Predictor(made_up(measured_in))
+    assert predict.step_overhead_s == pytest.approx(0.010)
+    assert predict.prefill_s(4000) == pytest.approx(0.010 * math.ceil(4000 / 512) + 0.4)
+    assert predict.chunk_s(100, 900) == pytest.approx(0.010)
+
+
+def test_a_file_that_does_not_say_how_its_prompts_were_measured_is_of_its_own_steps() -> None:
+    fields = msgspec.to_builtins(PROFILE)
+    del fields["prefill_step_tokens"]
+    old = decode_profile(msgspec.json.encode(fields))
+    assert old.prefill_step_tokens == old.step_tokens == 512
+    assert msgspec.structs.replace(old, step_tokens=64).prefill_step_tokens == 512, "what was measured stays"
 
 
 @given(st.integers(0, 20000), st.integers(0, 20000), st.integers(1, 5000))

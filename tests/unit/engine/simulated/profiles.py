@@ -24,6 +24,7 @@ PROFILE = Profile(
     max_model_len=60,
     transfer_bytes_per_s=1e6,
     transfer_latency_s=0.001,
+    prefill_step_tokens=100,
 )
 
 

@@ -33,6 +33,7 @@ PROFILE = Profile(
     max_model_len=100_000,
     transfer_bytes_per_s=1e9,
     transfer_latency_s=1e-3,
+    prefill_step_tokens=100_000,
 )
 
 
