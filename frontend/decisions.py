@@ -6,6 +6,7 @@ Bounded, in memory and each frontend's own: a record of yesterday is the access 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -103,6 +104,10 @@ class Decisions:
             self._decisions.popitem(last=False)
         return decision
 
+    async def find(self, request_id: str) -> list[Decision]:
+        """`of`, for who would also wait for others' word."""
+        return self.of(request_id)
+
     def of(self, request_id: str) -> list[Decision]:
         """All dispatches of a request: by the id in the frontend's logs, or by the one that its client gave, also
         where that was made unique, or stands for several answers."""
@@ -111,6 +116,10 @@ class Decisions:
             return exact
         start = f"{request_id}-"
         return [one for name, each in self._decisions.items() if name.startswith(start) for one in each]
+
+
+Explains = Callable[[str], Awaitable[list[Decision]]]
+"""Finds all dispatches of a request, also such as other processes know of."""
 
 
 def actual(outcome: Outcome) -> Actual:

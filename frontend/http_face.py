@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frontend.decisions import Decisions
+from frontend.decisions import Decisions, Explains
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
 from frontend.http_exchange import (
@@ -53,7 +53,7 @@ def create_app(
     max_body_bytes: int,
     wall_clock: Callable[[], float] = time.time,
     metrics: Collector = REGISTRY,
-    decisions: Decisions | None = None,
+    explain: Explains | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -61,13 +61,12 @@ def create_app(
         max_body_bytes: larger request bodies are refused with 413.
         wall_clock: seconds since the epoch, for the `created` fields.
         metrics: what /metrics shows.
-        decisions: what to tell of requests that were routed; nothing without.
+        explain: what to tell of requests that were routed; nothing without.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
-    known = Decisions() if decisions is None else decisions
-    face = HttpFace(service, max_body_bytes, wall_clock, metrics, known)
+    face = HttpFace(service, max_body_bytes, wall_clock, metrics, explain or Decisions().find)
     for path, body, responds_with, endpoint in (
         ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
         ("/v1/completions", CompletionBody, "Completion", face.completions),
@@ -124,7 +123,7 @@ class HttpFace:
     max_body_bytes: int
     wall_clock: Callable[[], float]
     families: Collector
-    decisions: Decisions
+    explains: Explains
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -160,7 +159,7 @@ class HttpFace:
 
     async def explain(self, request_id: str) -> Response:
         """Why a request went to its workers: a list, one entry for each dispatch."""
-        found = self.decisions.of(request_id)
+        found = await self.explains(request_id)
         if not found:
             raise UnknownRequestError(f"Request '{request_id}' is not among the last that this frontend dispatched.")
         return Response(msgspec.json.encode(found), media_type="application/json")

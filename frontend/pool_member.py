@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     instance = f"{socket.gethostname()}-{os.getpid()}"
     try:
         with tracing.exporting(settings.tracing, service="slipstream-frontend", instance=instance):
-            uvloop.run(serve(settings, metrics_folder=folder))
+            uvloop.run(serve(settings, pool_folder=folder))
     except SlipstreamError as error:
         telemetry.get_logger(__name__).error("frontend_failed", reason=error.message)
         sys.exit(1)

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -24,11 +24,12 @@ from frontend import access_log
 from frontend.admission.cluster_room import room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
-from frontend.decisions import Decisions
+from frontend.decisions import Decisions, Explains
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
+from frontend.pool_peers import answering
 from frontend.tokenizer import TextModel
 from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
@@ -49,11 +50,12 @@ _OPEN_FILES = 1 << 16
 _FEW_OPEN_FILES = 4096
 
 
-async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> None:
+async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
     """Run both faces until SIGTERM or SIGINT, then let open requests finish for `frontend.drain_timeout_s`.
 
     Args:
-        metrics_folder: where the processes of a pool (`frontend.pool`) keep their counts; None outside of one.
+        pool_folder: where the processes of a pool (`frontend.pool`) keep their counts, and find each other; None
+            outside of one.
 
     Raises:
         StartupError: a port is taken, the model folder is not usable, the control plane's settings are wrong.
@@ -75,7 +77,10 @@ async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> No
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
         _calm_collector()
-        async with open_dispatcher(settings) as dispatcher:
+        async with (
+            open_dispatcher(settings) as dispatcher,
+            _explaining(pool_folder, dispatcher.routing.decisions) as explain,
+        ):
             gate = AdmissionGate(
                 dispatcher,
                 settings.admission,
@@ -90,8 +95,8 @@ async def serve(settings: Settings, *, metrics_folder: Path | None = None) -> No
                 http_socket=http_socket,
                 stop=stop,
                 admission=settings.admission,
-                metrics=_metrics_of_all(metrics_folder),
-                decisions=dispatcher.routing.decisions,
+                metrics=_metrics_of_all(pool_folder),
+                explain=explain,
             )
 
 
@@ -106,7 +111,7 @@ async def run_faces(
     listening: Callable[[str, str], None] = lambda http, grpc: None,
     admission: AdmissionSettings | None = None,
     metrics: Collector = REGISTRY,
-    decisions: Decisions | None = None,
+    explain: Explains | None = None,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
@@ -114,7 +119,7 @@ async def run_faces(
         listening: called with the HTTP and the gRPC address once both accept.
         admission: who the tenants are; `dispatcher` does the rest.
         metrics: what /metrics shows.
-        decisions: of the dispatcher, for those who ask why.
+        explain: what the dispatcher decided, for those who ask why.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -129,7 +134,7 @@ async def run_faces(
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
     grpc_port = _bind_grpc(grpc_face, settings)
-    http_server = _http_server(service, settings, metrics, decisions)
+    http_server = _http_server(service, settings, metrics, explain)
     http_socket.listen(_BACKLOG_CONNECTIONS)
     try:
         await grpc_face.start()
@@ -151,6 +156,15 @@ async def run_faces(
     finally:
         await grpc_face.stop(0)
     log.info("frontend_stopped")
+
+
+@contextlib.asynccontextmanager
+async def _explaining(pool_folder: Path | None, decisions: Decisions) -> AsyncIterator[Explains]:
+    if pool_folder is None:
+        yield decisions.find
+        return
+    async with answering(pool_folder, decisions) as peers:
+        yield peers.of
 
 
 def _metrics_of_all(folder: Path | None) -> Collector:
@@ -243,9 +257,9 @@ class _Server(uvicorn.Server):
 
 
 def _http_server(
-    service: InferenceService, settings: FrontendSettings, metrics: Collector, decisions: Decisions | None
+    service: InferenceService, settings: FrontendSettings, metrics: Collector, explain: Explains | None
 ) -> _Server:
-    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics, decisions=decisions)
+    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics, explain=explain)
     return _Server(
         uvicorn.Config(
             app,

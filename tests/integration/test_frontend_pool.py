@@ -37,15 +37,27 @@ class Pool:
     def members(self) -> list[psutil.Process]:
         return [child for child in self.parent.children() if "frontend.pool_member" in child.cmdline()]
 
-    async def ask(self, requests: int) -> list[int]:
+    async def ask(self, requests: int, request_id: str = "") -> list[int]:
         """The statuses; each request over a connection of its own, so that the kernel spreads them."""
+        headers = {"x-request-id": request_id} if request_id else {}
         body = {"model": "tiny", "prompt": "hello", "max_tokens": 2, "ignore_eos": True}
 
         async def one() -> int:
             async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
-                return (await http.post("/v1/completions", json=body)).status_code
+                return (await http.post("/v1/completions", json=body, headers=headers)).status_code
 
         return await asyncio.gather(*(one() for _ in range(requests)))
+
+    async def explained(self, request_id: str) -> set[tuple[str, ...]]:
+        """The request ids of the dispatches that are told of, asked over several connections."""
+        found = set()
+        for _ in range(8):
+            async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+                answer = await http.get(f"/slipstream/v1/requests/{request_id}")
+            assert answer.status_code in (200, 404)
+            told = answer.json() if answer.status_code == 200 else []
+            found.add(tuple(one["request_id"] for one in told))
+        return found
 
     async def answered(self) -> set[float]:
         """What /metrics says of the requests answered, asked over several connections."""
@@ -106,13 +118,20 @@ async def test_all_serve_and_count_as_one_and_one_that_dies_is_replaced(pool: Po
     assert [model.id for model in models.models] == ["tiny"]
     assert await pool.answered() == {REQUESTS}, "whichever process is asked"
 
+    assert await pool.ask(8, "eightfold") == [200] * 8
+    (told,) = await pool.explained("eightfold")
+    assert len(set(told)) == 8, "whichever process decided, and whichever is asked"
+
     before = pool.members()
     before[0].kill()
     psutil.wait_procs([before[0]], timeout=10)
     await pool.until_ready()
     assert before[1] in pool.members()
     assert await pool.ask(REQUESTS) == [200] * REQUESTS
-    assert await pool.answered() == {2 * REQUESTS}, "what the dead one has counted still counts"
+    assert await pool.answered() == {2 * REQUESTS + 8}, "what the dead one has counted still counts"
+    assert await pool.ask(1, "later") == [200]
+    (told,) = await pool.explained("later")
+    assert len(told) == 1, "what a dead one has left behind is in nobody's way"
 
     members = pool.members()
     folder = members[0].cmdline()[-1]

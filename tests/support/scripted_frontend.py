@@ -42,7 +42,7 @@ async def listening_frontend(cluster: ScriptedCluster, folder: Path) -> AsyncIte
                 http_socket=http_socket,
                 stop=stop,
                 listening=note,
-                decisions=cluster.dispatcher.routing.decisions,
+                explain=cluster.dispatcher.routing.decisions.find,
             )
         )
         try:

@@ -1,0 +1,87 @@
+"""The members of a pool ask each other for what only one of them knows: what it decided for a request.
+
+A client asks for that over a connection of its own, which the kernel gives to any member. So each of them listens on
+a Unix socket in the pool's private folder; a request's id comes in, as a line of JSON, and its decisions go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from frontend.decisions import Decision, Decisions
+from slipstream import telemetry
+from slipstream.errors import StartupError
+
+log = telemetry.get_logger(__name__)
+
+_SUFFIX = ".peer"
+_ANSWER_TIMEOUT_S = 2.0
+"""How long a member may take; one that does not answer by then is left out."""
+
+
+@contextlib.asynccontextmanager
+async def answering(folder: Path, decisions: Decisions) -> AsyncIterator[PoolPeers]:
+    """This process answers the others of the folder while the block runs, and can ask them.
+
+    Raises:
+        StartupError: the folder's name is too long for a socket.
+    """
+    path = folder / f"{os.getpid()}{_SUFFIX}"
+    path.unlink(missing_ok=True)  # of one that was killed and had the same process id
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Whoever asked may have left, or never said anything.
+        with contextlib.suppress(OSError, TimeoutError, ValueError, msgspec.MsgspecError), contextlib.closing(writer):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                request_id = msgspec.json.decode(await reader.readline(), type=str)
+                writer.write(msgspec.json.encode(decisions.of(request_id)))
+                await writer.drain()
+
+    try:
+        server = await asyncio.start_unix_server(answer, path)
+    except OSError as error:
+        raise StartupError(f"cannot listen on {path} ({error}); set TMPDIR to a folder with a shorter name") from error
+    try:
+        yield PoolPeers(path, decisions)
+    finally:
+        server.close()
+        path.unlink(missing_ok=True)
+
+
+class PoolPeers:
+    """What a member knows together with the others.
+
+    Args:
+        own: its socket; those of the others are beside it.
+    """
+
+    def __init__(self, own: Path, decisions: Decisions) -> None:
+        self._own = own
+        self._decisions = decisions
+
+    async def of(self, request_id: str) -> list[Decision]:
+        """All dispatches of a request, whichever member made them; see `Decisions.of`. Never fails."""
+        others = sorted(path for path in self._own.parent.glob(f"*{_SUFFIX}") if path != self._own)
+        found = await asyncio.gather(*(_ask(path, request_id) for path in others))
+        known = [*self._decisions.of(request_id), *(one for each in found for one in each)]
+        return sorted(known, key=lambda one: one.unix_s)
+
+
+async def _ask(path: Path, request_id: str) -> list[Decision]:
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            reader, writer = await asyncio.open_unix_connection(path)
+            with contextlib.closing(writer):
+                writer.write(msgspec.json.encode(request_id) + b"\n")
+                return msgspec.json.decode(await reader.read(), type=list[Decision])
+    except ConnectionError:
+        return []  # it was killed, and left its socket behind
+    except (OSError, TimeoutError, msgspec.MsgspecError) as error:
+        log.warning("pool_peer_silent", peer=path.stem, reason=str(error) or type(error).__name__)
+        return []
