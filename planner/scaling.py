@@ -55,6 +55,24 @@ Action = Start | Drain | Flip
 
 
 @dataclass(frozen=True, slots=True)
+class Considered:
+    """One choice of counts that was weighed for a model, and what was expected of it; the one taken, too.
+
+    Attributes:
+        gpus: that it takes.
+        ttft_s, itl_s: predicted at the objective's percentile, of the class that fares worst.
+        verdict: `chosen`, or in a few words why it was not.
+    """
+
+    model: str
+    counts: Counts
+    gpus: int
+    ttft_s: float
+    itl_s: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What shall be, and why.
 
@@ -63,6 +81,7 @@ class Decision:
         actions: the steps towards them that are taken now, in order; none where limits forbid them for now.
         reason: one line for people.
         numbers: what it was computed from, by name with unit; `slipstream planner explain` prints them.
+        considered: the choices nearest to the one taken, and that one, by model; a few of each.
     """
 
     at_s: float
@@ -70,6 +89,7 @@ class Decision:
     actions: tuple[Action, ...] = ()
     reason: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
+    considered: tuple[Considered, ...] = ()
 
 
 class ScalingPolicy(Protocol):

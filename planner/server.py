@@ -1,4 +1,4 @@
-"""The control plane's process: one gRPC server with the registry, health checks and reflection.
+"""The control plane's process: one gRPC server with the registry, the planner, health checks and reflection.
 
 It may be killed at any time: see `planner.registry` for why nothing is lost.
 """
@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from planner.metrics import serving_metrics
+from planner.planner_service import LivePlanner, PlannerService
 from planner.service import RegistryService
 from slipstream import telemetry
 from slipstream.addresses import host_port
@@ -23,13 +24,14 @@ from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.grpc_channels import server_options
 from slipstream.settings import ControlPlaneSettings, Settings
-from slipstream.v1 import registry_pb2
+from slipstream.v1 import planner_pb2, registry_pb2
+from slipstream.v1.planner_pb2_grpc import add_PlannerServicer_to_server
 from slipstream.v1.registry_pb2_grpc import add_RegistryServicer_to_server
 
 log = telemetry.get_logger(__name__)
 
-MAX_REQUEST_BYTES = 64 << 10
-"""Records are far smaller (`planner.record_check`); what is larger is not even parsed."""
+MAX_REQUEST_BYTES = 256 << 10
+"""Room for a policy of 256 models; records are far smaller (`planner.record_check`). Larger ones are not parsed."""
 STOP_GRACE_S = 1.0
 
 
@@ -73,8 +75,10 @@ async def serve(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[ControlPlane]:
-    """Serve the registry while the body runs.
+async def open_control_plane(
+    settings: ControlPlaneSettings, live: LivePlanner | None = None
+) -> AsyncIterator[ControlPlane]:
+    """Serve the registry while the body runs, and the planner where there is one.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -82,10 +86,14 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
     server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
     service = RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
-    name = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+    add_PlannerServicer_to_server(PlannerService(live), server)
+    names = [
+        registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
+        planner_pb2.DESCRIPTOR.services_by_name["Planner"].full_name,
+    ]
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     address = host_port(settings.host, _listen(server, settings))
     async with (
         background(service.run(), name="registry_publishing") as publishing,
@@ -94,8 +102,8 @@ async def open_control_plane(settings: ControlPlaneSettings) -> AsyncIterator[Co
         metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port))
         await server.start()
         try:
-            await checks.set("", health_pb2.HealthCheckResponse.SERVING)
-            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            for name in ("", *names):
+                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info(
                 "control_plane_listening",
                 address=address,

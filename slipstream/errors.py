@@ -63,6 +63,12 @@ class UnsupportedError(InvalidRequestError):
     default_code = "unsupported_parameter"
 
 
+class PolicyError(InvalidRequestError):
+    """A scaling policy is wrong; the message has a line for each error, with the file's line and the field."""
+
+    default_code = "bad_policy"
+
+
 class ModelNotFoundError(SlipstreamError):
     """No worker serves the model asked for."""
 
@@ -79,6 +85,15 @@ class UnknownRequestError(SlipstreamError):
     grpc_status = grpc.StatusCode.NOT_FOUND
     openai_type = "invalid_request_error"
     default_code = "unknown_request"
+
+
+class UnknownDecisionError(SlipstreamError):
+    """A decision of the planner that it never made, or has forgotten."""
+
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    openai_type = "invalid_request_error"
+    default_code = "unknown_decision"
 
 
 class RequestTooLargeError(SlipstreamError):
@@ -103,6 +118,12 @@ class NoWorkerError(UnavailableError):
     """No ready worker of a role that the request needs."""
 
     default_code = "no_worker"
+
+
+class NoPolicyError(UnavailableError):
+    """The control plane has no scaling policy, and so no planner."""
+
+    default_code = "no_policy"
 
 
 class WorkerLostError(UnavailableError):

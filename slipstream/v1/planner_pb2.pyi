@@ -7,6 +7,8 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from slipstream.v1 import registry_pb2 as _registry_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -168,3 +170,484 @@ class LatencyHistogram(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LatencyHistogram: _TypeAlias = LatencyHistogram  # noqa: Y015
+
+@_typing.final
+class GetPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlanRequest: _TypeAlias = GetPlanRequest  # noqa: Y015
+
+@_typing.final
+class Plan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEADING_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    POLICY_YAML_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    GPU_BUDGET_FIELD_NUMBER: _builtins.int
+    GPUS_USED_FIELD_NUMBER: _builtins.int
+    INTERVAL_S_FIELD_NUMBER: _builtins.int
+    leading: _builtins.bool
+    """this planner holds the scaler's lease and acts; others stand by"""
+    holder: _builtins.str
+    """this planner's name in the lease"""
+    dry_run: _builtins.bool
+    """it decides and logs, and does nothing"""
+    policy_yaml: _builtins.str
+    """in force, without what is the default"""
+    gpu_budget: _builtins.int
+    gpus_used: _builtins.int
+    interval_s: _builtins.float
+    """between two decisions"""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPlan]: ...
+    @_builtins.property
+    def latest(self) -> Global___PlannerDecision:
+        """absent before the first"""
+
+    def __init__(
+        self,
+        *,
+        leading: _builtins.bool = ...,
+        holder: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        policy_yaml: _builtins.str = ...,
+        models: _abc.Iterable[Global___ModelPlan] | None = ...,
+        latest: Global___PlannerDecision | None = ...,
+        gpu_budget: _builtins.int = ...,
+        gpus_used: _builtins.int = ...,
+        interval_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "gpu_budget", b"gpu_budget", "gpus_used", b"gpus_used", "holder", b"holder", "interval_s", b"interval_s", "latest", b"latest", "leading", b"leading", "models", b"models", "policy_yaml", b"policy_yaml"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class ModelPlan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    starting: _builtins.int
+    draining: _builtins.int
+    @_builtins.property
+    def actual(self) -> Global___WorkerCounts:
+        """ready workers"""
+
+    @_builtins.property
+    def target(self) -> Global___WorkerCounts:
+        """absent while nothing has been decided"""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        actual: Global___WorkerCounts | None = ...,
+        target: Global___WorkerCounts | None = ...,
+        starting: _builtins.int = ...,
+        draining: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "draining", b"draining", "model", b"model", "starting", b"starting", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPlan: _TypeAlias = ModelPlan  # noqa: Y015
+
+@_typing.final
+class WorkerCounts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    def __init__(
+        self,
+        *,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerCounts: _TypeAlias = WorkerCounts  # noqa: Y015
+
+@_typing.final
+class ModelCounts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    @_builtins.property
+    def counts(self) -> Global___WorkerCounts: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        counts: Global___WorkerCounts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelCounts: _TypeAlias = ModelCounts  # noqa: Y015
+
+@_typing.final
+class PlannerDecision(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumbersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    CONSIDERED_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    LEADING_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """counts from 1 since the planner's start"""
+    unix_s: _builtins.float
+    reason: _builtins.str
+    """one line for people"""
+    dry_run: _builtins.bool
+    """decided and not done"""
+    leading: _builtins.bool
+    """decided by the planner that acts"""
+    @_builtins.property
+    def actual(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCounts]:
+        """ready workers at that moment"""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCounts]: ...
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerAction]: ...
+    @_builtins.property
+    def numbers(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """what it was computed from, by name with unit"""
+
+    @_builtins.property
+    def considered(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsideredCounts]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        unix_s: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        actual: _abc.Iterable[Global___ModelCounts] | None = ...,
+        targets: _abc.Iterable[Global___ModelCounts] | None = ...,
+        actions: _abc.Iterable[Global___PlannerAction] | None = ...,
+        numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        considered: _abc.Iterable[Global___ConsideredCounts] | None = ...,
+        dry_run: _builtins.bool = ...,
+        leading: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "actual", b"actual", "considered", b"considered", "dry_run", b"dry_run", "leading", b"leading", "number", b"number", "numbers", b"numbers", "reason", b"reason", "targets", b"targets", "unix_s", b"unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerDecision: _TypeAlias = PlannerDecision  # noqa: Y015
+
+@_typing.final
+class PlannerAction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PlannerAction._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: PlannerAction._Kind.ValueType  # 0
+        START: PlannerAction._Kind.ValueType  # 1
+        DRAIN: PlannerAction._Kind.ValueType  # 2
+        FLIP: PlannerAction._Kind.ValueType  # 3
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: PlannerAction.Kind.ValueType  # 0
+    START: PlannerAction.Kind.ValueType  # 1
+    DRAIN: PlannerAction.Kind.ValueType  # 2
+    FLIP: PlannerAction.Kind.ValueType  # 3
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    kind: Global___PlannerAction.Kind.ValueType
+    model: _builtins.str
+    """of a start"""
+    worker_id: _builtins.str
+    """of a drain or flip; of a start once it is known"""
+    role: _registry_pb2.Role.ValueType
+    """of a start or flip"""
+    error: _builtins.str
+    """why it could not be done"""
+    def __init__(
+        self,
+        *,
+        kind: Global___PlannerAction.Kind.ValueType = ...,
+        model: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        role: _registry_pb2.Role.ValueType = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kind", b"kind", "model", b"model", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerAction: _TypeAlias = PlannerAction  # noqa: Y015
+
+@_typing.final
+class ConsideredCounts(_message.Message):
+    """A choice of counts that was weighed. See planner.scaling.Considered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    gpus: _builtins.int
+    ttft_s: _builtins.float
+    itl_s: _builtins.float
+    verdict: _builtins.str
+    @_builtins.property
+    def counts(self) -> Global___WorkerCounts: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        counts: Global___WorkerCounts | None = ...,
+        gpus: _builtins.int = ...,
+        ttft_s: _builtins.float = ...,
+        itl_s: _builtins.float = ...,
+        verdict: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "gpus", b"gpus", "itl_s", b"itl_s", "model", b"model", "ttft_s", b"ttft_s", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsideredCounts: _TypeAlias = ConsideredCounts  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    unix_s: _builtins.float
+    """the last decision up to then; absent: the last one"""
+    number: _builtins.int
+    """or by number"""
+    def __init__(
+        self,
+        *,
+        unix_s: _builtins.float | None = ...,
+        number: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "_unix_s", b"_unix_s", "number", b"number", "unix_s", b"unix_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "_unix_s", b"_unix_s", "number", b"number", "unix_s", b"unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__number: _TypeAlias = _typing.Literal["number"]  # noqa: Y015
+    _WhichOneofArgType__number: _TypeAlias = _typing.Literal["_number", b"_number"]  # noqa: Y015
+    _WhichOneofReturnType__unix_s: _TypeAlias = _typing.Literal["unix_s"]  # noqa: Y015
+    _WhichOneofArgType__unix_s: _TypeAlias = _typing.Literal["_unix_s", b"_unix_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__number) -> _WhichOneofReturnType__number | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unix_s) -> _WhichOneofReturnType__unix_s | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class HistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_UNIX_S_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    ACTED_ONLY_FIELD_NUMBER: _builtins.int
+    since_unix_s: _builtins.float
+    """0: as far as is remembered"""
+    limit: _builtins.int
+    """0: 100; at most 1000"""
+    acted_only: _builtins.bool
+    """only decisions with actions"""
+    def __init__(
+        self,
+        *,
+        since_unix_s: _builtins.float = ...,
+        limit: _builtins.int = ...,
+        acted_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acted_only", b"acted_only", "limit", b"limit", "since_unix_s", b"since_unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryRequest: _TypeAlias = HistoryRequest  # noqa: Y015
+
+@_typing.final
+class HistoryReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
+    remembered: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerDecision]:
+        """the latest first, without what was considered"""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___PlannerDecision] | None = ...,
+        remembered: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "remembered", b"remembered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryReply: _TypeAlias = HistoryReply  # noqa: Y015
+
+@_typing.final
+class ApplyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_YAML_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    policy_yaml: _builtins.str
+    dry_run: _builtins.bool
+    """check it and tell what would change"""
+    name: _builtins.str
+    """of the file, for error messages"""
+    def __init__(
+        self,
+        *,
+        policy_yaml: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "name", b"name", "policy_yaml", b"policy_yaml"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyRequest: _TypeAlias = ApplyRequest  # noqa: Y015
+
+@_typing.final
+class ApplyReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    applied: _builtins.bool
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyChange]:
+        """none: the policy is the one in force"""
+
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___PolicyChange] | None = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "changes", b"changes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyReply: _TypeAlias = ApplyReply  # noqa: Y015
+
+@_typing.final
+class PolicyChange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTING_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    setting: _builtins.str
+    """models[Qwen/Qwen3-32B].bounds.max_decode"""
+    before: _builtins.str
+    """empty: there was none"""
+    after: _builtins.str
+    """empty: there is none any more"""
+    def __init__(
+        self,
+        *,
+        setting: _builtins.str = ...,
+        before: _builtins.str = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "setting", b"setting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyChange: _TypeAlias = PolicyChange  # noqa: Y015

@@ -40,6 +40,26 @@ class PlannerStub(object):
                 request_serializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_planner__pb2.TrafficReply.FromString,
                 _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/slipstream.v1.Planner/GetPlan',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.Plan.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/slipstream.v1.Planner/Explain',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.PlannerDecision.FromString,
+                _registered_method=True)
+        self.History = channel.unary_unary(
+                '/slipstream.v1.Planner/History',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.HistoryReply.FromString,
+                _registered_method=True)
+        self.Apply = channel.unary_unary(
+                '/slipstream.v1.Planner/Apply',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.ApplyReply.FromString,
+                _registered_method=True)
 
 
 class PlannerServicer(object):
@@ -54,6 +74,35 @@ class PlannerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPlan(self, request, context):
+        """What there is, what is wanted, who acts, and the policy in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """The last decision, or the one that held at a time, with its numbers and the choices that were weighed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def History(self, request, context):
+        """Past decisions, the latest first. A planner remembers a bounded number of them, until it is restarted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Apply(self, request, context):
+        """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
+        line for each error; nothing changes then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PlannerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +110,26 @@ def add_PlannerServicer_to_server(servicer, server):
                     servicer.ReportTraffic,
                     request_deserializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.FromString,
                     response_serializer=slipstream_dot_v1_dot_planner__pb2.TrafficReply.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.GetPlanRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.Plan.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.ExplainRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.PlannerDecision.SerializeToString,
+            ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.HistoryRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.HistoryReply.SerializeToString,
+            ),
+            'Apply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Apply,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.ApplyRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.ApplyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +160,114 @@ class Planner(object):
             '/slipstream.v1.Planner/ReportTraffic',
             slipstream_dot_v1_dot_planner__pb2.TrafficReport.SerializeToString,
             slipstream_dot_v1_dot_planner__pb2.TrafficReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Planner/GetPlan',
+            slipstream_dot_v1_dot_planner__pb2.GetPlanRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.Plan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Planner/Explain',
+            slipstream_dot_v1_dot_planner__pb2.ExplainRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.PlannerDecision.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Planner/History',
+            slipstream_dot_v1_dot_planner__pb2.HistoryRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.HistoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Apply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Planner/Apply',
+            slipstream_dot_v1_dot_planner__pb2.ApplyRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.ApplyReply.FromString,
             options,
             channel_credentials,
             insecure,

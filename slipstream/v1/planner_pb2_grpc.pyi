@@ -37,6 +37,16 @@ class PlannerStub:
     """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
     is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
     """
+    GetPlan: _grpc.UnaryUnaryMultiCallable[_planner_pb2.GetPlanRequest, _planner_pb2.Plan]
+    """What there is, what is wanted, who acts, and the policy in force."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_planner_pb2.ExplainRequest, _planner_pb2.PlannerDecision]
+    """The last decision, or the one that held at a time, with its numbers and the choices that were weighed."""
+    History: _grpc.UnaryUnaryMultiCallable[_planner_pb2.HistoryRequest, _planner_pb2.HistoryReply]
+    """Past decisions, the latest first. A planner remembers a bounded number of them, until it is restarted."""
+    Apply: _grpc.UnaryUnaryMultiCallable[_planner_pb2.ApplyRequest, _planner_pb2.ApplyReply]
+    """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
+    line for each error; nothing changes then.
+    """
 
 @_typing.type_check_only
 class PlannerAsyncStub(PlannerStub):
@@ -46,6 +56,16 @@ class PlannerAsyncStub(PlannerStub):
     ReportTraffic: _aio.UnaryUnaryMultiCallable[_planner_pb2.TrafficReport, _planner_pb2.TrafficReply]  # type: ignore[assignment]
     """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
     is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
+    """
+    GetPlan: _aio.UnaryUnaryMultiCallable[_planner_pb2.GetPlanRequest, _planner_pb2.Plan]  # type: ignore[assignment]
+    """What there is, what is wanted, who acts, and the policy in force."""
+    Explain: _aio.UnaryUnaryMultiCallable[_planner_pb2.ExplainRequest, _planner_pb2.PlannerDecision]  # type: ignore[assignment]
+    """The last decision, or the one that held at a time, with its numbers and the choices that were weighed."""
+    History: _aio.UnaryUnaryMultiCallable[_planner_pb2.HistoryRequest, _planner_pb2.HistoryReply]  # type: ignore[assignment]
+    """Past decisions, the latest first. A planner remembers a bounded number of them, until it is restarted."""
+    Apply: _aio.UnaryUnaryMultiCallable[_planner_pb2.ApplyRequest, _planner_pb2.ApplyReply]  # type: ignore[assignment]
+    """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
+    line for each error; nothing changes then.
     """
 
 class PlannerServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +79,40 @@ class PlannerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_planner_pb2.TrafficReply, _abc.Awaitable[_planner_pb2.TrafficReply]]:
         """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
         is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def GetPlan(
+        self,
+        request: _planner_pb2.GetPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_planner_pb2.Plan, _abc.Awaitable[_planner_pb2.Plan]]:
+        """What there is, what is wanted, who acts, and the policy in force."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _planner_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_planner_pb2.PlannerDecision, _abc.Awaitable[_planner_pb2.PlannerDecision]]:
+        """The last decision, or the one that held at a time, with its numbers and the choices that were weighed."""
+
+    @_abc_1.abstractmethod
+    def History(
+        self,
+        request: _planner_pb2.HistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_planner_pb2.HistoryReply, _abc.Awaitable[_planner_pb2.HistoryReply]]:
+        """Past decisions, the latest first. A planner remembers a bounded number of them, until it is restarted."""
+
+    @_abc_1.abstractmethod
+    def Apply(
+        self,
+        request: _planner_pb2.ApplyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_planner_pb2.ApplyReply, _abc.Awaitable[_planner_pb2.ApplyReply]]:
+        """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
+        line for each error; nothing changes then.
         """
 
 def add_PlannerServicer_to_server(servicer: PlannerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,192 @@
+"""The planner over gRPC: what it wants and why, what it decided, and another policy from the next decision on.
+
+It shows a running loop (`LivePlanner`) and changes nothing in it but the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import grpc.aio
+
+from planner.history import History, Made
+from planner.objectives import PlannerObjectives
+from planner.observation import Observation
+from planner.plan_messages import decision_message, plan_message
+from planner.policy_changes import policy_changes
+from planner.policy_file import parse_policy
+from slipstream import telemetry
+from slipstream.errors import (
+    ConfigError,
+    InvalidRequestError,
+    NoPolicyError,
+    PolicyError,
+    SlipstreamError,
+    UnknownDecisionError,
+)
+from slipstream.grpc_errors import abort
+from slipstream.v1.planner_pb2 import (
+    ApplyReply,
+    ApplyRequest,
+    ExplainRequest,
+    GetPlanRequest,
+    HistoryReply,
+    HistoryRequest,
+    Plan,
+    PlannerDecision,
+    PolicyChange,
+    TrafficReply,
+    TrafficReport,
+)
+from slipstream.v1.planner_pb2_grpc import PlannerServicer
+
+log = telemetry.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+HISTORY_LIMIT = 100
+MOST_HISTORY = 1000
+MAX_NAME_CHARS = 256
+UNREAD_REPORT_EVERY_S = 30.0
+"""How often frontends report where nobody plans: often enough for a planner that comes later."""
+
+
+class LivePlanner(Protocol):
+    """The loop that decides, as the service sees it.
+
+    Attributes:
+        objectives: in force.
+        history: of its decisions.
+        leading: it holds the scaler's lease and acts.
+        holder: its name in the lease.
+        dry_run: it decides and does nothing.
+        seen: its last look at the cluster; none before the first.
+    """
+
+    @property
+    def objectives(self) -> PlannerObjectives: ...
+
+    @property
+    def history(self) -> History: ...
+
+    @property
+    def leading(self) -> bool: ...
+
+    @property
+    def holder(self) -> str: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def seen(self) -> Observation | None: ...
+
+    def take_report(self, report: TrafficReport) -> float:
+        """What a frontend counted; returns in how many seconds it shall tell more.
+
+        Raises:
+            InvalidRequestError: it is misshapen.
+        """
+        ...
+
+    def apply(self, objectives: PlannerObjectives, *, dry_run: bool = False) -> None:
+        """Decide by these from the next decision on; with `dry_run` only tell whether they would do.
+
+        Raises:
+            ConfigError: they name a profile that cannot be read, or what this planner cannot scale.
+        """
+        ...
+
+
+class PlannerService(PlannerServicer):
+    """Serves one planner; `live` is none where the control plane has no scaling policy."""
+
+    def __init__(self, live: LivePlanner | None) -> None:
+        self._live = live
+
+    async def ReportTraffic(self, request: TrafficReport, context: Context) -> TrafficReply:  # noqa: N802
+        if self._live is None:
+            return TrafficReply(report_every_s=UNREAD_REPORT_EVERY_S)
+        try:
+            return TrafficReply(report_every_s=self._live.take_report(request))
+        except SlipstreamError as error:
+            await abort(context, error)
+
+    async def GetPlan(self, request: GetPlanRequest, context: Context) -> Plan:  # noqa: N802
+        live = await self._planner(context)
+        return plan_message(
+            live.objectives,
+            live.seen,
+            live.history.latest,
+            leading=live.leading,
+            holder=live.holder,
+            dry_run=live.dry_run,
+        )
+
+    async def Explain(self, request: ExplainRequest, context: Context) -> PlannerDecision:  # noqa: N802
+        live = await self._planner(context)
+        try:
+            return decision_message(_explained(live.history, request))
+        except SlipstreamError as error:
+            await abort(context, error)
+
+    async def History(self, request: HistoryRequest, context: Context) -> HistoryReply:  # noqa: N802
+        live = await self._planner(context)
+        if request.limit > MOST_HISTORY or not math.isfinite(request.since_unix_s):
+            limit = f"limit is {request.limit}, at most {MOST_HISTORY}; since_unix_s is {request.since_unix_s:g}"
+            await abort(context, InvalidRequestError(limit, param="limit"))
+        made = live.history.since(request.since_unix_s, request.limit or HISTORY_LIMIT, acted_only=request.acted_only)
+        decisions = [decision_message(one, with_considered=False) for one in made]
+        return HistoryReply(decisions=decisions, remembered=len(live.history))
+
+    async def Apply(self, request: ApplyRequest, context: Context) -> ApplyReply:  # noqa: N802
+        live = await self._planner(context)
+        name = request.name if request.name.isprintable() else ""
+        try:
+            wanted = parse_policy(request.policy_yaml, name[-MAX_NAME_CHARS:] or "policy")
+            changes = policy_changes(live.objectives, wanted)
+            live.apply(wanted, dry_run=request.dry_run)
+        except ConfigError as error:
+            await abort(context, PolicyError(error.message, param=error.param))
+        if changes and not request.dry_run:
+            log.info("policy_applied", changes={one.setting: f"{one.before} -> {one.after}" for one in changes})
+        told = [PolicyChange(setting=one.setting, before=one.before, after=one.after) for one in changes]
+        return ApplyReply(changes=told, applied=not request.dry_run)
+
+    async def _planner(self, context: Context) -> LivePlanner:
+        if self._live is None:
+            await abort(
+                context,
+                NoPolicyError(
+                    "this control plane has no scaling policy; start it with `slipstream planner serve --policy FILE`"
+                ),
+            )
+        return self._live
+
+
+def _explained(history: History, request: ExplainRequest) -> Made:
+    if request.HasField("number"):
+        found = history.numbered(request.number)
+        which = f"decision {request.number}"
+    elif request.HasField("unix_s"):
+        if not math.isfinite(request.unix_s):
+            raise InvalidRequestError(f"unix_s is {request.unix_s}, it must be a time", param="unix_s")
+        found = history.at(request.unix_s)
+        which = "a decision so long ago"
+    else:
+        found = history.latest
+        which = "any decision"
+    if found is None:
+        raise UnknownDecisionError(
+            f"the planner does not remember {which}: it has {len(history)}, of {_numbers(history)}",
+            code="unknown_decision",
+        )
+    return found
+
+
+def _numbers(history: History) -> str:
+    latest = history.latest
+    return (
+        f"numbers {latest.number - len(history) + 1} to {latest.number}" if latest else "which the first is yet to come"
+    )
