@@ -1,7 +1,9 @@
 """The process that hosts a role: engine, gRPC server, registration, metrics, and an orderly end.
 
-A role (`prefill_worker`, `decode_worker`) brings only its gRPC service; everything around it is here. The
-order at the start: take the ports, say STARTING in the registry, load the engine, say READY. At the end: say
+Every worker serves the calls of both roles; its role is what its record says, and can be changed while it runs
+(`Worker.SetRole`). The packages of the roles bring only their gRPC services; everything around them is here.
+
+The order at the start: take the ports, say STARTING in the registry, load the engine, say READY. At the end: say
 DRAINING, refuse new requests, let open ones finish until `worker.drain_timeout_s`, deregister, stop the engine.
 """
 
@@ -16,14 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc.aio
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
 from engine import environment, host_id
 from engine.admission import Admission
@@ -32,18 +33,18 @@ from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
 from engine.worker_metrics import MetricsServer
+from engine.worker_service import WorkerService, add_standard_services
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import grpc_errors, grpc_wakeups, telemetry, tracing
+from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
-from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError, StartupError
+from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
 from slipstream.model_folder import resolve
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings, WorkerSettings
-from slipstream.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
@@ -54,11 +55,11 @@ _ENGINE_CHECK_S = 0.5
 _SHM = Path("/dev/shm")
 
 AddServices = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], tuple[str, ...]]
-"""Adds a role's gRPC services (engine, admission, board, served model name, settings), returns their full names."""
+"""Adds the roles' gRPC services (engine, admission, board, served model name, settings), returns their full names."""
 
 
 def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> None:
-    """Host a role until SIGTERM or SIGINT.
+    """Host a worker, which begins in this role, until SIGTERM or SIGINT.
 
     Raises:
         StartupError: a port is taken, the model cannot be found or loaded.
@@ -92,7 +93,7 @@ class _Host:
     def __init__(self, settings: Settings, role: Role.ValueType, worker_id: str) -> None:
         self._settings = settings
         self._role = role
-        self._name = "prefill" if role == Role.ROLE_PREFILL else "decode"
+        self._first_role = "prefill" if role == Role.ROLE_PREFILL else "decode"
         self._worker_id = worker_id
         self._state = WorkerState.STARTING
         self._started_s = int(time.time())
@@ -103,6 +104,8 @@ class _Host:
         self._device = ""
         self._engine: Engine | None = None
         self._path_watch: PathWatch | None = None
+        self._metrics: MetricsServer | None = None
+        self._registration: Registration | None = None
         self._admission = Admission(limit=settings.worker.max_running + settings.worker.max_waiting)
         self._stop = asyncio.Event()
         self.load_abandoned = False
@@ -128,6 +131,25 @@ class _Host:
             paths=self._paths(),
         )
 
+    def set_role(self, role: Role.ValueType) -> None:
+        """Take that role: what is told of this worker from now on. Its requests do not notice.
+
+        Raises:
+            WorkerDrainingError: it is about to end.
+        """
+        if self._state == WorkerState.DRAINING:
+            raise WorkerDrainingError("this worker is draining: its role is not changed any more")
+        if role == self._role:
+            return
+        log.info("role_changed", role=Role.Name(role).removeprefix("ROLE_").lower())
+        self._role = role
+        if self._metrics is not None:
+            self._metrics.role = role
+        if self._path_watch is not None:
+            self._path_watch.take_role(role)
+        if self._registration is not None:
+            self._registration.push()
+
     async def serve(self, add_services: AddServices) -> None:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,15 +165,17 @@ class _Host:
             metrics = owned.enter_context(
                 MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id, model=self._model)
             )
-            self._metrics_url = metrics.url
-            registration = await owned.enter_async_context(Registration(settings.control_plane.address, self.record))
+            self._metrics, self._metrics_url = metrics, metrics.url
+            self._registration = registration = await owned.enter_async_context(
+                Registration(settings.control_plane.address, self.record)
+            )
             engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
             if engine is None:  # stopped while loading
                 return
             self._engine = engine
             # After the engine, which forks: what is entered here starts threads.
             owned.enter_context(
-                tracing.exporting(settings.tracing, service=f"slipstream-{self._name}", instance=self._worker_id)
+                tracing.exporting(settings.tracing, service=f"slipstream-{self._first_role}", instance=self._worker_id)
             )
             self._path_watch = PathWatch(
                 settings.control_plane.address,
@@ -165,7 +189,9 @@ class _Host:
             feed = CacheFeed(engine, admission.work, model=self._model, epoch=self._epoch, profile=profile)
             owned.callback(feed.close)
             await owned.enter_async_context(background(feed.follow(), name="cache-feed"))
-            health_service = _add_standard_services(server, names, _WorkerService(self.record, engine, feed))
+            health_service = add_standard_services(
+                server, names, WorkerService(self.record, self.set_role, engine, feed)
+            )
             await server.start()
             self._state = WorkerState.READY
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -241,7 +267,6 @@ class _Host:
             model_path=model_path,
             served_name=self._model,
             board=board,
-            prefill=self._role == Role.ROLE_PREFILL,
         )
         self._device = engine.device
         engine.start()
@@ -278,48 +303,6 @@ def _profile(worker: WorkerSettings) -> bytes:
     if worker.engine == "simulated":
         return encode_profile(profile_of(worker))
     return encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
-
-
-class _WorkerService(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, record: Callable[[], WorkerRecord], engine: Engine, feed: CacheFeed) -> None:
-        self._record = record
-        self._engine = engine
-        self._feed = feed
-
-    async def GetStatus(  # noqa: N802 - gRPC's name
-        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> registry_pb2.WorkerRecord:
-        return self._record()
-
-    async def ProbePath(  # noqa: N802 - gRPC's name
-        self, request: worker_pb2.ProbePathRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> TransferPath:
-        try:
-            if not request.peer.address:
-                raise InvalidRequestError(
-                    "peer.address: host:port of the peer's transfer agent is needed", param="peer"
-                )
-            return await self._engine.probe_path(request.worker_id, request.peer, request.transport)
-        except SlipstreamError as error:
-            await grpc_errors.abort(context, error)
-
-    async def WatchCache(  # noqa: N802 - gRPC's name
-        self, request: worker_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[worker_pb2.CacheUpdate]:
-        async with aclosing(self._feed.updates(request.frontend_id, request.interval_ms / 1000)) as updates:
-            async for update in updates:
-                yield update
-
-
-def _add_standard_services(
-    server: grpc.aio.Server, role_services: tuple[str, ...], worker_service: _WorkerService
-) -> health.aio.HealthServicer:
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    worker_pb2_grpc.add_WorkerServicer_to_server(worker_service, server)
-    names = (*role_services, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    return health_service
 
 
 def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:

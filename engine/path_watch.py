@@ -56,7 +56,8 @@ class PeerBook:
         """Take the workers that there are now.
 
         Args:
-            role, model: this worker's own; its peers have the other role and the same model.
+            role, model: this worker's own; its peers have the other role and the same model. What was measured of a
+                worker that has this role by now is kept: roles change, and change back.
 
         Returns:
             Whether a measured path was dropped, because its peer is gone or was restarted.
@@ -64,7 +65,9 @@ class PeerBook:
         there = {
             Peer(record.worker_id, record.transfer.epoch): record.transfer
             for record in records
-            if record.role != role and record.model == model and record.transfer.address
+            if record.model == model
+            and record.transfer.address
+            and (record.role != role or Peer(record.worker_id, record.transfer.epoch) in self._entries)
         }
         gone = [self._entries.pop(peer) for peer in self._entries.keys() - there.keys()]
         for peer, endpoint in there.items():
@@ -147,6 +150,11 @@ class PathWatch:
         self._book = PeerBook()
         self._news = asyncio.Event()
 
+    def take_role(self, role: Role.ValueType) -> None:
+        """This worker's role is another one now, and so are its peers."""
+        self._role = role
+        self._meet()
+
     async def follow(self) -> None:
         """Measure each peer that comes. Runs until cancelled; the last paths stay."""
         async with asyncio.TaskGroup() as group:
@@ -157,6 +165,9 @@ class PathWatch:
 
     async def _take(self, workers: WorkerSet) -> None:
         self._view.apply(workers)
+        self._meet()
+
+    def _meet(self) -> None:
         if self._book.meet(self._view.records(), self._role, self._model, self._clock()):
             self._publish()
         self._news.set()

@@ -44,7 +44,7 @@ async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say,
     with tempfile.TemporaryDirectory(prefix="slipstream-profile-") as scratch:
         board = Board.create(Path(scratch), slots=settings.transfer.board_slots)
         try:
-            engine = VllmEngine(settings, model_path=folder.path, served_name=served, board=board, prefill=False)
+            engine = VllmEngine(settings, model_path=folder.path, served_name=served, board=board)
             await asyncio.to_thread(engine.start)
             try:
                 threads = settings.worker.threads or len(os.sched_getaffinity(0))

@@ -73,17 +73,16 @@ class VllmEngine:
     Args:
         model_path: a local folder.
         board: this worker's lease board; its engine core maps it too.
-        prefill: whether this engine hands prompts off.
     """
 
-    def __init__(self, settings: Settings, *, model_path: Path, served_name: str, board: Board, prefill: bool) -> None:
+    def __init__(self, settings: Settings, *, model_path: Path, served_name: str, board: Board) -> None:
         self._settings = settings
         self._board = board
         self._queues: _Queues | None = None
         self._served_name = served_name
         self._events = EventSocket() if settings.worker.cache_events else None
         self.device = devices.choose_device(settings.device)
-        self._args = self._engine_args(model_path, served_name, prefill=prefill)
+        self._args = self._engine_args(model_path, served_name)
         self._llm: AsyncLLM | None = None
         self._requests_total = 0
         self._tokens_total = 0
@@ -111,7 +110,7 @@ class VllmEngine:
         self._queues = _Queues(vllm_config, engine_index)
         return self._queues
 
-    def _engine_args(self, model_path: Path, served_name: str, *, prefill: bool) -> AsyncEngineArgs:
+    def _engine_args(self, model_path: Path, served_name: str) -> AsyncEngineArgs:
         worker, transfer = self._settings.worker, self._settings.transfer
         dtype = devices.choose_dtype(self._settings.dtype, self.device, devices.cpu_flags())
         hf_config = get_config(str(model_path), trust_remote_code=False).get_text_config()
@@ -157,7 +156,6 @@ class VllmEngine:
                 kv_connector_extra_config={
                     "board": str(self._board.path),
                     "owner_pid": os.getpid(),
-                    "prefill": prefill,
                     "host_id": host_id.read(),
                     "host": transfer.host or worker.host,
                     "transfer": transfer.model_dump(),

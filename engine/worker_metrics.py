@@ -111,14 +111,25 @@ class WorkerCollector:
     """Turns a worker's state into metric families."""
 
     def __init__(
-        self, engine: Engine, board: Board, admission: Admission, paths: Paths, role: str, worker_id: str
+        self,
+        engine: Engine,
+        board: Board,
+        admission: Admission,
+        paths: Paths,
+        role: Callable[[], str],
+        worker_id: str,
     ) -> None:
         self._engine = engine
         self._paths = paths
         self._board = board
         self._admission = admission
         self._labels = ("role", "worker")
-        self._values = (role, worker_id)
+        self._role = role
+        self._worker_id = worker_id
+
+    @property
+    def _values(self) -> tuple[str, str]:
+        return self._role(), self._worker_id
 
     def collect(self) -> Iterable[Metric]:
         yield from self._transfers()
@@ -235,10 +246,14 @@ class WorkerCollector:
 
 
 class MetricsServer:
-    """Serves /metrics in a thread of its own while the context is open; empty until `watch`."""
+    """Serves /metrics in a thread of its own while the context is open; empty until `watch`.
+
+    Attributes:
+        role: that the worker has now; a label of all its figures.
+    """
 
     def __init__(self, host: str, port: int, role: Role.ValueType, worker_id: str, *, model: str) -> None:
-        self._role = "prefill" if role == Role.ROLE_PREFILL else "decode"
+        self.role = role
         self._worker_id = worker_id
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -252,7 +267,10 @@ class MetricsServer:
 
     def watch(self, engine: Engine, board: Board, admission: Admission, paths: Paths) -> None:
         """Report these from now on."""
-        self._registry.register(WorkerCollector(engine, board, admission, paths, self._role, self._worker_id))
+        self._registry.register(WorkerCollector(engine, board, admission, paths, self._role_name, self._worker_id))
+
+    def _role_name(self) -> str:
+        return "prefill" if self.role == Role.ROLE_PREFILL else "decode"
 
     def __enter__(self) -> MetricsServer:
         return self

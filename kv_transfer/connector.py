@@ -5,7 +5,6 @@ vLLM makes one instance in its scheduler and one in each worker. This class only
 
     board       path of the lease board, made by the worker's service
     owner_pid   that service; the engine ends itself when it is gone
-    prefill     true on prefill workers
     host_id     equal for workers that share memory
     host        address the transfer agent listens on
     transfer    the settings section `transfer`, as a dict
@@ -82,7 +81,6 @@ class SlipstreamConnector(KVConnectorBase_V1):
         if vllm_config.parallel_config.world_size != 1:
             raise StartupError("Slipstream's KV transfer runs with one GPU a worker: set tensor and pipeline size to 1")
         config = self._kv_transfer_config
-        self._prefill = bool(config.get_from_extra_config("prefill", False))
         self._board = Board.open(Path(config.get_from_extra_config("board", "")))
         self._settings = TransferSettings(**config.get_from_extra_config("transfer", {}))
         self._scheduler: SchedulerSide | None = None
@@ -97,7 +95,8 @@ class SlipstreamConnector(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        return self._prefill
+        # Whichever role the worker has now: it may be given the other one at any time.
+        return True
 
     # -- scheduler ----------------------------------------------------------------------------------------
 

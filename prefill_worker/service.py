@@ -1,4 +1,4 @@
-"""The gRPC service of a prefill worker; decode workers serve it too, for what is in their prefix cache.
+"""The gRPC service that hands prompts over: computed here, or what is in the prefix cache.
 
 A call is the owner of a lease: blocks are held while it is open, renewed while it lives, and released when it
 ends, whatever the reason. A frontend that dies takes its calls with it.
@@ -43,7 +43,6 @@ class PrefillService(PrefillWorkerServicer):
 
     Args:
         lease_s: how long blocks stay when this process cannot renew the lease.
-        computes: whether prompts are computed here; if not, only what is cached is handed over.
     """
 
     def __init__(
@@ -54,14 +53,12 @@ class PrefillService(PrefillWorkerServicer):
         *,
         model: str,
         lease_s: float,
-        computes: bool,
     ) -> None:
         self._engine = engine
         self._leases = leases
         self._admission = admission
         self._model = model
         self._lease_s = lease_s
-        self._computes = computes
 
     async def Prefill(  # noqa: N802 - gRPC's name
         self, request: PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -103,11 +100,6 @@ class PrefillService(PrefillWorkerServicer):
         if len(request.handoff_id) != ID_BYTES:
             raise InvalidRequestError(
                 f"handoff_id: {len(request.handoff_id)} bytes, it has {ID_BYTES} random ones", param="handoff_id"
-            )
-        if not self._computes and not request.cached_only:
-            raise InvalidRequestError(
-                "cached_only: a decode worker computes no prompts for others; set it, or ask a prefill worker",
-                param="cached_only",
             )
 
     async def _compute(

@@ -65,13 +65,13 @@ class Fleet:
     def put(self, record: WorkerRecord) -> Candidate:
         """A worker is there, or says something new of itself."""
         one = self._members.get(record.worker_id)
-        if one is not None and (one.record.epoch, one.record.role, one.record.model) != (
-            record.epoch, record.role, record.model,
-        ):  # fmt: skip
+        if one is not None and (one.record.epoch, one.record.model) != (record.epoch, record.model):
             self.remove(record.worker_id)
             one = None
         if one is None:
             return self._enter(record)
+        if one.record.role != record.role:
+            self._move(one, record)
         if record is not one.record and record != one.record:
             news = record.renewals != one.record.renewals or record.load != one.record.load
             one.take_record(record)
@@ -142,10 +142,19 @@ class Fleet:
         one.refresh()
         return Share(one, context_tokens, prompt_s)
 
-    def _enter(self, record: WorkerRecord) -> Candidate:
+    def _move(self, one: Candidate, record: WorkerRecord) -> None:
+        """A worker has taken the other role: the same worker with the same cache, work and speed in another pool."""
+        one.pool.remove(one)
+        self._pool_of(record).add(one)
+
+    def _pool_of(self, record: WorkerRecord) -> Pool:
         pool = self.pools.get((record.model, record.role))
         if pool is None:
             pool = self.pools[record.model, record.role] = Pool(self.tie_break)
+        return pool
+
+    def _enter(self, record: WorkerRecord) -> Candidate:
+        pool = self._pool_of(record)
         slot = self._free_slots.pop() if self._free_slots else self._slots
         self._slots = max(self._slots, slot + 1)
         one = self._away.pop(record.worker_id, None)

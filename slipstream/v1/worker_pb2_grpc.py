@@ -31,7 +31,7 @@ class PrefillWorkerStub(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     def __init__(self, channel):
@@ -52,7 +52,7 @@ class PrefillWorkerServicer(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     def Prefill(self, request, context):
@@ -85,7 +85,7 @@ class PrefillWorker(object):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     @staticmethod
@@ -216,6 +216,11 @@ class WorkerStub(object):
                 request_serializer=slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_worker__pb2.CacheUpdate.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/slipstream.v1.Worker/SetRole',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -243,6 +248,15 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
+        it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
+        changes. A draining worker refuses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -260,6 +274,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.WatchCache,
                     request_deserializer=slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_worker__pb2.CacheUpdate.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -344,6 +363,33 @@ class Worker(object):
             '/slipstream.v1.Worker/WatchCache',
             slipstream_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
             slipstream_dot_v1_dot_worker__pb2.CacheUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Worker/SetRole',
+            slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,7 +32,7 @@ class PrefillWorkerStub:
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     @_typing.overload
@@ -51,7 +51,7 @@ class PrefillWorkerAsyncStub(PrefillWorkerStub):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,7 +66,7 @@ class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
     aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
     UNAVAILABLE and `slipstream-code: worker_draining`.
 
-    Served by workers of either role: a decode worker too can hand over what is in its prefix cache (`cached_only`).
+    Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     @_abc_1.abstractmethod
@@ -129,6 +129,11 @@ class WorkerStub:
     """Measures the way on which KV blocks would come from `peer` to this worker."""
     WatchCache: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheUpdate]
     """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _registry_pb2.WorkerRecord]
+    """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
+    it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
+    changes. A draining worker refuses.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -141,6 +146,11 @@ class WorkerAsyncStub(WorkerStub):
     """Measures the way on which KV blocks would come from `peer` to this worker."""
     WatchCache: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheUpdate]  # type: ignore[assignment]
     """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _registry_pb2.WorkerRecord]  # type: ignore[assignment]
+    """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
+    it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
+    changes. A draining worker refuses.
+    """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """Served by workers of either role."""
@@ -168,5 +178,16 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.CacheUpdate], _abc.AsyncIterator[_worker_pb2.CacheUpdate]]:
         """What is in its prefix cache and how busy it is: first everything, then what changes, as it changes."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _worker_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.WorkerRecord, _abc.Awaitable[_registry_pb2.WorkerRecord]]:
+        """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
+        it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
+        changes. A draining worker refuses.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

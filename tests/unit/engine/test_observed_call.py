@@ -87,7 +87,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 async def serving(engine: TimedEngine, board: Board) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
     leases, admission = LeaseTable(board, lease_s=30), Admission(limit=4)
-    prefill = PrefillService(engine, leases, admission, model="tiny", lease_s=30, computes=True)  # type: ignore[arg-type]
+    prefill = PrefillService(engine, leases, admission, model="tiny", lease_s=30)  # type: ignore[arg-type]
     add_PrefillWorkerServicer_to_server(prefill, server)
     add_DecodeWorkerServicer_to_server(DecodeService(engine, admission, model="tiny"), server)  # type: ignore[arg-type]
     port = server.add_insecure_port("127.0.0.1:0")

@@ -239,9 +239,22 @@ async def test_a_worker_measures_only_if_it_is_told_to(probe: bool) -> None:
     assert len(measurer.asked) == int(probe)
 
 
-def record(worker_id: str, epoch: int) -> WorkerRecord:
+async def test_a_worker_that_takes_the_other_role_meets_its_new_peers_and_forgets_no_way() -> None:
+    probe = ScriptedProbe()
+    async with watching(probe) as watched:
+        address = watched.registry_address
+        async with a_worker(address, "p0"), a_worker(address, "d1", Role.ROLE_DECODE):
+            await until(lambda: watched.peers() == [("p0", 1)])
+            watched.watch.take_role(Role.ROLE_PREFILL)
+            await until(lambda: watched.peers() == [("d1", 1), ("p0", 1)])
+            watched.watch.take_role(Role.ROLE_DECODE)
+            await asyncio.sleep(0.3)
+    assert sorted(probe.asked) == [("d1", 1), ("p0", 1)], "a role that comes back finds its ways as they were measured"
+
+
+def record(worker_id: str, epoch: int, role: Role.ValueType = Role.ROLE_PREFILL) -> WorkerRecord:
     endpoint = TransferEndpoint(address="h:1", epoch=epoch, transports=["shm"])
-    return WorkerRecord(worker_id=worker_id, role=Role.ROLE_PREFILL, model="m", transfer=endpoint)
+    return WorkerRecord(worker_id=worker_id, role=role, model="m", transfer=endpoint)
 
 
 def found(peer: Peer, error: str = "") -> TransferPath:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +137,13 @@ def test_a_measured_way_is_shown_until_its_peer_has_gone(url: str, paths: list[T
     }
     paths.clear()
     assert not any(name.startswith("slipstream_kv_path_") for name in scrape(url))
+
+
+def test_all_figures_carry_the_role_that_the_worker_has_now(board: Board) -> None:
+    with MetricsServer("127.0.0.1", 0, Role.ROLE_DECODE, "w0", model="tiny") as server:
+        server.watch(IdleEngine(), board, Admission(limit=4), lambda: ())  # type: ignore[arg-type]
+        for role, name in ((Role.ROLE_DECODE, "decode"), (Role.ROLE_PREFILL, "prefill")):
+            server.role = role
+            with urllib.request.urlopen(server.url, timeout=10) as page:
+                text = page.read().decode()
+            assert set(re.findall(r'role="(\w+)"', text)) == {name}

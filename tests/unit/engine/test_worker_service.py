@@ -10,12 +10,12 @@ import grpc.aio
 import pytest
 
 from engine.cache_feed import CacheFeed
-from engine.host_process import _add_standard_services, _WorkerService
 from engine.open_work import OpenWork
-from slipstream.errors import InvalidRequestError, TransferError
+from engine.worker_service import WorkerService, add_standard_services
+from slipstream.errors import InvalidRequestError, TransferError, WorkerDrainingError
 from slipstream.grpc_errors import from_rpc_error
-from slipstream.v1.registry_pb2 import TransferEndpoint, TransferPath, WorkerRecord
-from slipstream.v1.worker_pb2 import GetStatusRequest, ProbePathRequest
+from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord
+from slipstream.v1.worker_pb2 import GetStatusRequest, ProbePathRequest, SetRoleRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
@@ -44,12 +44,30 @@ def engine() -> ProbingEngine:
     return ProbingEngine()
 
 
+@dataclass(slots=True)
+class Host:
+    """The record that the service tells, and what it makes of a new role."""
+
+    record: WorkerRecord = field(default_factory=lambda: WorkerRecord(worker_id="w", role=Role.ROLE_DECODE, epoch=7))
+    draining: bool = False
+
+    def set_role(self, role: Role.ValueType) -> None:
+        if self.draining:
+            raise WorkerDrainingError("this worker is draining")
+        self.record.role = role
+
+
 @pytest.fixture
-async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerAsyncStub]:
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+async def worker(engine: ProbingEngine, host: Host) -> AsyncIterator[WorkerAsyncStub]:
     server = grpc.aio.server()
     feed = CacheFeed(engine, OpenWork(), model="m", epoch=1)  # type: ignore[arg-type]
-    service = _WorkerService(lambda: WorkerRecord(worker_id="w"), engine, feed)  # type: ignore[arg-type]
-    _add_standard_services(server, (), service)
+    service = WorkerService(lambda: host.record, host.set_role, engine, feed)  # type: ignore[arg-type]
+    add_standard_services(server, (), service)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -57,8 +75,36 @@ async def worker(engine: ProbingEngine) -> AsyncIterator[WorkerAsyncStub]:
     await server.stop(None)
 
 
-async def test_a_worker_tells_how_it_is_now(worker: WorkerAsyncStub) -> None:
-    assert await worker.GetStatus(GetStatusRequest()) == WorkerRecord(worker_id="w")
+async def test_a_worker_tells_how_it_is_now(worker: WorkerAsyncStub, host: Host) -> None:
+    assert await worker.GetStatus(GetStatusRequest()) == host.record
+
+
+@pytest.mark.parametrize("epoch", [0, 7], ids=["whichever runs", "the one that is meant"])
+async def test_a_worker_takes_the_role_it_is_given_and_says_so(worker: WorkerAsyncStub, host: Host, epoch: int) -> None:
+    for role in (Role.ROLE_PREFILL, Role.ROLE_PREFILL, Role.ROLE_DECODE):
+        assert (await worker.SetRole(SetRoleRequest(role=role, epoch=epoch))).role == role
+        assert host.record.role == role
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [(SetRoleRequest(), "role"), (SetRoleRequest(role=Role.ROLE_PREFILL, epoch=6), "epoch")],
+    ids=["no role", "another incarnation"],
+)
+async def test_a_role_that_cannot_be_meant_is_refused(
+    worker: WorkerAsyncStub, host: Host, request_: SetRoleRequest, param: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.SetRole(request_)
+    assert from_rpc_error(caught.value).param == param
+    assert host.record.role == Role.ROLE_DECODE
+
+
+async def test_a_worker_that_is_about_to_end_keeps_its_role(worker: WorkerAsyncStub, host: Host) -> None:
+    host.draining = True
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.SetRole(SetRoleRequest(role=Role.ROLE_PREFILL))
+    assert isinstance(from_rpc_error(caught.value), WorkerDrainingError)
 
 
 async def test_a_probe_measures_the_way_from_the_named_worker(worker: WorkerAsyncStub, engine: ProbingEngine) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from engine.cache_feed import UPDATE_KEYS, CacheFeed
-from engine.host_process import _WorkerService
 from engine.open_work import OpenWork
 from engine.protocol import CacheChange
+from engine.worker_service import WorkerService
 from frontend.cache_watch import CacheWatch
 from frontend.known_caches import KnownCaches
 from frontend.worker_channels import WorkerChannels
@@ -72,7 +72,7 @@ class CachingWorker:
         self.feed = CacheFeed(self, self.work, model="m", epoch=self.record.epoch)  # type: ignore[arg-type]
         await self._stack.enter_async_context(background(self.feed.follow(), name="feed"))
         self.server = grpc.aio.server()
-        service = _WorkerService(lambda: self.record, self, self.feed)  # type: ignore[arg-type]
+        service = WorkerService(lambda: self.record, lambda role: None, self, self.feed)  # type: ignore[arg-type]
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self.server)
         wanted = self.record.address or "127.0.0.1:0"
         self.record.address = f"127.0.0.1:{self.server.add_insecure_port(wanted)}"

@@ -95,7 +95,7 @@ class Serving:
         self.board.put(slot, Word.OUTCOME, nonce | outcome)
 
 
-def serving(directory: Path, script: Script, *, lease_s: float = 30, computes: bool = True, slots: int = 1) -> Serving:
+def serving(directory: Path, script: Script, *, lease_s: float = 30, slots: int = 1) -> Serving:
     board = Board.create(directory, slots=slots)
     engine, leases = ScriptedEngine(script), LeaseTable(board, lease_s=lease_s)
     service = PrefillService(
@@ -104,7 +104,6 @@ def serving(directory: Path, script: Script, *, lease_s: float = 30, computes: b
         Admission(limit=4),
         model="tiny",
         lease_s=lease_s,
-        computes=computes,
     )
     return Serving(board, engine, leases, service)
 
@@ -153,19 +152,13 @@ async def test_a_handoff_id_of_another_length_is_refused_before_the_engine_sees_
     assert worker.leases.open().slot == 0
 
 
-async def test_a_decode_worker_computes_no_prompts_for_others(tmp_path: Path) -> None:
-    worker = serving(tmp_path, computes, computes=False)
-    assert await worker.refused() == "cached_only"
-    assert worker.engine.leases == []
-
-
 @pytest.mark.parametrize(
     ("outcome", "closed"),
     [(Outcome.NOT_CACHED, HandoffClosed.NOT_CACHED), (Outcome.RELEASED, HandoffClosed.RELEASED)],
     ids=["not_cached", "released"],
 )
 async def test_a_prompt_that_is_not_cached_is_not_waited_for(tmp_path: Path, outcome: Outcome, closed: int) -> None:
-    worker = serving(tmp_path, never_returns, computes=False)
+    worker = serving(tmp_path, never_returns)
 
     async def look_into_the_cache(lease: tuple[int, int]) -> PromptComputed:
         worker.end_lease(outcome)
@@ -179,7 +172,7 @@ async def test_a_prompt_that_is_not_cached_is_not_waited_for(tmp_path: Path, out
 
 
 async def test_a_cached_prompt_is_handed_over_by_a_decode_worker(tmp_path: Path) -> None:
-    worker = serving(tmp_path, computes, computes=False)
+    worker = serving(tmp_path, computes)
 
     async def hand_over(lease: tuple[int, int]) -> PromptComputed:
         worker.end_lease(Outcome.TAKEN)

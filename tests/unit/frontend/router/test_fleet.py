@@ -11,7 +11,7 @@ from frontend.router import Ask, Fleet
 from frontend.router.candidate import Share
 from frontend.router.cost import prompt_queue_s
 from frontend.router.fleet import FOREIGN_PROMPT_TOKENS
-from slipstream.v1.registry_pb2 import Load, WorkerRecord
+from slipstream.v1.registry_pb2 import Load, Role, WorkerRecord
 from tests.unit.frontend.router.workers import DECODE, PREFILL, PROFILE, fleet_of, worker
 
 
@@ -105,23 +105,46 @@ def test_the_prompt_in_work_is_less_to_wait_for_as_time_goes_by_but_never_more_t
     assert queue_s(9.1) == pytest.approx(one_s - 0.1)
 
 
+def test_a_worker_that_changes_its_role_keeps_its_place_its_work_and_what_was_learnt_of_it() -> None:
+    fleet = fleet_of([worker("w", PREFILL, profile=PROFILE), worker("other", DECODE)])
+    share, one = begin(fleet), fleet.get("w")
+    assert one is not None
+    one.prefill.note(1.0, 0.1)
+    slot, factor = one.slot, one.prefill.factor
+    prefills, decodes = fleet.pool("m", PREFILL), fleet.pool("m", DECODE)
+    assert prefills is not None
+    assert decodes is not None
+    for role, of, others in ((DECODE, decodes, prefills), (PREFILL, prefills, decodes)):
+        record = worker("w", role).record
+        record.renewals = role
+        assert fleet.put(record) is one
+        assert one in of.members
+        assert one not in others.members
+        assert (one.slot, one.pool, one.record, one.prefill.factor) == (slot, of, record, factor)
+        assert (of.slots[one.row], of.own_requests[one.row], of.pending_s[one.row]) == (slot, 1, share.prompt_s)
+    share.end(1.0)
+    assert (prefills.own_requests[one.row], prefills.pending_s[one.row]) == (0, 0)
+
+
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["put", "remove", "begin", "end"])), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["put", "flip", "remove", "begin", "end"])), max_size=60))
 def test_vectors_say_the_same_as_the_workers_themselves(steps: list[tuple[int, str]]) -> None:
-    fleet, open_shares = Fleet(), dict[str, list[Share]]()
+    fleet, open_shares, roles = Fleet(), dict[str, list[Share]](), dict[str, Role.ValueType]()
     for number, step in steps:
         name = f"w{number}"
-        if step == "put":
-            fleet.put(worker(name, DECODE, blocks=100 + number).record)
+        if step in ("put", "flip"):
+            if step == "flip":
+                roles[name] = PREFILL if roles.get(name, DECODE) == DECODE else DECODE
+            fleet.put(worker(name, roles.get(name, DECODE), blocks=100 + number).record)
         elif step == "remove" and fleet.get(name):
             fleet.remove(name)
         elif step == "begin" and fleet.get(name):
             open_shares.setdefault(name, []).append(begin(fleet, name))
         elif step == "end" and open_shares.get(name):
             open_shares[name].pop().end(1.0)
-    pool = fleet.pool("m", DECODE)
-    for row, one in enumerate(pool.members if pool else ()):
-        assert pool is not None
+    members = [(pool, row, one) for pool in fleet.pools.values() for row, one in enumerate(pool.members)]
+    for pool, row, one in members:
+        assert pool is fleet.pool("m", roles.get(one.worker_id, DECODE))
         assert (one.row, one.pool, fleet.get(one.worker_id)) == (row, pool, one)
         assert (pool.requests[row], pool.blocks[row], pool.slots[row]) == (
             one.requests,
@@ -129,8 +152,7 @@ def test_vectors_say_the_same_as_the_workers_themselves(steps: list[tuple[int, s
             one.slot,
         )
         assert one.requests == len(open_shares.get(one.worker_id, []))
-    members = pool.members if pool else []
-    assert len({one.slot for one in members}) == len(members)
+    assert len({one.slot for _, _, one in members}) == len(members)
 
 
 def test_what_is_known_may_come_by_name_or_by_slot() -> None:
