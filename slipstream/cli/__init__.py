@@ -8,6 +8,7 @@ It composes all other packages, by imports inside the commands: `slipstream --he
     local.py         up, demo: a cluster on this machine
     demo_account.py  the figures of one answer, measured and shown
     chat.py          a conversation in the terminal
+    planner_*.py     planner policy, apply, explain, history
     status.py        what the registry knows
     show.py          config show, version
 """

@@ -8,7 +8,19 @@ import typer
 from typer.core import TyperGroup
 
 from slipstream import __version__
-from slipstream.cli import chat, explain, local, profile, roles, show, status, top, transfer
+from slipstream.cli import (
+    chat,
+    explain,
+    local,
+    planner_decisions,
+    planner_policy,
+    profile,
+    roles,
+    show,
+    status,
+    top,
+    transfer,
+)
 from slipstream.errors import ConfigError, SlipstreamError
 
 
@@ -43,7 +55,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
 )
-planner = typer.Typer(help="The control plane.", no_args_is_help=True)
+planner = typer.Typer(help="The control plane, and the planner of worker counts in it.", no_args_is_help=True)
 ways = typer.Typer(help="The ways of KV blocks between workers.", no_args_is_help=True)
 configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 
@@ -55,6 +67,8 @@ explain.add_to(app)
 profile.add_to(app)
 transfer.add_to(ways)
 roles.add_to(app, planner)
+planner_policy.add_to(planner)
+planner_decisions.add_to(planner)
 show.add_to(app, configuration)
 app.add_typer(ways, name="transfer", rich_help_panel=transfer.PANEL)
 app.add_typer(planner, name="planner", rich_help_panel=roles.PANEL)
