@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.router_baselines import Dynamo, LlmD
 from frontend.router.choice import Router
 from simulator import traces
+from simulator.frontend import Policy
 from simulator.journey import Summary, summarize
-from simulator.serving import Policy, SimulatedCluster
-from slipstream.performance import Profile, read_profile
+from simulator.run import coarse
+from simulator.serving import fixed_cluster
+from slipstream.performance import read_profile
 
 TRACE = Path(__file__).with_name("traces") / "mooncake_conversation_trace.jsonl.xz"
 PROFILES = Path(__file__).resolve().parent.parent / "engine" / "simulated" / "profiles"
@@ -58,20 +58,9 @@ def replay(setting: Setting, policy: str) -> Summary:
     profile = coarse(read_profile(PROFILES / f"{setting.profile}.json"), traces.MOONCAKE_BLOCK_TOKENS)
     policies = [POLICIES[policy]() for _ in range(setting.frontends)]
     counts = setting.prefill, setting.decode
-    cluster = SimulatedCluster((profile, profile), counts, policies, write_back=policy in FETCHING)
-    journeys = cluster.run(traces.at_speed(_arrivals()[: setting.requests], setting.speed))
-    return summarize(journeys, ttft_slo_s=TTFT_SLO_S, tpot_slo_s=TPOT_SLO_S)
-
-
-def coarse(profile: Profile, block_tokens: int) -> Profile:
-    """The same KV cache in blocks of a trace's size."""
-    factor = block_tokens // profile.block_tokens
-    return msgspec.structs.replace(
-        profile,
-        block_tokens=block_tokens,
-        block_bytes=profile.block_bytes * factor,
-        blocks=profile.blocks // factor,
-    )
+    cluster, kept = fixed_cluster((profile, profile), counts, policies, write_back=policy in FETCHING)
+    cluster.run(traces.at_speed(_arrivals()[: setting.requests], setting.speed))
+    return summarize(kept.journeys, ttft_slo_s=TTFT_SLO_S, tpot_slo_s=TPOT_SLO_S)
 
 
 @lru_cache(maxsize=1)

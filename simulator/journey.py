@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.traces import Arrival
+
+if TYPE_CHECKING:
+    from simulator.underway import Underway
 
 PERCENTILES = (50, 90, 99)
 
@@ -18,7 +22,8 @@ class Journey:
 
     Attributes:
         cached_tokens: of the prompt, in the prefix cache of whoever computed it; fetched_tokens: from another worker's.
-        computed_by: the worker that computed the prompt: the decode worker where no prefill worker took part.
+        attempts: dispatches, of which all but one ended with their worker or were taken back for others.
+        refused: it was turned away; `error` says why.
     """
 
     arrival: Arrival
@@ -32,7 +37,9 @@ class Journey:
     cached_tokens: int = 0
     fetched_tokens: int = 0
     preemptions: int = 0
+    attempts: int = 0
     error: str = ""
+    refused: bool = False
 
     @property
     def ttft_s(self) -> float:
@@ -47,6 +54,21 @@ class Journey:
         """Mean time of a token after the first; 0 where there is none."""
         after = self.arrival.output_tokens - 1
         return (self.ended_s - self.first_token_s) / after if after > 0 else 0.0
+
+
+@dataclass(slots=True)
+class KeptJourneys:
+    """A cluster's watcher that keeps every journey, in the order of arrival."""
+
+    journeys: list[Journey] = field(default_factory=list)
+
+    def arrived(self, under: Underway) -> None:
+        self.journeys.append(under.journey)
+
+    def refused(self, under: Underway) -> None: ...
+    def computed(self, under: Underway) -> None: ...
+    def first_token(self, under: Underway) -> None: ...
+    def ended(self, under: Underway) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,153 +1,169 @@
-"""A cluster in virtual time: frontends that route with the real router, workers that run the real scheduler.
+"""Clusters in virtual time: frontends that route with the real router, workers that run the real scheduler.
 
 A request's way is the live system's: prefill and decode are asked at once, decode takes blocks when the prompt's
-computation begins, blocks travel while the rest is computed, and decode starts when the last one has come.
+computation begins, blocks travel while the rest is computed, and decode starts when the last one has come. A worker
+that dies takes its requests' places with it: they are dispatched again with what they have generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from engine.simulated.request import Event, EventKind, Request
-from frontend.block_index import BlockIndex
+from frontend.admission.in_flight import ClusterRoom
 from frontend.router.ask import Ask
-from frontend.router.candidate import Share
-from frontend.router.fleet import Fleet
-from frontend.router.learning import AnswerLengths
 from frontend.router.route import Route
 from frontend.write_back import plan
 from simulator.event_loop import EventLoop
-from simulator.journey import Journey
+from simulator.frontend import Policy, SimulatedFrontend
+from simulator.gate import SimulatedGate
+from simulator.journey import Journey, KeptJourneys
+from simulator.members import Members, Pool
 from simulator.traces import Arrival
+from simulator.underway import Underway, claim_of
 from simulator.worker import SimulatedWorker
-from slipstream.errors import SlipstreamError
+from slipstream.errors import DeadlineError, ModelNotFoundError, NoWorkerError, SlipstreamError, WorkerLostError
 from slipstream.performance import Predictor, Profile
-from slipstream.v1.registry_pb2 import Capacity, Load, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
+from slipstream.settings import AdmissionSettings
+from slipstream.v1.registry_pb2 import Load, Role
 
 MODEL = "simulated"
 FEED_INTERVAL_S = 0.1
 """How often a frontend hears a worker's load; its own requests it knows at once."""
 
-
-class Policy(Protocol):
-    """What decides; the live frontend's policies are of this shape."""
-
-    def choose(self, ask: Ask, fleet: Fleet, now_s: float) -> Route: ...
+MAX_ATTEMPTS = 3
+"""Dispatches of one request at most, as `frontend.max_attempts` has it by default."""
 
 
-@dataclass(slots=True, eq=False)
-class _Under:
-    """A request that is under way: its record, its two halves and its shares of the workers' work."""
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model that a cluster serves.
 
-    journey: Journey
-    frontend: SimulatedFrontend
-    prefill: SimulatedWorker | None
-    decode: SimulatedWorker
-    prefill_share: Share | None = None
-    decode_share: Share | None = None
-    source: SimulatedWorker | None = None
-    source_tokens: int = 0
-    receiving: bool = False
-    received: bool = False
+    Attributes:
+        policies: one for each frontend; the model's requests come to them in turn.
+    """
+
+    name: str
+    prefill: Profile
+    decode: Profile
+    policies: Sequence[Policy]
 
 
-@dataclass(slots=True, eq=False)
-class SimulatedFrontend:
-    """One frontend: its view of the workers, its policy, and the index of what they have cached."""
+class Watcher(Protocol):
+    """Hears what becomes of requests, as it happens."""
 
-    policy: Policy
-    fleet: Fleet
-    index: BlockIndex = field(default_factory=BlockIndex)
-    owners: dict[str, int] = field(default_factory=dict)
-    lengths: AnswerLengths = field(default_factory=AnswerLengths)
-
-    def ask(self, arrival: Arrival, block_tokens: int) -> Ask:
-        # Owners are entered as slots are given out: each one's place is its number.
-        known = self.index.match(arrival.keys).spread(self.fleet.slots, np.arange(self.fleet.slots)) * block_tokens
-        return Ask(
-            MODEL,
-            arrival.input_tokens,
-            known_by_slot=known,
-            session=arrival.session,
-            expected_tokens=self.lengths.of(MODEL),
-        )
+    def arrived(self, under: Underway) -> None: ...
+    def refused(self, under: Underway) -> None: ...
+    def computed(self, under: Underway) -> None: ...
+    def first_token(self, under: Underway) -> None: ...
+    def ended(self, under: Underway) -> None:
+        """Answered to its end, or failed: `journey.error` says which."""
+        ...
 
 
 class SimulatedCluster:
-    """Serves arrivals; `journeys` holds what became of each.
+    """Serves arrivals, and tells its watchers what becomes of each.
 
     Args:
-        profiles: of the prefill and the decode workers.
-        policies: one for each frontend; requests come to the frontends in turn.
+        models: what is served; arrivals that name no model are for the first.
         write_back: prefill fetches the beginning of a prompt from a worker that has it where that is faster.
+        admission: in front of each frontend's dispatch; None: everything goes to the workers at once.
+        request_timeout_s: longest a request may take; None: as long as it takes.
     """
 
     def __init__(
         self,
-        profiles: tuple[Profile, Profile],
-        counts: tuple[int, int],
-        policies: Iterable[Policy],
+        models: Sequence[ServedModel],
         *,
         write_back: bool = True,
+        admission: AdmissionSettings | None = None,
+        request_timeout_s: float | None = None,
     ) -> None:
         self.loop = EventLoop()
-        self.journeys: list[Journey] = []
-        self.workers: dict[str, SimulatedWorker] = {}
-        self.frontends = [SimulatedFrontend(policy, Fleet(f"frontend-{n}")) for n, policy in enumerate(policies)]
+        self.watchers: list[Watcher] = []
         self._write_back = write_back
-        self._under: dict[str, _Under] = {}
-        self._fed_s: dict[str, float] = {}
-        self._block_tokens = profiles[1].block_tokens
-        self._block_bytes = profiles[0].block_bytes
-        prefill, decode = (Predictor(profile) for profile in profiles)
-        prefill_ids = [f"prefill-{number}" for number in range(counts[0])]
-        decode_ids = [f"decode-{number}" for number in range(counts[1])]
-        ways = [_way(sender, prefill.profile) for sender in prefill_ids]
-        ways += [_way(sender, decode.profile) for sender in decode_ids]
-        for worker_id in prefill_ids:
-            self._add_worker(_record(worker_id, Role.ROLE_PREFILL, prefill.profile, ways), prefill)
-        for worker_id in decode_ids:
-            self._add_worker(_record(worker_id, Role.ROLE_DECODE, decode.profile, ways), decode)
+        self._timeout_s = request_timeout_s
+        self._under: dict[str, Underway] = {}
+        self._open = 0
+        self._deadlines: deque[Underway] = deque()
+        self._turns = dict.fromkeys((one.name for one in models), 0)
+        self._more = True
+        self._block_tokens = models[0].decode.block_tokens
+        self.pools: dict[str, Pool] = {
+            one.name: Pool(
+                one.name,
+                Predictor(one.prefill),
+                Predictor(one.decode),
+                [SimulatedFrontend(one.name, policy, f"frontend-{n}") for n, policy in enumerate(one.policies)],
+            )
+            for one in models
+        }
+        self.members = Members(self.loop, self.pools, self._build)
+        self._default = models[0].name
+        if admission is not None:
+            for frontend in self.frontends:
+                frontend.gate = SimulatedGate(admission, self.loop, self, _room_of(self.members, frontend.model))
 
-    def run(self, arrivals: Iterable[Arrival]) -> list[Journey]:
-        """Serve them all; returns their journeys in the order of arrival."""
-        stream = iter(arrivals)
-        self._expect(next(stream, None), stream)
+    @property
+    def frontends(self) -> list[SimulatedFrontend]:
+        """Of all models."""
+        return [one for pool in self.pools.values() for one in pool.frontends]
+
+    @property
+    def workers(self) -> Mapping[str, SimulatedWorker]:
+        """All that are there now, by id."""
+        return {name: one.worker for name, one in self.members.present.items()}
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way or still to come."""
+        return self._more or self._open > 0
+
+    def run(self, arrivals: Iterable[Arrival]) -> None:
+        """Serve them all. Time stands still when the last one has left."""
+        self._expect(iter(arrivals))
         self.loop.run()
-        return self.journeys
+
+    def _left(self) -> None:
+        """A request has ended or was turned away."""
+        self._open -= 1
+        if not self.busy:
+            self.loop.stop()
+
+    def kill(self, worker_id: str) -> None:
+        """A worker dies. Everybody hears of it at once, as of a connection that is closed."""
+        dead = self.members.kill(worker_id)
+        if dead is None:
+            return
+        touched = [one for one in self._under.values() if dead.worker in (one.prefill, one.decode)]
+        for under in touched:
+            if under.decode is dead.worker:
+                self._decode_lost(under)
+            else:
+                self._prefill_lost(under)
 
     # -- the cluster --------------------------------------------------------------------------------------
 
-    def _add_worker(self, record: WorkerRecord, predictor: Predictor) -> None:
-        worker_id = record.worker_id
-        self.workers[worker_id] = SimulatedWorker(
-            self.loop, worker_id, record.role, predictor, on_event=self._on_event, on_begun=self._on_begun
-        )
-        self._fed_s[worker_id] = -FEED_INTERVAL_S
-        for frontend in self.frontends:
-            one = frontend.fleet.put(record)
-            frontend.fleet.note_profile(worker_id, predictor.profile)
-            owner = frontend.index.enter()
-            assert owner == one.slot, "owners and slots are given out in one order"
-            frontend.owners[worker_id] = owner
+    def _build(self, worker_id: str, role: Role.ValueType, predictor: Predictor) -> SimulatedWorker:
+        return SimulatedWorker(self.loop, worker_id, role, predictor, on_event=self._on_event, on_begun=self._on_begun)
 
     def _feed(self, worker: SimulatedWorker) -> None:
         """What the worker tells the frontends after a step."""
-        stored, removed = worker.scheduler.drain_cache_events()
-        for frontend in self.frontends if stored or removed else ():
-            owner = frontend.owners[worker.worker_id]
-            if removed:
-                frontend.index.remove(owner, np.array(removed, np.uint64))
-            if stored:
-                frontend.index.store(owner, np.array(stored, np.uint64))
-        now_s = self.loop.now_s
-        if now_s - self._fed_s[worker.worker_id] < FEED_INTERVAL_S:
+        member = self.members.present.get(worker.worker_id)
+        if member is None:
             return
-        self._fed_s[worker.worker_id] = now_s
+        frontends = member.pool.frontends
+        stored, removed = worker.scheduler.drain_cache_events()
+        if stored or removed:
+            for frontend in frontends:
+                frontend.hear_cache(worker.worker_id, stored, removed)
+        now_s = self.loop.now_s
+        if now_s - worker.fed_s < FEED_INTERVAL_S:
+            return
+        worker.fed_s = now_s
         load = worker.scheduler.load()
         said = Load(
             running=load.running,
@@ -156,12 +172,11 @@ class SimulatedCluster:
             waiting_tokens=load.waiting_tokens,
             context_tokens=load.context_tokens,
         )
-        for frontend in self.frontends:
-            frontend.fleet.note_load(worker.worker_id, said, self._own(worker, frontend, said))
+        for frontend in frontends:
+            own = said if len(frontends) == 1 else self._own(worker, frontend)
+            frontend.hear_load(worker.worker_id, said, own)
 
-    def _own(self, worker: SimulatedWorker, frontend: SimulatedFrontend, said: Load) -> Load:
-        if len(self.frontends) == 1:
-            return said
+    def _own(self, worker: SimulatedWorker, frontend: SimulatedFrontend) -> Load:
         mine = [
             one
             for one in self._under.values()
@@ -173,56 +188,88 @@ class SimulatedCluster:
 
     # -- a request's way ----------------------------------------------------------------------------------
 
-    def _expect(self, arrival: Arrival | None, stream: Iterable[Arrival]) -> None:
-        if arrival is not None:
+    def _expect(self, stream: Iterator[Arrival]) -> None:
+        arrival = next(stream, None)
+        if arrival is None:
+            self._more = False
+        else:
             self.loop.at(arrival.at_s, self._arrive, arrival, stream)
 
-    def _arrive(self, arrival: Arrival, stream: Iterable[Arrival]) -> None:
-        self._expect(next(iter(stream), None), stream)
-        journey = Journey(arrival)
-        frontend = self.frontends[len(self.journeys) % len(self.frontends)]
-        self.journeys.append(journey)
-        try:
-            ask = frontend.ask(arrival, self._block_tokens)
-            self._dispatch(journey, frontend, ask, frontend.policy.choose(ask, frontend.fleet, self.loop.now_s))
-        except SlipstreamError as error:
-            journey.error = error.code
+    def _arrive(self, arrival: Arrival, stream: Iterator[Arrival]) -> None:
+        self._expect(stream)
+        model = arrival.model or self._default
+        pool = self.pools.get(model)
+        if pool is None:
+            raise ModelNotFoundError(f"the load asks for model {model!r}; there is {', '.join(self.pools)}")
+        turn = self._turns[model]
+        self._turns[model] = turn + 1
+        frontend, now_s = pool.frontends[turn % len(pool.frontends)], self.loop.now_s
+        deadline_s = now_s + self._timeout_s if self._timeout_s is not None else float("inf")
+        claim = claim_of(arrival.service_class, arrival.tenant)
+        under = Underway(claim, 0.0, 0.0, 0.0, now_s, deadline_s, journey=Journey(arrival), frontend=frontend)
+        self._open += 1
+        if self._timeout_s is not None:
+            self._watch_deadline(under)
+        for watcher in self.watchers:
+            watcher.arrived(under)
+        if frontend.gate is None:
+            self.send(under)
+        else:
+            under.on_recount = self._recount
+            frontend.gate.arrive(under)
 
-    def _dispatch(self, journey: Journey, frontend: SimulatedFrontend, ask: Ask, route: Route) -> None:
-        arrival, now_s = journey.arrival, self.loop.now_s
-        decode = self.workers[route.decode.worker_id]
-        prefill = self.workers[route.prefill.worker_id] if route.prefill is not None else None
+    def send(self, under: Underway) -> None:
+        """Route it and give it to its workers. What cannot be is over."""
+        frontend = under.frontend
+        under.attempts += 1
+        under.dispatches += 1
+        under.journey.attempts = under.attempts
+        arrival = under.journey.arrival
+        under.request_id = arrival.request_id if under.attempts == 1 else f"{arrival.request_id}-{under.attempts}"
+        ask = frontend.ask(arrival, under.prompt_tokens, self._block_tokens)
+        try:
+            route = frontend.policy.choose(ask, frontend.fleet, self.loop.now_s)
+            self._under[under.request_id] = under
+            self._dispatch(under, ask, route)
+        except NoWorkerError as error:
+            if under.attempts == 1:
+                self.refuse(under, error.code)
+            else:
+                self._fail(under, error.code)
+        except SlipstreamError as error:
+            self._fail(under, error.code)
+
+    def _dispatch(self, under: Underway, ask: Ask, route: Route) -> None:
+        journey, now_s, members = under.journey, self.loop.now_s, self.members
+        decode = under.decode = members[route.decode.worker_id].worker
+        prefill = under.prefill = members[route.prefill.worker_id].worker if route.prefill is not None else None
         journey.reason, journey.decode = route.reason, decode.worker_id
-        under = self._under[arrival.request_id] = _Under(journey, frontend, prefill, decode)
-        tokens = arrival.input_tokens
+        tokens = under.prompt_tokens
         # A policy that predicts nothing knows of no prefix.
         new_tokens = route.predicted.new_tokens if route.predicted is not None else tokens
-        begin = frontend.fleet.begin
+        begin = under.frontend.fleet.begin
         under.decode_share = begin(decode.worker_id, tokens, 0 if prefill is not None else new_tokens, now_s)
-        request = Request(
-            arrival.request_id,
-            arrival.input_tokens,
-            arrival.output_tokens,
-            list(arrival.keys),
-            receives=prefill is not None,
-        )
+        request = under.request(under.left_tokens, receives=prefill is not None)
         if prefill is None:
             decode.add(request)
             return
         journey.prefill = prefill.worker_id
         under.prefill_share = begin(prefill.worker_id, tokens, new_tokens, now_s)
         decode.add(request, expected=True)
-        fetched = plan(ask, route.prefill, frontend.fleet) if self._write_back and route.prefill is not None else None
+        fleet = under.frontend.fleet
+        fetched = plan(ask, route.prefill, fleet) if self._write_back and route.prefill is not None else None
         if fetched is not None:
-            under.source, under.source_tokens = self.workers[fetched.source.worker_id], fetched.tokens
-        keys, receives = list(arrival.keys), fetched is not None
-        prefill.add(Request(arrival.request_id, arrival.input_tokens, 0, keys, receives=receives))
+            under.source, under.source_tokens = members[fetched.source.worker_id].worker, fetched.tokens
+        prefill.add(under.request(0, receives=fetched is not None))
 
     def _on_begun(self, worker: SimulatedWorker, request: Request) -> None:
-        under = self._under[request.request_id]
+        under = self._under.get(request.request_id)
+        if under is None:
+            return
         if under.journey.begun_s < 0:
             under.journey.begun_s = self.loop.now_s
         if worker is under.prefill:
+            assert under.decode is not None
             under.decode.scheduler.started(request.request_id)
             under.decode.wake()
         elif under.prefill is not None and not under.received:
@@ -240,114 +287,217 @@ class SimulatedCluster:
             self._fetch(under, worker, event.request)
         elif event.kind is EventKind.RECEIVING:
             under.receiving = True
-            self._send(under)
+            self._send_blocks(under)
         elif event.kind is EventKind.PROMPT_COMPUTED:
             self._computed(under, worker, event.request)
         elif event.kind is EventKind.FINISHED:
-            self._finished(under)
+            self._finished(under, worker)
         self._feed(worker)
 
-    def _computed(self, under: _Under, worker: SimulatedWorker, request: Request) -> None:
+    def _computed(self, under: Underway, worker: SimulatedWorker, request: Request) -> None:
         journey, now_s = under.journey, self.loop.now_s
         if worker is under.prefill:
             if under.received:
                 return
-            journey.computed_s = now_s
             journey.cached_tokens, journey.fetched_tokens = request.cached_tokens, request.received_tokens
             if under.prefill_share is not None:
                 under.prefill_share.prompt_done(now_s)
-            self._send(under)
+            self._prompt_computed(under)
+            self._send_blocks(under)
             return
-        journey.first_token_s = now_s
         if journey.computed_s < 0:
-            journey.computed_s, journey.cached_tokens = now_s, request.cached_tokens
-            if under.decode_share is not None:
-                under.decode_share.prompt_done(now_s)
+            journey.cached_tokens = request.cached_tokens
+            self._prompt_computed(under)
+        if under.decode_share is not None:
+            under.decode_share.prompt_done(now_s)
+        if journey.first_token_s < 0:
+            journey.first_token_s = now_s
+            for watcher in self.watchers:
+                watcher.first_token(under)
+        if under.frontend.gate is not None:
+            under.frontend.gate.first_token(under)
 
-    def _fetch(self, under: _Under, prefill: SimulatedWorker, request: Request) -> None:
+    def _prompt_computed(self, under: Underway) -> None:
+        under.journey.computed_s = self.loop.now_s
+        for watcher in self.watchers:
+            watcher.computed(under)
+        if under.frontend.gate is not None:
+            under.frontend.gate.computed(under)
+
+    def _fetch(self, under: Underway, prefill: SimulatedWorker, request: Request) -> None:
         """The prompt's beginning comes from a worker that has it, as far as it still does."""
         source, now_s = under.source, self.loop.now_s
         assert source is not None, "prefill receives from a source only"
         pool, profile = source.scheduler.pool, source.scheduler.profile
-        blocks = pool.match(request.keys, under.source_tokens // self._block_tokens)
+        blocks = pool.match(request.keys, under.source_tokens // self._block_tokens) if source.alive else []
         pool.hold(blocks)
         pool.give_back(blocks)  # used just now: they go last
         tokens = max(0, len(blocks) * self._block_tokens - request.done)
-        moved_bytes = tokens // self._block_tokens * self._block_bytes
+        moved_bytes = tokens // self._block_tokens * profile.block_bytes
         source.nic_free_s = max(now_s, source.nic_free_s) + moved_bytes / profile.transfer_bytes_per_s
-        self.loop.at(source.nic_free_s + profile.transfer_latency_s, self._fetched, prefill, request, tokens)
+        self.loop.at(source.nic_free_s + profile.transfer_latency_s, self._fetched, prefill, request, source, tokens)
 
-    def _fetched(self, prefill: SimulatedWorker, request: Request, tokens: int) -> None:
-        prefill.scheduler.received(request.request_id, tokens, self.loop.now_s)
+    def _fetched(self, prefill: SimulatedWorker, request: Request, source: SimulatedWorker, tokens: int) -> None:
+        prefill.scheduler.received(request.request_id, tokens if source.alive else 0, self.loop.now_s)
         prefill.wake()
 
-    def _send(self, under: _Under) -> None:
+    def _send_blocks(self, under: Underway) -> None:
         """Once decode has blocks and the prompt is computed it is known when the last block will have come."""
         journey, prefill = under.journey, under.prefill
         if not under.receiving or journey.computed_s < 0 or prefill is None or under.received:
             return
+        assert under.decode is not None
         under.received = True
-        request = under.decode.scheduler.get(journey.arrival.request_id)
-        missing = journey.arrival.input_tokens - (request.done if request is not None else 0)
-        moved_bytes = missing / self._block_tokens * self._block_bytes
+        request = under.decode.scheduler.get(under.request_id)
+        missing = under.prompt_tokens - (request.done if request is not None else 0)
         profile = prefill.scheduler.profile
-        travel_s = moved_bytes / profile.transfer_bytes_per_s
+        travel_s = missing / self._block_tokens * profile.block_bytes / profile.transfer_bytes_per_s
         # While the prompt was computed its blocks were under way already, as far as the others' left room for them.
         left_s = max(journey.begun_s, prefill.nic_free_s) + travel_s
         prefill.nic_free_s = max(prefill.nic_free_s, left_s)
         last_chunk_s = min(travel_s, profile.step_tokens / max(1, missing) * travel_s)
         here_s = max(left_s, self.loop.now_s + last_chunk_s) + profile.transfer_latency_s
-        self.loop.at(here_s, self._received, under, missing)
+        self.loop.at(here_s, self._received, under, under.request_id, missing)
 
-    def _received(self, under: _Under, tokens: int) -> None:
-        request_id = under.journey.arrival.request_id
+    def _received(self, under: Underway, request_id: str, tokens: int) -> None:
+        if under.request_id != request_id or under.prefill is None or under.decode is None:
+            return
         under.decode.scheduler.received(request_id, tokens, self.loop.now_s)
         under.decode.wake()
-        assert under.prefill is not None
-        under.prefill.scheduler.release(request_id)
-        self._leave_prefill(under, under.prefill)
+        if under.prefill is not None:  # the woken worker may have ended it
+            under.prefill.scheduler.release(request_id)
+            self._leave_prefill(under, under.prefill)
 
-    def _leave_prefill(self, under: _Under, prefill: SimulatedWorker) -> None:
+    def _leave_prefill(self, under: Underway, prefill: SimulatedWorker) -> None:
         if under.prefill_share is not None:
             under.prefill_share.end(self.loop.now_s)
+        under.prefill = under.prefill_share = None
         self._feed(prefill)
         prefill.wake()
+        self.members.end_if_drained(prefill)
 
-    def _finished(self, under: _Under) -> None:
+    def _finished(self, under: Underway, worker: SimulatedWorker) -> None:
         journey = under.journey
         journey.ended_s = self.loop.now_s
-        if under.decode_share is not None:
-            under.decode_share.end(self.loop.now_s)
-        under.frontend.lengths.note(MODEL, journey.arrival.output_tokens)
-        del self._under[journey.arrival.request_id]
+        under.frontend.lengths.note(under.model, journey.arrival.output_tokens)
+        self._over(under, journey.arrival.output_tokens)
+        self.members.end_if_drained(worker)
+
+    # -- what goes another way ----------------------------------------------------------------------------
+
+    def refuse(self, under: Underway, code: str) -> None:
+        """It is turned away before any worker had it."""
+        under.journey.error, under.journey.refused = code, True
+        self._leave_workers(under)
+        self._left()
+        if under.frontend.gate is not None:
+            under.frontend.gate.leave(under)
+        for watcher in self.watchers:
+            watcher.refused(under)
+
+    def take_back(self, under: Underway) -> None:
+        """Admission wants its place for another one: it goes on later from where it is."""
+        self._recall(under)
+        under.dispatches = 0
+
+    def _recount(self, under: Underway) -> None:
+        self._note_generated(under)
+        assert under.frontend.gate is not None
+        under.frontend.gate.count(under)
+
+    def _note_generated(self, under: Underway) -> None:
+        if under.decode is None:
+            return
+        request = under.decode.scheduler.get(under.request_id)
+        if request is not None:
+            under.attempt_tokens = under.decode.scheduler.generated(request)
+
+    def _prefill_lost(self, under: Underway) -> None:
+        """Decode computes the prompt, unless it has it already."""
+        decode = under.decode
+        assert decode is not None
+        if under.prefill_share is not None:
+            under.prefill_share.end(self.loop.now_s)
+        under.prefill, under.prefill_share = None, None
+        request = decode.scheduler.get(under.request_id)
+        if request is not None and not request.prompt_done:
+            decode.scheduler.failed(under.request_id, self.loop.now_s)
+            decode.wake()
+
+    def _decode_lost(self, under: Underway) -> None:
+        """The frontend asks another worker for the rest."""
+        self._recall(under)
+        if under.dispatches >= MAX_ATTEMPTS:
+            self._fail(under, WorkerLostError.default_code)
+        else:
+            self.send(under)
+
+    def _recall(self, under: Underway) -> None:
+        """Its workers have it no more; what was generated is kept."""
+        self._note_generated(under)
+        self._leave_workers(under)
+        under.tokens += under.attempt_tokens
+        under.attempt_tokens = 0
+
+    def _leave_workers(self, under: Underway) -> None:
+        self._under.pop(under.request_id, None)
+        workers = under.prefill, under.decode
+        for share in (under.prefill_share, under.decode_share):
+            if share is not None:
+                share.end(self.loop.now_s)
+        under.forget_workers()
+        for worker in workers:
+            if worker is not None and worker.alive:
+                worker.scheduler.abort(under.request_id)
+                worker.wake()
+                self.members.end_if_drained(worker)
+
+    def _fail(self, under: Underway, code: str) -> None:
+        under.journey.error = code
+        self._leave_workers(under)
+        self._over(under, 0)
+
+    def _over(self, under: Underway, answer_tokens: int) -> None:
+        self._under.pop(under.request_id, None)
+        for share in (under.prefill_share, under.decode_share):
+            if share is not None:
+                share.end(self.loop.now_s)
+        self._left()
+        if under.frontend.gate is not None:
+            under.frontend.gate.leave(under, answer_tokens)
+        for watcher in self.watchers:
+            watcher.ended(under)
+
+    def _watch_deadline(self, under: Underway) -> None:
+        self._deadlines.append(under)
+        if len(self._deadlines) == 1:
+            self.loop.at(under.deadline_s, self._deadline)
+
+    def _deadline(self) -> None:
+        """All have the same time: the first one's comes first. One event waits for all of them."""
+        deadlines, now_s = self._deadlines, self.loop.now_s
+        while deadlines and (_is_over(deadlines[0]) or deadlines[0].deadline_s <= now_s):
+            under = deadlines.popleft()
+            if not _is_over(under):
+                self._fail(under, DeadlineError.default_code)
+        if deadlines:
+            self.loop.at(deadlines[0].deadline_s, self._deadline)
 
 
-def _way(sender: str, profile: Profile) -> TransferPath:
-    return TransferPath(
-        peer_worker_id=sender,
-        peer_epoch=1,
-        transport="nixl",
-        bytes_per_s=profile.transfer_bytes_per_s,
-        latency_s=profile.transfer_latency_s,
-    )
+def fixed_cluster(
+    profiles: tuple[Profile, Profile], counts: tuple[int, int], policies: Sequence[Policy], *, write_back: bool = True
+) -> tuple[SimulatedCluster, KeptJourneys]:
+    """One model's workers, prefill and decode, that stay what they are; nothing is in front of the router."""
+    cluster = SimulatedCluster([ServedModel(MODEL, *profiles, policies)], write_back=write_back)
+    cluster.members.begin(MODEL, *counts)
+    kept = KeptJourneys()
+    cluster.watchers.append(kept)
+    return cluster, kept
 
 
-def _record(worker_id: str, role: Role.ValueType, profile: Profile, ways: Iterable[TransferPath] = ()) -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker_id,
-        role=role,
-        state=WorkerState.READY,
-        model=MODEL,
-        address="simulated:1",
-        host_id=worker_id,
-        epoch=1,
-        capacity=Capacity(
-            max_model_len=profile.max_model_len,
-            block_tokens=profile.block_tokens,
-            blocks=profile.blocks,
-            block_bytes=profile.block_bytes,
-            max_running=profile.max_running,
-        ),
-        transfer=TransferEndpoint(address="simulated:1", epoch=1, transports=["nixl"]),
-        paths=ways,
-    )
+def _is_over(under: Underway) -> bool:
+    return under.journey.ended_s >= 0 or bool(under.journey.error)
+
+
+def _room_of(members: Members, model: str) -> Callable[[], ClusterRoom]:
+    return lambda: members.room(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
@@ -33,6 +33,7 @@ class Arrival:
     Attributes:
         at_s: from the beginning of the trace.
         keys: of the prompt's whole blocks.
+        model: empty: the only one that is served, or the first.
     """
 
     at_s: float
@@ -43,6 +44,7 @@ class Arrival:
     tenant: str = ""
     service_class: str = "realtime"
     session: str = ""
+    model: str = ""
 
 
 class _MooncakeLine(msgspec.Struct):
@@ -127,6 +129,32 @@ def at_speed(arrivals: Iterable[Arrival], factor: float) -> Iterator[Arrival]:
     """The same requests, `factor` times as close together."""
     for arrival in arrivals:
         yield replace(arrival, at_s=arrival.at_s / factor)
+
+
+def at_changing_speed(arrivals: Iterable[Arrival], speed: Callable[[float], float]) -> Iterator[Arrival]:
+    """The same requests in the same order, `speed` times as close together, by the time that has passed so far.
+
+    `at_changing_speed(azure, lambda s: 1 + s / 600)` is the trace at rates that rise by its own each ten minutes.
+    """
+    before_s = now_s = 0.0
+    for arrival in arrivals:
+        now_s += (arrival.at_s - before_s) / speed(now_s)
+        before_s = arrival.at_s
+        yield replace(arrival, at_s=now_s)
+
+
+def repeated(arrivals: Sequence[Arrival], times: int, pause_s: float = 0.0) -> Iterator[Arrival]:
+    """A trace over and over, each time with ids of its own; prompts are the same, so that they may be cached."""
+    length_s = arrivals[-1].at_s + pause_s if arrivals else 0.0
+    for turn in range(times):
+        for arrival in arrivals:
+            yield replace(arrival, at_s=arrival.at_s + turn * length_s, request_id=f"{arrival.request_id}.{turn}")
+
+
+def assigned(arrivals: Iterable[Arrival], *, model: str = "", service_class: str = "") -> Iterator[Arrival]:
+    """The same requests for a model, or in a class, where one is given."""
+    for arrival in arrivals:
+        yield replace(arrival, model=model or arrival.model, service_class=service_class or arrival.service_class)
 
 
 def _key(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,13 +18,15 @@ class Work:
     """What a worker has done.
 
     Attributes:
-        busy_s: time in which a step ran.
+        busy_s: time in which a step ran; prompt_s: in which it computed a prompt; generate_s: in which it generated.
         prompt_tokens: computed; cached_tokens: found in the prefix cache.
         decoded_tokens, decode_s: tokens of the steps that generated, and those steps' seconds times their batch: the
             quotient is the mean time between two tokens of a request.
     """
 
     busy_s: float = 0.0
+    prompt_s: float = 0.0
+    generate_s: float = 0.0
     steps: int = 0
     prompt_tokens: int = 0
     decoded_tokens: int = 0
@@ -38,7 +41,19 @@ class SimulatedWorker:
         on_begun: called when the first tokens of a prompt are about to be computed.
     """
 
-    __slots__ = ("_loop", "_on_begun", "_on_event", "_running", "nic_free_s", "role", "scheduler", "work", "worker_id")
+    __slots__ = (
+        "_loop",
+        "_on_begun",
+        "_on_event",
+        "_step",
+        "alive",
+        "fed_s",
+        "nic_free_s",
+        "role",
+        "scheduler",
+        "work",
+        "worker_id",
+    )
 
     def __init__(
         self,
@@ -53,11 +68,15 @@ class SimulatedWorker:
         self._loop = loop
         self._on_event = on_event
         self._on_begun = on_begun
-        self._running = False
+        self._step: Step | None = None
+        self.alive = True
+        """False once it was killed: no step of it ends any more."""
         self.worker_id = worker_id
         self.role = role
         self.scheduler = Scheduler(predictor.profile, predictor)
         self.work = Work()
+        self.fed_s = -math.inf
+        """When it last told its load."""
         self.nic_free_s = 0.0
         """When everything that it sends has left: what it sends goes one after the other."""
 
@@ -68,10 +87,9 @@ class SimulatedWorker:
 
     def wake(self) -> None:
         """Something changed: begin a step if none runs and there is anything to compute."""
-        if self._running:
+        if self._step is not None or not self.alive:
             return
-        step = self.scheduler.plan(self._loop.now_s)
-        self._running = step is not None
+        step = self._step = self.scheduler.plan(self._loop.now_s)
         events = self.scheduler.take_events()
         if step is not None:
             self._loop.after(step.seconds, self._finish, step)
@@ -81,11 +99,29 @@ class SimulatedWorker:
                     self._on_begun(self, request)
         self._tell(events)
 
+    def busy_s(self) -> tuple[float, float]:
+        """Seconds so far in which it computed prompts, and in which it generated; the step that runs counts in part."""
+        prompt_s, generate_s, step = self.work.prompt_s, self.work.generate_s, self._step
+        if step is not None:
+            run_s = self._loop.now_s - step.started_s
+            prompt_s += run_s if step.chunks else 0.0
+            generate_s += run_s if step.batch else 0.0
+        return prompt_s, generate_s
+
+    def kill(self) -> None:
+        """It stops in the middle of whatever it does."""
+        self.alive = False
+        self._step = None
+
     def _finish(self, step: Step) -> None:
-        self._running = False
+        if step is not self._step:
+            return
+        self._step = None
         work = self.work
         work.steps += 1
         work.busy_s += step.seconds
+        work.prompt_s += step.seconds if step.chunks else 0.0
+        work.generate_s += step.seconds if step.batch else 0.0
         work.prompt_tokens += sum(chunk.new_tokens for chunk in step.chunks)
         work.decoded_tokens += step.batch
         work.decode_s += step.batch * step.seconds

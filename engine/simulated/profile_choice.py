@@ -23,7 +23,7 @@ def profile_of(worker: WorkerSettings) -> Profile:
     Raises:
         ConfigError: it cannot be read, or the sizes do not fit together.
     """
-    profile = read_profile(_path(worker.profile))
+    profile = read_profile(profile_path(worker.profile))
     token_bytes = profile.block_bytes / profile.block_tokens
     block_tokens = worker.block_tokens or profile.block_tokens
     block_bytes = max(1, round(token_bytes * block_tokens))
@@ -47,7 +47,8 @@ def profile_of(worker: WorkerSettings) -> Profile:
     )
 
 
-def _path(asked: Path | None) -> Path:
+def profile_path(asked: Path | None) -> Path:
+    """Where the profile is that is asked for by path, or by the name of a packaged one."""
     packaged = PACKAGED / f"{asked or DEFAULT}.json"
     if asked is None or (asked.parent == Path(".") and not asked.exists() and packaged.exists()):
         return packaged

@@ -210,6 +210,11 @@ class Scheduler:
     def get(self, request_id: str) -> Request | None:
         return self._requests.get(request_id)
 
+    @property
+    def open_requests(self) -> int:
+        """All that are here, in whatever stage."""
+        return len(self._requests)
+
     def decoding(self) -> Iterable[Request]:
         """Those that get a token with each step, in order of admission."""
         return self._decoding.values()

@@ -13,7 +13,7 @@ from frontend.router.ask import Ask
 from frontend.router.fleet import Fleet
 from frontend.router.route import Route
 from simulator.journey import Journey, summarize
-from simulator.serving import MODEL, SimulatedCluster
+from simulator.serving import MODEL, SimulatedCluster, fixed_cluster
 from simulator.traces import Arrival
 from slipstream.performance import DecodePoint, Predictor, PrefillPoint, Profile
 from slipstream.v1.registry_pb2 import Role
@@ -55,10 +55,16 @@ class InTurn:
         return Route(first, prefill.members[turn % len(prefill)].record, "round_robin")
 
 
-def served(arrivals: list[Arrival], *, alone: bool = False, prefill: int = 2, decode: int = 2) -> SimulatedCluster:
-    cluster = SimulatedCluster((PROFILE, PROFILE), (prefill, decode), [InTurn(alone)])
+def served_by(
+    arrivals: list[Arrival], *, alone: bool = False, prefill: int = 2, decode: int = 2
+) -> tuple[SimulatedCluster, list[Journey]]:
+    cluster, kept = fixed_cluster((PROFILE, PROFILE), (prefill, decode), [InTurn(alone)])
     cluster.run(arrivals)
-    return cluster
+    return cluster, kept.journeys
+
+
+def served(arrivals: list[Arrival], *, prefill: int = 2) -> list[Journey]:
+    return served_by(arrivals, prefill=prefill)[1]
 
 
 def times(journey: Journey) -> tuple[float, ...]:
@@ -91,9 +97,9 @@ def arrivals_of(load: list[tuple[float, int, int, int]]) -> list[Arrival]:
 @given(loads, st.booleans())
 def test_every_request_ends_and_its_stages_come_in_order(load: list[tuple[float, int, int, int]], alone: bool) -> None:
     arrivals = arrivals_of(load)
-    cluster = served(arrivals, alone=alone)
-    assert [one.arrival for one in cluster.journeys] == arrivals
-    for one in cluster.journeys:
+    cluster, journeys = served_by(arrivals, alone=alone)
+    assert [one.arrival for one in journeys] == arrivals
+    for one in journeys:
         assert one.error == ""
         assert one.arrival.at_s <= one.begun_s <= one.computed_s <= one.first_token_s <= one.ended_s
         assert 0 <= one.cached_tokens < one.arrival.input_tokens
@@ -108,12 +114,12 @@ def test_every_request_ends_and_its_stages_come_in_order(load: list[tuple[float,
 @settings(max_examples=10, deadline=None)
 @given(loads)
 def test_the_same_load_goes_the_same_way_each_time(load: list[tuple[float, int, int, int]]) -> None:
-    first, second = (served(arrivals_of(load)).journeys for _ in range(2))
+    first, second = (served(arrivals_of(load)) for _ in range(2))
     assert [times(one) for one in first] == [times(one) for one in second]
 
 
 def test_a_lone_prompt_takes_its_prefill_its_last_blocks_way_and_a_step() -> None:
-    (one,) = served([Arrival(1.0, "a", 400, 5)]).journeys
+    (one,) = served([Arrival(1.0, "a", 400, 5)])
     assert one.computed_s - 1.0 == pytest.approx(PREDICT.prefill_s(400))
     travel_s = 400 / 16 * 16000 / 1e8
     # All in one step: nothing of its way is hidden.
@@ -122,20 +128,20 @@ def test_a_lone_prompt_takes_its_prefill_its_last_blocks_way_and_a_step() -> Non
 
 
 def test_a_long_prompts_transfer_is_mostly_hidden_behind_its_computation() -> None:
-    (one,) = served([Arrival(0.0, "a", 1500, 2)]).journeys
+    (one,) = served([Arrival(0.0, "a", 1500, 2)])
     travel_s = 1500 / 16 * 16000 / 1e8
     assert one.first_token_s - one.computed_s < 0.6 * travel_s + PREDICT.prefill_s(1, 1499) + 0.002
 
 
 def test_what_is_cached_is_not_computed_again() -> None:
     keys = tuple(range(1, 51))
-    first, second = served([Arrival(0.0, "a", 800, 2, keys), Arrival(5.0, "b", 800, 2, keys)], prefill=1).journeys
+    first, second = served([Arrival(0.0, "a", 800, 2, keys), Arrival(5.0, "b", 800, 2, keys)], prefill=1)
     assert (first.cached_tokens, second.cached_tokens) == (0, 784)
     assert second.ttft_s < first.ttft_s
 
 
 def test_a_summary_counts_who_met_the_limits() -> None:
-    journeys = served([Arrival(at_s / 10, str(at_s), 600, 10) for at_s in range(20)]).journeys
+    journeys = served([Arrival(at_s / 10, str(at_s), 600, 10) for at_s in range(20)])
     easy = summarize(journeys, ttft_slo_s=1e9, tpot_slo_s=1e9)
     assert (easy.attainment, easy.failed, easy.requests) == (1.0, 0, 20)
     assert summarize(journeys, ttft_slo_s=0.0, tpot_slo_s=0.0).attainment == 0.0
