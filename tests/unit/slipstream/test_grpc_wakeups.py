@@ -7,12 +7,16 @@ import sys
 
 PROGRAM = """
 import asyncio
+import socket
 from slipstream import grpc_wakeups
 
+ends, pair = [], socket.socketpair
+socket.socketpair = lambda *given: ends.append(pair(*given)) or ends[-1]
 reads = []
 receive = grpc_wakeups._DrainingSocket.recv
 grpc_wakeups._DrainingSocket.recv = lambda *given: reads.append(receive(*given)) or reads[-1]
 grpc_wakeups.install()
+socket.socketpair = pair
 grpc_wakeups.install()
 
 import grpc.aio
@@ -29,12 +33,13 @@ async def ask():
     await server.stop(0)
     return len(answers)
 
-print(asyncio.run(ask()), len(reads), sum(map(len, reads)))
+print(asyncio.run(ask()), len(reads), sum(map(len, reads)), len(ends), ends[0][1].getblocking())
 """
 
 
 def test_no_event_is_missed_and_wake_ups_are_shared() -> None:
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
-    answers, reads, events = map(int, run.stdout.split())
-    assert answers == 300
-    assert reads < events, "several events at one wake-up"
+    answers, reads, events, pairs, waits = run.stdout.split()
+    assert int(answers) == 300
+    assert int(reads) < int(events), "several events at one wake-up"
+    assert (pairs, waits) == ("1", "False"), "the poller never waits for the loop to read its bytes"
