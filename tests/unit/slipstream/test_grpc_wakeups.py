@@ -33,7 +33,7 @@ async def ask():
     await server.stop(0)
     return len(answers)
 
-print(asyncio.run(ask()), len(reads), sum(map(len, reads)), len(ends), ends[0][1].getblocking())
+print(asyncio.run(ask()), len(reads), sum(map(len, reads)), len(ends) > 0, any(end.getblocking() for _, end in ends))
 """
 
 
@@ -42,4 +42,4 @@ def test_no_event_is_missed_and_wake_ups_are_shared() -> None:
     answers, reads, events, pairs, waits = run.stdout.split()
     assert int(answers) == 300
     assert int(reads) < int(events), "several events at one wake-up"
-    assert (pairs, waits) == ("1", "False"), "the poller never waits for the loop to read its bytes"
+    assert (pairs, waits) == ("True", "False"), "the poller never waits for the loop to read its bytes"
