@@ -15,6 +15,7 @@ from functools import lru_cache
 from prometheus_client import Counter, Gauge, Histogram
 
 from frontend.request_record import RequestRecord
+from frontend.traffic_count import TRAFFIC
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _DURATION_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -182,6 +183,7 @@ class TokenTimes:
         elif not self._last_s:
             record.first_token_s = now_s
             self._first.observe(now_s - record.started_s)
+            TRAFFIC.first_token(record)
             self._awaiting.dec()
         self._last_s[index] = now_s
         record.last_token_s = now_s

@@ -207,6 +207,7 @@ class InferenceService:
                 record.prompt_tokens = sum(map(len, prompts))
                 record.prompts = prompts if access_log.wants_prompts() else ()
                 sequences = self._sequences(request, model, prompts)
+                record.sequences = len(sequences)
                 series(request.where).prompt.inc(record.prompt_tokens)
                 streams = [
                     self._generate(index, sequence, request.sampling, times) for index, sequence in enumerate(sequences)

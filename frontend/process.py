@@ -31,8 +31,10 @@ from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.pool_peers import answering
 from frontend.tokenizer import TextModel
+from frontend.traffic_report import TrafficReporter
 from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
+from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.settings import AdmissionSettings, FrontendSettings, Settings
 
@@ -87,17 +89,19 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                 request_timeout_s=settings.frontend.request_timeout_s,
                 room=lambda: room_of(dispatcher.records()),
             )
-            await run_faces(
-                settings.frontend,
-                gate,
-                text_model,
-                model_name=settings.served_model_name or folder.served_name,
-                http_socket=http_socket,
-                stop=stop,
-                admission=settings.admission,
-                metrics=_metrics_of_all(pool_folder),
-                explain=explain,
-            )
+            reporter = TrafficReporter(settings.control_plane.address, gate.queued)
+            async with background(reporter.follow(), name="traffic-report"):
+                await run_faces(
+                    settings.frontend,
+                    gate,
+                    text_model,
+                    model_name=settings.served_model_name or folder.served_name,
+                    http_socket=http_socket,
+                    stop=stop,
+                    admission=settings.admission,
+                    metrics=_metrics_of_all(pool_folder),
+                    explain=explain,
+                )
 
 
 async def run_faces(

@@ -22,6 +22,7 @@ from frontend import access_log, face_metrics
 from frontend.face_metrics import Where
 from frontend.request_record import CURRENT, RequestRecord, current, current_span
 from frontend.router import Route
+from frontend.traffic_count import TRAFFIC
 from slipstream import telemetry, tracing
 from slipstream.tracing import Span
 
@@ -119,6 +120,7 @@ def _ended(where: Where, record: RequestRecord, now_s: float) -> None:
         own.output.observe(record.completion_tokens)
         own.cached.inc(record.cached_tokens)
     if where.model:
+        TRAFFIC.ended(where.model, record)
         access_log.write(record, total_s)
         if record.span.recording:
             _end_trace(record, now_s)

@@ -29,6 +29,7 @@ class RequestRecord:
         cached_tokens: prompt tokens that no worker had to compute.
         route: why its workers were chosen.
         attempts: dispatches, 1 when nothing went wrong.
+        sequences: answers that were asked for.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class RequestRecord:
     route: str = ""
     fallback: str = ""
     attempts: int = 0
+    sequences: int = 1
 
     def unix_ns(self, at_s: float) -> int:
         """A reading of the face's clock as Unix time."""

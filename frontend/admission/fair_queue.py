@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -49,6 +50,9 @@ class FairQueue(Generic[E]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[E]:
+        return iter(self._entries)
 
     def __contains__(self, entry: E) -> bool:
         return entry in self._entries

@@ -22,6 +22,7 @@ from frontend.admission.scheduler import Policy, Scheduler
 from frontend.generation import Dispatcher, ServedModel, TokenDelta, TokenRequest
 from frontend.progress import Progress
 from frontend.request_life import stage
+from frontend.traffic_count import TRAFFIC, Queued
 from slipstream import telemetry
 from slipstream.errors import DeadlineError, OverloadedError, ShedError
 from slipstream.settings import AdmissionSettings
@@ -84,6 +85,17 @@ class AdmissionGate:
     def models(self) -> list[ServedModel]:
         """See `Dispatcher`."""
         return self._inner.models()
+
+    def queued(self) -> dict[tuple[str, str], Queued]:
+        """What waits now, by model and class."""
+        found: dict[tuple[str, str], Queued] = {}
+        for priority in Priority:
+            for held in self.scheduler.queues.of(priority):
+                one = found.setdefault((held.request.model, priority.label), Queued())
+                one.requests += 1
+                one.prompt_tokens += len(held.request.token_ids)
+                one.oldest_wait_s = max(one.oldest_wait_s, self._clock() - held.arrived_s)
+        return found
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         """Stream the answer, after a wait for room if need be.
@@ -151,7 +163,9 @@ class AdmissionGate:
             arrival = self.scheduler.arrive(held, now_s)
         except OverloadedError as error:
             self._metrics.refused(held.claim, error.code)
+            TRAFFIC.refused(held.request.model, held.claim.priority.label)
             raise
+        TRAFFIC.arrived(held.request.model, held.claim.priority.label, len(held.request.token_ids))
         if arrival.admitted:
             self._metrics.admitted(held.claim, 0.0)
             return
@@ -182,6 +196,7 @@ class AdmissionGate:
 
     def _shed(self, held: HeldRequest, now_s: float) -> None:
         self._metrics.refused(held.claim, ShedError.default_code)
+        TRAFFIC.shed(held.request.model, held.claim.priority.label)
         full = self.scheduler.full(held, now_s)
         error = ShedError(f"it gave way to another request: {full.message}", retry_after_s=full.retry_after_s)
         assert held.turn is not None, "not queued"
