@@ -1,21 +1,17 @@
 """What was decided for the last requests, why, and what came of it: the answer to `slipstream explain REQUEST_ID`.
 
-Bounded, in memory and each frontend's own: a record of yesterday is the access log's business.
+Bounded (a record takes some 2 KB), in memory and each process's own: a record of yesterday is the access log's
+business.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-
 import msgspec
 
+from frontend.last_requests import KEPT, LastRequests
 from frontend.router.ask import Ask
 from frontend.router.learning import Outcome
 from frontend.router.route import Considered, Route
-
-KEPT = 2048
-"""Requests remembered; a record takes some 2 KB."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -74,15 +70,13 @@ class Decisions:
     """The last decisions by request id, the oldest dropped first. Plain data."""
 
     def __init__(self, *, kept: int = KEPT) -> None:
-        self._kept = kept
-        self._decisions: OrderedDict[str, list[Decision]] = OrderedDict()
+        self._last: LastRequests[Decision] = LastRequests(kept)
 
     def __len__(self) -> int:
-        return len(self._decisions)
+        return len(self._last)
 
     def record(self, request_id: str, ask: Ask, route: Route, policy: str, unix_s: float) -> Decision:
         """A request is dispatched."""
-        dispatches = self._decisions.setdefault(request_id, [])
         decision = Decision(
             request_id=request_id,
             unix_s=unix_s,
@@ -90,7 +84,7 @@ class Decisions:
             policy=policy,
             prompt_tokens=ask.prompt_tokens,
             max_tokens=ask.max_tokens,
-            attempt=len(dispatches) + 1,
+            attempt=len(self._last.exact(request_id)) + 1,
             prefill_worker=route.prefill.worker_id if route.prefill is not None else "",
             decode_worker=route.decode.worker_id,
             reason=route.reason,
@@ -99,27 +93,16 @@ class Decisions:
             suspects=tuple(sorted(ask.suspects)),
             considered=tuple(map(_parts, route.considered)),
         )
-        dispatches.append(decision)
-        while len(self._decisions) > self._kept:
-            self._decisions.popitem(last=False)
+        self._last.add(request_id, decision)
         return decision
 
-    async def find(self, request_id: str) -> list[Decision]:
-        """`of`, for who would also wait for others' word."""
-        return self.of(request_id)
+    def open_of(self, request_id: str) -> Decision | None:
+        """The last dispatch of this very id that has not ended."""
+        return next((one for one in reversed(self._last.exact(request_id)) if one.actual is None), None)
 
     def of(self, request_id: str) -> list[Decision]:
-        """All dispatches of a request: by the id in the frontend's logs, or by the one that its client gave, also
-        where that was made unique, or stands for several answers."""
-        exact = self._decisions.get(request_id)
-        if exact is not None:
-            return exact
-        start = f"{request_id}-"
-        return [one for name, each in self._decisions.items() if name.startswith(start) for one in each]
-
-
-Explains = Callable[[str], Awaitable[list[Decision]]]
-"""Finds all dispatches of a request, also such as other processes know of."""
+        """All dispatches of a request; see `LastRequests.of`."""
+        return self._last.of(request_id)
 
 
 def actual(outcome: Outcome) -> Actual:

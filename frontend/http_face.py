@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frontend.decisions import Decisions, Explains
+from frontend.explanation import Explainer, Explains
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
 from frontend.http_exchange import (
@@ -61,12 +61,12 @@ def create_app(
         max_body_bytes: larger request bodies are refused with 413.
         wall_clock: seconds since the epoch, for the `created` fields.
         metrics: what /metrics shows.
-        explain: what to tell of requests that were routed; nothing without.
+        explain: what to tell of requests that came; nothing without.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
-    face = HttpFace(service, max_body_bytes, wall_clock, metrics, explain or Decisions().find)
+    face = HttpFace(service, max_body_bytes, wall_clock, metrics, explain or Explainer().find)
     for path, body, responds_with, endpoint in (
         ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
         ("/v1/completions", CompletionBody, "Completion", face.completions),
@@ -158,10 +158,10 @@ class HttpFace:
         return _json({"status": "ready"})
 
     async def explain(self, request_id: str) -> Response:
-        """Why a request went to its workers: a list, one entry for each dispatch."""
+        """How a request came to its workers, and why to those."""
         found = await self.explains(request_id)
         if not found:
-            raise UnknownRequestError(f"Request '{request_id}' is not among the last that this frontend dispatched.")
+            raise UnknownRequestError(f"Request '{request_id}' is not among the last that came to this frontend.")
         return Response(msgspec.json.encode(found), media_type="application/json")
 
     async def metrics(self) -> Response:

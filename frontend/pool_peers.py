@@ -1,7 +1,8 @@
-"""The members of a pool ask each other for what only one of them knows: what it decided for a request.
+"""The members of a pool ask each other for what only one of them knows: what it did with a request.
 
 A client asks for that over a connection of its own, which the kernel gives to any member. So each of them listens on
-a Unix socket in the pool's private folder; a request's id comes in, as a line of JSON, and its decisions go out.
+a Unix socket in the pool's private folder: a request's id comes in, as a line of JSON, and what is known of it goes
+out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from frontend.decisions import Decision, Decisions
+from frontend.explanation import Explainer, Explanation, joined
 from slipstream import telemetry
 from slipstream.errors import StartupError
 
@@ -26,7 +27,7 @@ _ANSWER_TIMEOUT_S = 2.0
 
 
 @contextlib.asynccontextmanager
-async def answering(folder: Path, decisions: Decisions) -> AsyncIterator[PoolPeers]:
+async def answering(folder: Path, explainer: Explainer) -> AsyncIterator[PoolPeers]:
     """This process answers the others of the folder while the block runs, and can ask them.
 
     Raises:
@@ -40,7 +41,7 @@ async def answering(folder: Path, decisions: Decisions) -> AsyncIterator[PoolPee
         with contextlib.suppress(OSError, TimeoutError, ValueError, msgspec.MsgspecError), contextlib.closing(writer):
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 request_id = msgspec.json.decode(await reader.readline(), type=str)
-                writer.write(msgspec.json.encode(decisions.of(request_id)))
+                writer.write(msgspec.json.encode(explainer.of(request_id)))
                 await writer.drain()
 
     try:
@@ -48,7 +49,7 @@ async def answering(folder: Path, decisions: Decisions) -> AsyncIterator[PoolPee
     except OSError as error:
         raise StartupError(f"cannot listen on {path} ({error}); set TMPDIR to a folder with a shorter name") from error
     try:
-        yield PoolPeers(path, decisions)
+        yield PoolPeers(path, explainer)
     finally:
         server.close()
         path.unlink(missing_ok=True)
@@ -61,27 +62,26 @@ class PoolPeers:
         own: its socket; those of the others are beside it.
     """
 
-    def __init__(self, own: Path, decisions: Decisions) -> None:
+    def __init__(self, own: Path, explainer: Explainer) -> None:
         self._own = own
-        self._decisions = decisions
+        self._explainer = explainer
 
-    async def of(self, request_id: str) -> list[Decision]:
-        """All dispatches of a request, whichever member made them; see `Decisions.of`. Never fails."""
+    async def find(self, request_id: str) -> Explanation:
+        """`Explains`, whichever member had the request. Never fails."""
         others = sorted(path for path in self._own.parent.glob(f"*{_SUFFIX}") if path != self._own)
         found = await asyncio.gather(*(_ask(path, request_id) for path in others))
-        known = [*self._decisions.of(request_id), *(one for each in found for one in each)]
-        return sorted(known, key=lambda one: one.unix_s)
+        return joined([self._explainer.of(request_id), *(one for one in found if one is not None)])
 
 
-async def _ask(path: Path, request_id: str) -> list[Decision]:
+async def _ask(path: Path, request_id: str) -> Explanation | None:
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_unix_connection(path)
             with contextlib.closing(writer):
                 writer.write(msgspec.json.encode(request_id) + b"\n")
-                return msgspec.json.decode(await reader.read(), type=list[Decision])
+                return msgspec.json.decode(await reader.read(), type=Explanation)
     except ConnectionError:
-        return []  # it was killed, and left its socket behind
+        return None  # it was killed, and left its socket behind
     except (OSError, TimeoutError, msgspec.MsgspecError) as error:
         log.warning("pool_peer_silent", peer=path.stem, reason=str(error) or type(error).__name__)
-        return []
+        return None

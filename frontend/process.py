@@ -24,7 +24,7 @@ from frontend import access_log
 from frontend.admission.cluster_room import room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
-from frontend.decisions import Decisions, Explains
+from frontend.explanation import Explainer, Explains
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
@@ -79,10 +79,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
         _calm_collector()
-        async with (
-            open_dispatcher(settings) as dispatcher,
-            _explaining(pool_folder, dispatcher.routing.decisions) as explain,
-        ):
+        async with open_dispatcher(settings) as dispatcher:
             gate = AdmissionGate(
                 dispatcher,
                 settings.admission,
@@ -90,7 +87,10 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                 room=lambda: room_of(dispatcher.records()),
             )
             reporter = TrafficReporter(settings.control_plane.address, gate.queued)
-            async with background(reporter.follow(), name="traffic-report"):
+            async with (
+                background(reporter.follow(), name="traffic-report"),
+                _explaining(pool_folder, Explainer(dispatcher.routing.decisions, gate.accounts)) as explain,
+            ):
                 await run_faces(
                     settings.frontend,
                     gate,
@@ -163,12 +163,12 @@ async def run_faces(
 
 
 @contextlib.asynccontextmanager
-async def _explaining(pool_folder: Path | None, decisions: Decisions) -> AsyncIterator[Explains]:
+async def _explaining(pool_folder: Path | None, explainer: Explainer) -> AsyncIterator[Explains]:
     if pool_folder is None:
-        yield decisions.find
+        yield explainer.find
         return
-    async with answering(pool_folder, decisions) as peers:
-        yield peers.of
+    async with answering(pool_folder, explainer) as peers:
+        yield peers.find
 
 
 def _metrics_of_all(folder: Path | None) -> Collector:

@@ -32,9 +32,7 @@ class Routing:
     def ended(self, attempt: Attempt) -> None:
         """A dispatch ended, in whatever way."""
         outcome = outcome_of(attempt)
-        decision = next(
-            (one for one in reversed(self.decisions.of(attempt.job.request_id)) if one.actual is None), None
-        )
+        decision = self.decisions.open_of(attempt.job.request_id)
         if decision is not None:
             decision.actual = actual(outcome)
         if not attempt.tokens_came:

@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from frontend.admission.claim import Priority
+from frontend.admission.accounts import WAITING, AdmissionAccounts
+from frontend.admission.claim import Priority, Stage
 from frontend.admission.class_queues import QueueLimits
 from frontend.admission.demand import Demand, MeanDemand
 from frontend.admission.held_request import HeldRequest, PausedError
@@ -53,7 +54,10 @@ class AdmissionGate:
     Args:
         request_timeout_s: longest a request may take, when it does not say so itself.
         room: what the workers have, as far as is known now.
-        tenants: names that get metrics of their own, whatever else comes.
+        wall_clock: seconds since the epoch, for those who ask later what became of a request.
+
+    Attributes:
+        accounts: what became of the last requests.
     """
 
     def __init__(
@@ -64,12 +68,15 @@ class AdmissionGate:
         request_timeout_s: float,
         room: Callable[[], ClusterRoom],
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         demand: Demand | None = None,
     ) -> None:
         self._inner = inner
         self._request_timeout_s = request_timeout_s
         self._room = room
         self._clock = clock
+        self._wall_clock = wall_clock
+        self.accounts = AdmissionAccounts()
         self._demand = demand or MeanDemand()
         self._preempts = settings.max_preemptions > 0
         self._room_at_s = -float("inf")
@@ -150,6 +157,7 @@ class AdmissionGate:
         held = HeldRequest(
             claim, cost.work, cost.prompt_work, cost.kv_tokens, now_s, now_s + timeout_s,
             request=request, demand=self._demand,
+            account=self.accounts.open(request.request_id, claim, self._wall_clock()),
         )  # fmt: skip
         if self._preempts and claim.priority is Priority.BATCH:
             held.progress = Progress(request, 1, held.deadline_s)
@@ -162,12 +170,12 @@ class AdmissionGate:
         try:
             arrival = self.scheduler.arrive(held, now_s)
         except OverloadedError as error:
-            self._metrics.refused(held.claim, error.code)
+            self._refuse(held, error, 0.0)
             TRAFFIC.refused(held.request.model, held.claim.priority.label)
             raise
         TRAFFIC.arrived(held.request.model, held.claim.priority.label, len(held.request.token_ids))
         if arrival.admitted:
-            self._metrics.admitted(held.claim, 0.0)
+            self._admit(held, 0.0)
             return
         held.turn = asyncio.get_running_loop().create_future()
         if arrival.dropped is not None:
@@ -187,18 +195,30 @@ class AdmissionGate:
                 error = await held.turn
         except TimeoutError as timeout:
             allowed_s = held.deadline_s - held.arrived_s
-            raise DeadlineError(
+            late = DeadlineError(
                 f"the request waited for its turn for all of the {allowed_s:g} s that it may take "
                 "(x-request-timeout-s, frontend.request_timeout_s)"
-            ) from timeout
+            )
+            if held.account.state == WAITING:
+                held.account.refused(late, self._clock() - held.queued_s, self._wall_clock())
+            raise late from timeout
         if error is not None:
             raise error
 
+    def _admit(self, held: HeldRequest, waited_s: float) -> None:
+        self._metrics.admitted(held.claim, waited_s)
+        held.account.admitted(waited_s, self._wall_clock())
+
+    def _refuse(self, held: HeldRequest, error: OverloadedError, waited_s: float) -> None:
+        self._metrics.refused(held.claim, error.code)
+        held.account.refused(error, waited_s, self._wall_clock())
+        self.accounts.refused(held.account)
+
     def _shed(self, held: HeldRequest, now_s: float) -> None:
-        self._metrics.refused(held.claim, ShedError.default_code)
         TRAFFIC.shed(held.request.model, held.claim.priority.label)
         full = self.scheduler.full(held, now_s)
         error = ShedError(f"it gave way to another request: {full.message}", retry_after_s=full.retry_after_s)
+        self._refuse(held, error, now_s - held.queued_s)
         assert held.turn is not None, "not queued"
         if not held.turn.done():
             held.turn.set_result(error)
@@ -214,6 +234,8 @@ class AdmissionGate:
             self._pump()
 
     def _leave(self, held: HeldRequest) -> None:
+        if held.stage is Stage.QUEUED and held.account.state == WAITING:
+            held.account.left(self._clock() - held.queued_s, self._wall_clock())
         self._wake(held)
         waited = len(self.scheduler.queues) > 0
         self.scheduler.end(held, self._clock())
@@ -228,9 +250,10 @@ class AdmissionGate:
         for held in step.preempted:
             held.pause(loop)
             self._metrics.preempted(held.claim)
+            held.account.preempted(self._wall_clock())
             log.info("request_preempted", request_id=held.request.request_id, tokens=held.tokens)
         for held in step.granted:
-            self._metrics.admitted(held.claim, now_s - held.queued_s)
+            self._admit(held, now_s - held.queued_s)
             if step.preempted and held not in step.preempted:
                 # Its place is not free before the other has left it: the router would take all workers for full.
                 step.preempted[-1].successors.append(held)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
+from frontend.admission.accounts import AdmissionAccount
 from frontend.admission.claim import Entry
 from frontend.admission.demand import Demand
 from frontend.generation import TokenDelta, TokenRequest
@@ -22,6 +23,7 @@ class HeldRequest(Entry):
     """An entry with its request and, while it waits, a future.
 
     Attributes:
+        account: what is remembered of it when it is gone.
         progress: what was generated; kept of those requests only that may be preempted.
         turn: done when it may go to the workers, or with the error that ends it.
         answered: whether tokens came since it was sent.
@@ -31,6 +33,7 @@ class HeldRequest(Entry):
 
     request: TokenRequest
     demand: Demand
+    account: AdmissionAccount
     progress: Progress | None = None
     turn: asyncio.Future[SlipstreamError | None] | None = None
     answered: bool = False

@@ -1,7 +1,8 @@
-"""`slipstream explain`: why a request went to its workers, what was expected of that, and what came of it."""
+"""`slipstream explain`: how a request came to its workers, why to those, what was expected of that, what came of it."""
 
 from __future__ import annotations
 
+import math
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ from slipstream.errors import ConfigError, InvalidRequestError, UnavailableError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from frontend.admission.accounts import AdmissionAccount
     from frontend.decisions import Decision
 
 PANEL = "Use a cluster"
@@ -31,7 +33,7 @@ def add_to(app: typer.Typer) -> None:
         rich_help_panel=PANEL,
         epilog=examples(
             ("slipstream explain my-request-1", "by the X-Request-Id of a request or of its answer"),
-            ("slipstream explain my-request-1 --json | jq '.[0].considered'", "for programs"),
+            ("slipstream explain my-request-1 --json | jq '.dispatches[0].considered'", "for programs"),
         ),
     )(explain)
 
@@ -45,17 +47,20 @@ def explain(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show why a request went to its workers: what was weighed, what was predicted, and what came of it."""
+    """Show how long a request waited, why it went to its workers, what was predicted, and what came of it."""
     own = loaded.settings.frontend
     content = fetch(frontend or host_port(reachable(own.host), own.http_port), request_id)
     if as_json:
         print(content.decode())  # noqa: T201
         return
-    from frontend.decisions import Decision
+    from frontend.explanation import Explanation
     from slipstream.cli.terminal import output
 
     console = output()
-    for decision in msgspec.json.decode(content, type=list[Decision]):
+    explanation = msgspec.json.decode(content, type=Explanation)
+    for account in explanation.admissions:
+        console.print(admission_line(account, explanation.unix_s), highlight=False)
+    for decision in explanation.dispatches:
         for line in lines(decision):
             console.print(line, highlight=False)
         if decision.considered:
@@ -82,12 +87,33 @@ def fetch(address: str, request_id: str) -> bytes:
         with error:
             if error.code == 404:
                 raise InvalidRequestError(
-                    f"the frontend at {base} does not know request {request_id}: it remembers the last ones that it "
-                    "sent to workers itself, until it is restarted"
+                    f"the frontend at {base} does not know request {request_id}: it remembers the last ones that "
+                    "came to it itself, until it is restarted"
                 ) from None
             raise UnavailableError(f"the frontend at {base} answers {error.code} {error.reason}") from None
     except OSError as error:
         raise UnavailableError(f"the frontend at {base} does not answer: {error}") from None
+
+
+def admission_line(account: AdmissionAccount, now_unix_s: float) -> str:
+    """How it came to the workers, or did not."""
+    said = f"[bold]{account.request_id}[/bold] admission: {account.service_class}, tenant {account.tenant}; "
+    waited = f"after {_ms(account.waited_s)} in the queue" if account.waited_s else "without a wait"
+    match account.state:
+        case "admitted":
+            said += f"sent {waited}"
+        case "waiting":
+            said += f"waiting for {_ms(now_unix_s - account.since_unix_s)} now"
+        case "left":
+            said += f"its client left, or its time was over, {waited}"
+        case refusal:
+            said += f"refused ({refusal}) {waited}"
+    if account.preemptions:
+        times = "once" if account.preemptions == 1 else f"{account.preemptions} times"
+        said += f", taken from the workers again {times}"
+    if account.retry_after_s is not None:
+        said += f", to come again after {math.ceil(account.retry_after_s)} s"
+    return said
 
 
 def lines(decision: Decision) -> list[str]:

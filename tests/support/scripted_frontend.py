@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from frontend.explanation import Explainer
 from frontend.process import bound_socket, run_faces
 from frontend.tokenizer import TextModel
 from slipstream.settings import FrontendSettings
@@ -42,7 +43,7 @@ async def listening_frontend(cluster: ScriptedCluster, folder: Path) -> AsyncIte
                 http_socket=http_socket,
                 stop=stop,
                 listening=note,
-                explain=cluster.dispatcher.routing.decisions.find,
+                explain=Explainer(cluster.dispatcher.routing.decisions).find,
             )
         )
         try:

@@ -10,9 +10,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from frontend.admission.accounts import AdmissionAccounts
+from frontend.admission.claim import Claim, Priority
 from frontend.decisions import Decisions
 from frontend.router import Ask, Route
 from slipstream.cli.app import app
+from slipstream.cli.explain import admission_line
+from slipstream.errors import QueueFullError
 from slipstream.v1.registry_pb2 import WorkerRecord
 from tests.support.scripted_cluster import scripted_cluster
 from tests.support.scripted_frontend import listening_frontend
@@ -41,7 +45,7 @@ async def test_an_answer_says_in_a_word_why_and_the_command_says_the_rest(tmp_pa
         answer = await ask(url, "mine", stream=stream)
         assert answer.headers["x-slipstream-route"] == "least_time"
         # In one process with the frontend, whose log is on the same output.
-        (decision,) = json.loads((await explained(url, "mine", "--json")).splitlines()[-1])
+        (decision,) = json.loads((await explained(url, "mine", "--json")).splitlines()[-1])["dispatches"]
         shown = await explained(url, "mine")
     workers = decision["prefill_worker"], decision["decode_worker"]
     assert workers[0] in ("p0", "p1")
@@ -84,6 +88,33 @@ async def test_a_session_stays_with_its_workers(tmp_path: Path, by: str) -> None
         assert len(set.union(*used.values())) > 1
 
 
+def test_a_flood_of_refusals_does_not_drive_out_what_was_let_in() -> None:
+    accounts = AdmissionAccounts(kept=3)
+    accounts.open("mine", Claim(tenant="calm"), 1.0).admitted(0.5, 1.5)
+    for index in range(9):
+        refused = accounts.open(f"r{index}", Claim(), 2.0)
+        refused.refused(QueueFullError("full", retry_after_s=7.2), 0.0, 2.0)
+        accounts.refused(refused)
+    assert [one.waited_s for one in accounts.of("mine")] == [0.5]
+    assert accounts.of("r1") == []
+    assert [one.retry_after_s for one in accounts.of("r8")] == [7.2]
+
+
+def test_how_a_request_came_to_the_workers_or_not_is_said_in_words() -> None:
+    accounts = AdmissionAccounts()
+    batch = accounts.open("b", Claim(Priority.BATCH, "acme"), 10.0)
+    assert admission_line(batch, 12.5).endswith("admission: batch, tenant acme; waiting for 2500.0 ms now")
+    batch.admitted(3.0, 13.0)
+    batch.preempted(14.0)
+    batch.admitted(1.0, 15.0)
+    assert admission_line(batch, 20.0).endswith("sent after 4000.0 ms in the queue, taken from the workers again once")
+    refused = accounts.open("r", Claim(), 10.0)
+    refused.refused(QueueFullError("full", retry_after_s=7.2), 0.0, 10.0)
+    assert admission_line(refused, 11.0).endswith(
+        "tenant default; refused (queue_overflow) without a wait, to come again after 8 s"
+    )
+
+
 def test_only_the_last_requests_are_remembered_each_with_all_its_dispatches() -> None:
     decisions = Decisions(kept=3)
     route = Route(WorkerRecord(worker_id="d"), None, "least_load")
@@ -95,4 +126,6 @@ def test_only_the_last_requests_are_remembered_each_with_all_its_dispatches() ->
     assert [one.attempt for one in decisions.of("r4")] == [1, 2]
     decisions.record("mine-1a2b3c4d-0", Ask("m", 9), route, "load", 1.0)
     decisions.record("mine-1a2b3c4d-1", Ask("m", 9), route, "load", 1.0)
-    assert len(decisions.of("mine")) == 2, "by the id that the client gave"
+    decisions.record("mine-1a2b3c4d-1-1", Ask("m", 9), route, "load", 1.0)
+    assert len(decisions.of("mine")) == 3, "by the id that the client gave"
+    assert len(decisions.of("mine-1a2b3c4d-1")) == 2, "also what was sent again after a pause"

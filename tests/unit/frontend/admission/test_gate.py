@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from frontend.admission.accounts import AdmissionAccount
 from frontend.admission.claim import Claim, Priority
 from frontend.admission.cluster_room import room_of
 from frontend.admission.gate import AdmissionGate
@@ -67,6 +68,11 @@ async def refusal(gate: AdmissionGate, request: TokenRequest) -> SlipstreamError
     return caught.value
 
 
+def account(gate: AdmissionGate, request_id: str) -> AdmissionAccount:
+    (found,) = gate.accounts.of(request_id)
+    return found
+
+
 def queued(gate: AdmissionGate) -> int:
     return len(gate.scheduler.queues)
 
@@ -110,9 +116,13 @@ async def test_requests_beyond_the_workers_room_wait_and_are_answered_in_turn() 
         tasks = [asyncio.create_task(answer(gate, asks(f"r{number}"))) for number in range(6)]
         await until(lambda: queued(gate) == 4)
         assert cluster.decodes[0].seen.open_calls <= 2
+        assert [account(gate, f"r{one}").state for one in range(6)] == ["admitted"] * 2 + ["waiting"] * 4
         for deltas in await asyncio.gather(*tasks):
             assert tokens_of(deltas) == expected_answer(len(PROMPT), 8)
         assert [request.request_id for request in cluster.decodes[0].seen.decodes] == [f"r{one}" for one in range(6)]
+        waited_s = [account(gate, f"r{one}").waited_s for one in range(6)]
+        assert waited_s[:2] == [0.0, 0.0]
+        assert 0 < waited_s[2] < waited_s[5]
 
 
 async def test_a_realtime_request_goes_before_batch_requests_that_came_earlier() -> None:
@@ -137,6 +147,7 @@ async def test_a_full_queue_refuses_with_the_predicted_wait_and_counts_it() -> N
         assert "1 of 1 realtime requests (admission.realtime_queue)" in error.message
         assert error.retry_after_s is not None
         assert error.retry_after_s >= 1
+        assert (account(gate, "r2").state, account(gate, "r2").retry_after_s) == (error.code, error.retry_after_s)
         await asyncio.gather(*tasks)
     assert metric("slipstream_frontend_refused_total", **labels) == before + 1
 
@@ -152,6 +163,8 @@ async def test_a_realtime_request_takes_the_place_of_a_batch_request_in_a_full_q
         error = await batch
         assert isinstance(error, ShedError)
         assert error.retry_after_s is not None
+        assert (account(gate, "b0").state, account(gate, "b0").service_class) == ("shed", "batch")
+        assert account(gate, "b0").waited_s > 0
         assert len(await running) == len(await urgent) == 8
 
 
@@ -167,6 +180,7 @@ async def test_a_client_that_leaves_while_queued_leaves_nothing_behind() -> None
         with pytest.raises(asyncio.CancelledError):
             await leaving
         assert queued(gate) == 1
+        assert account(gate, "gone").state == "left"
         assert len(await running) == len(await last) == 8
         assert [one.request_id for one in cluster.decodes[0].seen.decodes] == ["r0", "r1"]
 
@@ -191,6 +205,8 @@ async def test_a_deadline_ends_the_wait() -> None:
         error = await refusal(gate, asks("r1", Claim(timeout_s=0.3)))
         assert isinstance(error, DeadlineError)
         assert "0.3 s" in error.message
+        assert account(gate, "r1").state == "deadline_exceeded"
+        assert account(gate, "r1").waited_s >= 0.3
         assert queued(gate) == 0
         await stream.aclose()
 
@@ -223,9 +239,11 @@ async def test_a_batch_request_is_preempted_for_a_realtime_one_and_goes_on_where
         deltas = await batch
         assert tokens_of(deltas) == expected_answer(len(PROMPT), 40)
         assert [bool(delta.finish_reason) for delta in deltas] == [False] * 39 + [True]
-        account = deltas[-1].account
-        assert account is not None
-        assert (account.prompt_tokens, account.attempts) == (len(PROMPT), 2)
+        cost = deltas[-1].account
+        assert cost is not None
+        assert (cost.prompt_tokens, cost.attempts) == (len(PROMPT), 2)
+        assert (account(gate, "b0").state, account(gate, "b0").preemptions) == ("admitted", 1)
+        assert account(gate, "b0").waited_s > 0
         first, second, third = cluster.decodes[0].seen.decodes
         assert [first.request_id, second.request_id, third.request_id] == ["b0", "urgent", "b0-1"]
         generated = len(third.token_ids) - len(PROMPT)
