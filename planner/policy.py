@@ -1,0 +1,323 @@
+"""Our scaling policy: observe, forecast, choose, act. `docs/planner-model.md` tells it with formulas.
+
+Upwards it goes by the forecast's upper bound, at once. Downwards only when the workers that stay would have met every
+objective under a tenth more load, at every moment of a window: what is needed now and then is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from planner.account import Account, Look, numbers_of, reason_of
+from planner.bars import Bars
+from planner.capacity import Corrections, Pair, PrefillQueue
+from planner.choose import PoolAsk, choose
+from planner.corrections import Learner
+from planner.demand import Demand, DemandSeen, together
+from planner.objectives import ModelObjectives, Objective, PlannerObjectives
+from planner.observation import Observation, Traffic, WorkerSeen
+from planner.pool_model import Asked, PoolModel
+from planner.scaling import Action, Counts, Decision, Flip, Start
+from planner.schedule import active
+from planner.steps import Coming, Limits, counts_of, steps
+from slipstream.performance import Profile
+from slipstream.v1.registry_pb2 import Role, WorkerState
+
+UPPER_PERCENTILE = 90.0
+"""Of what may come, this much is prepared for."""
+DOWN_MARGIN = 1.1
+"""Survivors must bear so much more than is expected before any worker is let go."""
+FIRST_LOOK_S = 60.0
+"""Before so much was seen, nothing is taken away."""
+CLEAR_S = 30.0
+"""A backlog shall be worked off within so long."""
+BACKLOG_SHARE = 0.5
+"""Of the TTFT limit, what may wait at each worker without being called a backlog."""
+IDLE_S = 300.0
+"""Without a request for so long, a pool that may go to zero does."""
+DRAIN_SHARE = 0.25
+BATCH = "batch"
+BATCH_OBJECTIVE = Objective(ttft_s=3600.0, itl_s=10.0, percentile=50.0)
+BATCH_CLEAR_S = 600.0
+
+
+@dataclass(slots=True)
+class _Past:
+    """One model: what was seen of it, and when something was done to it last."""
+
+    objectives: ModelObjectives
+    learner: Learner | None = None
+    classes: dict[str, DemandSeen] = field(default_factory=dict)
+    coming: Coming = field(default_factory=Coming)
+    needs: deque[tuple[float, Counts]] = field(default_factory=deque)
+    bars: Bars = field(default_factory=Bars)
+    up_s: float = -math.inf
+    down_s: float = -math.inf
+    flip_s: float = -math.inf
+
+
+class SloPolicy:
+    """A `planner.scaling.ScalingPolicy`.
+
+    Args:
+        profiles: by model, of its prefill and its decode workers; one that is not known yet is told by `know`.
+    """
+
+    def __init__(
+        self, objectives: PlannerObjectives, profiles: Mapping[str, Profile | tuple[Profile, Profile]] | None = None
+    ) -> None:
+        self._objectives = objectives
+        self._past = {one.model: _Past(one) for one in objectives.models}
+        for model, profile in (profiles or {}).items():
+            self.know(model, *(profile if isinstance(profile, tuple) else (profile, profile)))
+
+    def know(self, model: str, prefill: Profile, decode: Profile) -> None:
+        """The profiles of a model's workers; what was learned of others' is forgotten."""
+        past = self._past.get(model)
+        if past is not None:
+            past.learner = Learner(Pair.of(prefill, decode))
+
+    def decide(self, seen: Observation) -> Decision:
+        """Called once an interval, in order of time."""
+        if not seen.complete:
+            # What was not heard yet looks like workers that are gone and requests that stopped.
+            return Decision(seen.at_s, {}, (), "not every frontend and worker has been heard yet: nothing is done")
+        looks = {model: self._look(past, seen) for model, past in self._past.items()}
+        known = {model: past.learner for model, past in self._past.items() if past.learner is not None}
+        asks = [self._ask(self._past[model], looks[model], learner, 1.0) for model, learner in known.items()]
+        careful = [self._ask(self._past[model], looks[model], learner, DOWN_MARGIN) for model, learner in known.items()]
+        wanted = choose(asks, self._objectives.gpu_budget)
+        kept = choose(careful, self._objectives.gpu_budget)
+        targets = {}
+        for model in self._past:
+            look, past = looks[model], self._past[model]
+            floor_only = _at_least(look.have, look.floor)
+            targets[model] = self._settle(past, look, wanted.get(model, floor_only), kept.get(model, floor_only), seen)
+        urgent = self._fit_budget(targets, wanted, asks)
+        actions, notes = self._act(looks, targets, urgent, seen)
+        predictions = {ask.model: ask.pool.predicted(looks[ask.model].have) for ask in asks}
+        accounts = [
+            Account(look, targets[model], wanted.get(model), kept.get(model), predictions.get(model), notes[model])
+            for model, look in looks.items()
+        ]
+        numbers = {"gpu_budget": float(self._objectives.gpu_budget)} | numbers_of(accounts, seen)
+        return Decision(seen.at_s, targets, tuple(actions), reason_of(accounts), numbers)
+
+    # -- what is ------------------------------------------------------------------------------------------
+
+    def _look(self, past: _Past, seen: Observation) -> Look:
+        model = past.objectives.model
+        own = [one for one in seen.workers if one.model == model]
+        workers = past.coming.seen(own, seen.at_s)
+        traffic = {name: part for (one, name), part in seen.traffic.items() if one == model}
+        for name in past.objectives.objectives:
+            past.classes.setdefault(name, DemandSeen())
+        for name in traffic:
+            past.classes.setdefault(name, DemandSeen())
+        for name, known in past.classes.items():
+            known.add(traffic.get(name), seen.interval_s, seen.unix_s)
+        served = [name for name in past.classes if name != BATCH]
+        self._learn(past, own, traffic, seen)
+        horizon_s = max(self._objectives.horizon_s, self._objectives.start_s)
+        demands = {
+            name: past.classes[name].demand(past.classes[name].requests.forecast(horizon_s, UPPER_PERCENTILE).upper)
+            for name in served
+        }
+        return Look(
+            model,
+            workers,
+            counts_of(workers, past.coming.starts),
+            self._floor(past, seen),
+            self._backlog_s(past, own, traffic),
+            demands,
+            self._batch(past, traffic),
+            {name: past.classes[name].requests.calm for name in served},
+            past.learner.corrections if past.learner is not None else Corrections(),
+            past.objectives.objectives,
+        )
+
+    def _learn(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic], seen: Observation) -> None:
+        if past.learner is None:
+            return
+        whole = Traffic()
+        for part in traffic.values():
+            whole.merge(part)
+        now = together([one.demand(one.requests.forecast(0.0, 50.0).mean) for one in past.classes.values()])
+        past.learner.learn(workers, whole, now, seen.at_s, seen.interval_s)
+
+    def _backlog_s(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic]) -> float:
+        """Prompts that wait, as seconds of one worker's time: in the frontends, and accepted but not computed."""
+        if past.learner is None:
+            return 0.0
+        now = together([one.demand(max(1e-6, one.requests.calm)) for one in past.classes.values()])
+        queue = PrefillQueue(now, past.learner.pair.prefill, correction=past.learner.corrections.prefill)
+        queued = sum(part.queued_tokens for name, part in traffic.items() if name != BATCH)
+        waiting = queued * (1.0 - now.hit_rate) + sum(one.waiting_tokens for one in workers)
+        return waiting / max(1.0, now.input_tokens * (1.0 - now.hit_rate)) * queue.mean_s
+
+    def _batch(self, past: _Past, traffic: Mapping[str, Traffic]) -> Demand | None:
+        known = past.classes.get(BATCH)
+        if known is None:
+            return None
+        queued = traffic[BATCH].queued if BATCH in traffic else 0
+        rate = known.requests.forecast(0.0, 50.0).mean + queued / BATCH_CLEAR_S
+        return known.demand(rate) if rate * BATCH_CLEAR_S >= 0.5 else None
+
+    def _floor(self, past: _Past, seen: Observation) -> Counts:
+        bounds = past.objectives.bounds
+        idle_s = min((one.idle_s for one in past.classes.values()), default=math.inf)
+        floor = Counts(bounds.min_prefill, bounds.min_decode)
+        if bounds.to_zero and idle_s >= IDLE_S:
+            floor = Counts(0, 0)
+        elif bounds.allow_aggregated:
+            floor = Counts(0, max(1, floor.decode))
+        for window in past.objectives.schedule:
+            if active(window, seen.unix_s, self._objectives.horizon_s):
+                floor = _at_least(floor, window.floor)
+        return Counts(min(floor.prefill, bounds.max_prefill), min(floor.decode, bounds.max_decode))
+
+    # -- what shall be ------------------------------------------------------------------------------------
+
+    def _ask(self, past: _Past, look: Look, learner: Learner, margin: float) -> PoolAsk:
+        objectives = past.objectives.objectives
+        ready = sum(1 for one in look.workers if one.role == Role.ROLE_PREFILL and one.state == WorkerState.READY)
+        asked = []
+        for name, demand in look.demands.items():
+            objective = objectives.get(name) or next(iter(objectives.values()), None)
+            if objective is not None:
+                asked.append(Asked(demand.scaled(margin), objective))
+        if asked and look.backlog_s > 0.0:
+            asked = _with_backlog(asked, look.backlog_s, ready, learner)
+        batch = None
+        if look.batch is not None:
+            batch = PoolModel(learner.pair, [*asked, Asked(look.batch, BATCH_OBJECTIVE)], learner.corrections)
+        return PoolAsk(
+            look.model,
+            PoolModel(learner.pair, asked, learner.corrections),
+            look.floor,
+            past.objectives.bounds,
+            past.objectives.weight,
+            batch,
+            look.have,
+        )
+
+    def _settle(self, past: _Past, look: Look, wanted: Counts, kept: Counts, seen: Observation) -> Counts:
+        """Up at once; down to what a whole window needed, and sooner where the other role is short."""
+        window_s = self._objectives.down_cooldown_s
+        past.needs.append((seen.at_s, kept))
+        while past.needs[0][0] < seen.at_s - window_s:
+            past.needs.popleft()
+        age_s = max((one.requests.age_s for one in past.classes.values()), default=seen.at_s)
+        recent_s = seen.at_s - self._objectives.flip_cooldown_s
+        window = _most(counts for _, counts in past.needs)
+        if age_s < min(FIRST_LOOK_S, window_s):
+            window = look.have
+        recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
+        prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
+        load = _load(look)
+        past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)
+        tried = past.bars.least(load, seen.at_s)
+        prefill_down = max(wanted.prefill, tried.prefill, (recent if decode_short else window).prefill)
+        decode_down = max(wanted.decode, tried.decode, (recent if prefill_short else window).decode)
+        return Counts(
+            wanted.prefill if prefill_short else min(look.have.prefill, prefill_down),
+            wanted.decode if decode_short else min(look.have.decode, decode_down),
+        )
+
+    def _fit_budget(
+        self, targets: dict[str, Counts], wanted: Mapping[str, Counts], asks: Sequence[PoolAsk]
+    ) -> frozenset[str]:
+        """Where one model is short, another keeps nothing that it does not need; returns which give at once."""
+        over = sum(ask.gpus(targets[ask.model]) for ask in asks) - self._objectives.gpu_budget
+        giving = []
+        for ask in sorted(asks, key=lambda ask: (ask.weight, ask.model)):
+            surplus = ask.gpus(targets[ask.model]) - ask.gpus(wanted[ask.model])
+            if over <= 0:
+                break
+            if surplus > 0:
+                targets[ask.model] = wanted[ask.model]
+                giving.append(ask.model)
+                over -= surplus
+        return frozenset(giving)
+
+    # -- what is done -------------------------------------------------------------------------------------
+
+    def _act(
+        self, looks: Mapping[str, Look], targets: Mapping[str, Counts], urgent: frozenset[str], seen: Observation
+    ) -> tuple[list[Action], dict[str, str]]:
+        settings = self._objectives
+        used = sum(one.gpus for one in seen.workers)
+        for model, past in self._past.items():
+            used += past.coming.starts.prefill * self._gpus(model)[0] + past.coming.starts.decode * self._gpus(model)[1]
+        actions: list[Action] = []
+        notes: dict[str, str] = {}
+        ranked = sorted(self._past.values(), key=lambda past: (-past.objectives.weight, past.objectives.model))
+        for past in ranked:
+            model = past.objectives.model
+            look, target, at_s = looks[model], targets[model], seen.at_s
+            # A pool below its floor has lost workers: that is repaired at once.
+            repair = look.have.prefill < look.floor.prefill or look.have.decode < look.floor.decode
+            up = repair or at_s - past.up_s >= settings.up_cooldown_s
+            down = model in urgent or min(at_s - past.up_s, at_s - past.down_s) >= settings.down_cooldown_s
+            flip = at_s - past.flip_s >= settings.flip_cooldown_s
+            limits = Limits(
+                gpus=settings.gpu_budget - used,
+                gpus_each=self._gpus(model),
+                ups=settings.max_actions if up else 0,
+                downs=max(1, math.floor(look.have.total * DRAIN_SHARE)) if down else 0,
+                flips=max(1, math.floor(look.have.total * DRAIN_SHARE)) if flip else 0,
+                actions=settings.max_actions - len(actions),
+            )
+            taken, notes[model] = steps(model, look.workers, past.coming.starts, target, limits)
+            for action in taken:
+                past.coming.note(action, at_s)
+                if isinstance(action, Start):
+                    past.up_s = at_s
+                    used += self._gpus(model)[0 if action.role == Role.ROLE_PREFILL else 1]
+                elif isinstance(action, Flip):
+                    past.flip_s = at_s
+                else:
+                    past.down_s = at_s
+            actions += taken
+        return actions, notes
+
+    def _gpus(self, model: str) -> tuple[int, int]:
+        learner = self._past[model].learner
+        return (learner.pair.prefill_gpus, learner.pair.decode_gpus) if learner is not None else (1, 1)
+
+
+def _with_backlog(asked: list[Asked], backlog_s: float, ready: int, learner: Learner) -> list[Asked]:
+    """What waits beyond the usual counts as requests that come within `CLEAR_S` on top of those that are expected."""
+    limit_s = min(one.objective.ttft_s for one in asked)
+    excess_s = backlog_s - BACKLOG_SHARE * limit_s * max(1, ready)
+    if excess_s <= 0.0:
+        return asked
+    whole = together([one.demand for one in asked])
+    corrections = learner.corrections
+    mean_s = PrefillQueue(whole.at(max(whole.requests_per_s, 1e-6)), learner.pair.prefill).mean_s * corrections.prefill
+    extra = excess_s / max(mean_s, 1e-6) / CLEAR_S
+    factor = 1.0 + extra / max(whole.requests_per_s, 1e-6)
+    return [Asked(one.demand.scaled(factor), one.objective) for one in asked]
+
+
+def _load(look: Look) -> tuple[float, float]:
+    """Prompt and answer tokens per second that are prepared for."""
+    demands = look.demands.values()
+    return (
+        sum(one.requests_per_s * one.input_tokens * (1.0 - one.hit_rate) for one in demands),
+        sum(one.requests_per_s * one.output_tokens for one in demands),
+    )
+
+
+def _at_least(one: Counts, other: Counts) -> Counts:
+    return Counts(max(one.prefill, other.prefill), max(one.decode, other.decode))
+
+
+def _most(needs: Iterable[Counts]) -> Counts:
+    most = Counts(0, 0)
+    for counts in needs:
+        most = _at_least(most, counts)
+    return most

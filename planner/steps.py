@@ -1,0 +1,166 @@
+"""From counts to actions: which worker is flipped, drained or started, and what is on its way already.
+
+Flips come first, they take no time; new workers second. Whoever loses least is taken: the one with the fewest requests,
+and among these the youngest, whose cache is the coldest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from planner.observation import WorkerSeen
+from planner.scaling import Action, Counts, Drain, Flip, Start
+from slipstream.v1.registry_pb2 import Role, WorkerState
+
+UNSEEN_S = 30.0
+"""How long an action counts as done although nothing of it is seen: registries and processes take a moment."""
+
+PREFILL, DECODE = Role.ROLE_PREFILL, Role.ROLE_DECODE
+
+
+@dataclass(slots=True)
+class _Asked:
+    at_s: float
+    role: Role.ValueType | None  # None: to drain
+
+
+class Coming:
+    """One model's actions that were decided and are not seen yet."""
+
+    __slots__ = ("_asked", "_known", "_starts")
+
+    def __init__(self) -> None:
+        self._asked: dict[str, _Asked] = {}
+        self._starts: list[tuple[float, Role.ValueType]] = []
+        self._known: set[str] = set()
+
+    def seen(self, workers: Sequence[WorkerSeen], at_s: float) -> list[WorkerSeen]:
+        """The workers as they will be once everything that was decided is seen; started ones only in `starts`."""
+        ids = {one.worker_id for one in workers}
+        for one in workers:
+            if one.worker_id not in self._known:
+                self._arrived(one.role)
+        self._known = ids
+        self._starts = [start for start in self._starts if at_s - start[0] < UNSEEN_S]
+        self._asked = {
+            worker_id: asked
+            for worker_id, asked in self._asked.items()
+            if worker_id in ids and at_s - asked.at_s < UNSEEN_S
+        }
+        return [self._as_asked(one) for one in workers]
+
+    @property
+    def starts(self) -> Counts:
+        """New workers that were asked for and have not shown up."""
+        prefill = sum(1 for _, role in self._starts if role == PREFILL)
+        return Counts(prefill, len(self._starts) - prefill)
+
+    def note(self, action: Action, at_s: float) -> None:
+        """It was decided now."""
+        if isinstance(action, Start):
+            self._starts.append((at_s, action.role))
+        elif isinstance(action, Flip):
+            self._asked[action.worker_id] = _Asked(at_s, action.role)
+        else:
+            self._asked[action.worker_id] = _Asked(at_s, None)
+
+    def _arrived(self, role: Role.ValueType) -> None:
+        for place, (_, wanted) in enumerate(self._starts):
+            if wanted == role:
+                del self._starts[place]
+                return
+
+    def _as_asked(self, one: WorkerSeen) -> WorkerSeen:
+        asked = self._asked.get(one.worker_id)
+        if asked is None or one.state == WorkerState.DRAINING:
+            return one
+        if asked.role is None:
+            return replace(one, state=WorkerState.DRAINING)
+        return one if one.role == asked.role else replace(one, role=asked.role)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is allowed now.
+
+    Attributes:
+        gpus: that new workers may take.
+        gpus_each: of a prefill and of a decode worker.
+        ups, downs, flips: most actions of the kind.
+    """
+
+    gpus: int
+    gpus_each: tuple[int, int]
+    ups: int
+    downs: int
+    flips: int
+    actions: int
+
+
+def steps(
+    model: str, workers: Sequence[WorkerSeen], starts: Counts, target: Counts, limits: Limits
+) -> tuple[list[Action], str]:
+    """The actions that are taken now, and what kept others from being taken, for people."""
+    pools = {role: _pool(workers, role) for role in (PREFILL, DECODE)}
+    short = {
+        PREFILL: target.prefill - len(pools[PREFILL]) - starts.prefill,
+        DECODE: target.decode - len(pools[DECODE]) - starts.decode,
+    }
+    actions: list[Action] = []
+    held = []
+    flips, gpus = limits.flips, limits.gpus
+    for role, other in ((PREFILL, DECODE), (DECODE, PREFILL)):
+        while short[role] > 0 and short[other] < 0:
+            ready = [one for one in pools[other] if one.state == WorkerState.READY]
+            if not ready or flips == 0 or len(actions) >= limits.actions:
+                held.append("flip")
+                break
+            one = min(ready, key=_loss)
+            pools[other].remove(one)
+            actions.append(Flip(one.worker_id, role))
+            short[role] -= 1
+            short[other] += 1
+            flips -= 1
+    # A role that waits for a flip neither gets a new worker nor loses one.
+    waiting = "flip" in held
+    ups, downs = limits.ups, limits.downs
+    # The scarcer role first, so that a budget that does not suffice for all is not used up by one.
+    for role in sorted((PREFILL, DECODE), key=lambda one: -short[one]):
+        each = limits.gpus_each[0 if role == PREFILL else 1]
+        while short[role] > 0 and not waiting:
+            if len(actions) >= limits.actions or ups == 0 or gpus < each:
+                held.append("start: no GPU is free" if gpus < each else "start")
+                break
+            actions.append(Start(model, role))
+            short[role] -= 1
+            ups -= 1
+            gpus -= each
+        while short[role] < 0 and not waiting and pools[role]:
+            if len(actions) >= limits.actions or downs == 0:
+                held.append("drain")
+                break
+            one = min(pools[role], key=_drain_loss)
+            pools[role].remove(one)
+            actions.append(Drain(one.worker_id))
+            short[role] += 1
+            downs -= 1
+    return actions, ", ".join(dict.fromkeys(held))
+
+
+def counts_of(workers: Sequence[WorkerSeen], starts: Counts) -> Counts:
+    """Workers that are or will be ready, without those that end."""
+    return Counts(len(_pool(workers, PREFILL)) + starts.prefill, len(_pool(workers, DECODE)) + starts.decode)
+
+
+def _pool(workers: Sequence[WorkerSeen], role: Role.ValueType) -> list[WorkerSeen]:
+    return [one for one in workers if one.role == role and one.state != WorkerState.DRAINING]
+
+
+def _loss(one: WorkerSeen) -> tuple[int, int, float, str]:
+    return (one.running + one.waiting, one.context_tokens + one.waiting_tokens, -one.since_s, one.worker_id)
+
+
+def _drain_loss(one: WorkerSeen) -> tuple[bool, tuple[int, int, float, str]]:
+    """One that is still starting has nothing to lose."""
+    return (one.state == WorkerState.READY, _loss(one))
