@@ -16,7 +16,8 @@ from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from frontend.request_ids import safe_request_id, unique_request_id
-from frontend.request_life import observed
+from frontend.request_life import ROUTE_HEADER, observed
+from frontend.request_record import current
 from frontend.sampling_fields import checked_params
 from slipstream import telemetry
 from slipstream.errors import InvalidRequestError, SlipstreamError
@@ -73,6 +74,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with self._service.answer(_asked(call.request, call.request_id, self._where, claim)) as answer:
                 async for delta in answer:
                     await context.write(_response(delta, answer, call.shown_id))
+            record = current()
+            if record is not None and record.route:
+                # At the end, because a message of its own before the first token would cost each answer a write.
+                context.set_trailing_metadata(((ROUTE_HEADER, record.route),))
         except SlipstreamError as error:
             return error
         except Exception:

@@ -20,7 +20,7 @@ from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
 from frontend.request_ids import safe_request_id, unique_request_id
-from frontend.request_life import observed
+from frontend.request_life import ROUTE_HEADER, observed
 from frontend.request_record import RequestRecord, current
 from slipstream import telemetry
 from slipstream.errors import CancelledByClientError, SlipstreamError
@@ -28,8 +28,6 @@ from slipstream.errors import CancelledByClientError, SlipstreamError
 log = telemetry.get_logger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
-ROUTE_HEADER = "x-slipstream-route"
-"""Why the request went to its workers, in a word; `slipstream explain` has the rest."""
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",

@@ -29,6 +29,9 @@ from slipstream.tracing import Span
 log = telemetry.get_logger(__name__)
 
 SESSION_HEADER = "x-session-id"
+ROUTE_HEADER = "x-slipstream-route"
+"""Why the request went to its workers, in a word: a header over HTTP, trailing metadata over gRPC. `slipstream explain`
+has the rest."""
 _LONGEST_NAME = 200
 
 

@@ -25,6 +25,7 @@ from slipstream.client.connection import (
 )
 from slipstream.client.results import (
     Completion,
+    Ending,
     ModelInfo,
     Piece,
     completion_from_pieces,
@@ -55,6 +56,7 @@ class AsyncStream:
         self._target, self._timeout_s = target, timeout_s
         self._call: _Call | None = None
         self._ended = False
+        self._ending = Ending()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
@@ -74,12 +76,18 @@ class AsyncStream:
             raise
         if message is grpc.aio.EOF or not isinstance(message, inference_pb2.GenerateResponse):
             self._ended = True
+            self._ending.take(await self._call.trailing_metadata())
             raise StopAsyncIteration
         return piece_from_wire(message)
 
     async def collect(self) -> Completion:
         """Wait for the rest and put it together. Raises what iterating raises."""
-        return completion_from_pieces([piece async for piece in self])
+        return completion_from_pieces([piece async for piece in self], self.route)
+
+    @property
+    def route(self) -> str:
+        """Why the request went to its workers, in a word; empty until the answer has ended."""
+        return self._ending.route
 
     async def aclose(self) -> None:
         """Stop the answer. Closing twice, or after the end, does nothing."""

@@ -9,6 +9,9 @@ from typing import Literal
 from slipstream.errors import WorkerLostError
 from slipstream.v1 import inference_pb2, sampling_pb2
 
+ROUTE_KEY = "x-slipstream-route"
+"""Trailing metadata of an answer, and a header of the HTTP face."""
+
 FinishReason = Literal["stop", "length", "abort"]
 
 _FINISH: dict[int, FinishReason] = {
@@ -89,7 +92,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `logprobs` is empty unless they were asked for."""
+    """A whole answer. `logprobs` is empty unless they were asked for.
+
+    Attributes:
+        route: why it went to its workers, in a word; `slipstream explain` has the rest.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -100,6 +107,18 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...]
     request_id: str
     model: str
+    route: str = ""
+
+
+@dataclass(slots=True)
+class Ending:
+    """What is known of an answer when it has ended; empty until then."""
+
+    route: str = ""
+
+    def take(self, trailing_metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """As the frontend sent it."""
+        self.route = next((str(value) for key, value in trailing_metadata or () if key == ROUTE_KEY), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +146,7 @@ def piece_from_wire(message: inference_pb2.GenerateResponse) -> Piece:
     )
 
 
-def completion_from_pieces(pieces: Sequence[Piece]) -> Completion:
+def completion_from_pieces(pieces: Sequence[Piece], route: str = "") -> Completion:
     """Put an answer together.
 
     Raises:
@@ -147,6 +166,7 @@ def completion_from_pieces(pieces: Sequence[Piece]) -> Completion:
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
         request_id=last.request_id,
         model=last.model,
+        route=route,
     )
 
 

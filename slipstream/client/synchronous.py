@@ -17,6 +17,7 @@ from slipstream.client.connection import (
 )
 from slipstream.client.results import (
     Completion,
+    Ending,
     ModelInfo,
     Piece,
     completion_from_pieces,
@@ -35,8 +36,9 @@ class Stream:
     the work on every worker.
     """
 
-    def __init__(self, pieces: Generator[Piece, None, None]) -> None:
+    def __init__(self, pieces: Generator[Piece, None, None], ending: Ending) -> None:
         self._pieces = pieces
+        self._ending = ending
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -46,7 +48,12 @@ class Stream:
 
     def collect(self) -> Completion:
         """Wait for the rest and put it together. Raises what iterating raises."""
-        return completion_from_pieces(list(self))
+        return completion_from_pieces(list(self), self.route)
+
+    @property
+    def route(self) -> str:
+        """Why the request went to its workers, in a word; empty until the answer has ended."""
+        return self._ending.route
 
     def close(self) -> None:
         """Stop the answer. Closing twice, or after the end, does nothing."""
@@ -150,14 +157,18 @@ class Client:
         self.close()
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> Stream:
-        return Stream(self._pieces(request, checked_timeout(timeout_s, self._timeout_s)))
+        ending = Ending()
+        return Stream(self._pieces(request, checked_timeout(timeout_s, self._timeout_s), ending), ending)
 
-    def _pieces(self, request: inference_pb2.GenerateRequest, timeout_s: float) -> Generator[Piece, None, None]:
+    def _pieces(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float, ending: Ending
+    ) -> Generator[Piece, None, None]:
         # A generator, because Python closes one that nobody holds any more: that is what makes `break` cancel.
         call = self._stub.Generate(request, timeout=timeout_s)
         try:
             for message in call:
                 yield piece_from_wire(message)
+            ending.take(call.trailing_metadata())
         except grpc.RpcError as error:
             raise typed_error(error, self._target, timeout_s) from None
         finally:

@@ -18,7 +18,14 @@ from tests.support.text_model_folder import write_model_folder
 
 @asynccontextmanager
 async def listening_frontend(cluster: ScriptedCluster, folder: Path) -> AsyncIterator[str]:
-    """Yields the URL of the HTTP face.
+    """Yields the URL of the HTTP face; see `listening_faces`."""
+    async with listening_faces(cluster, folder) as (url, _):
+        yield url
+
+
+@asynccontextmanager
+async def listening_faces(cluster: ScriptedCluster, folder: Path) -> AsyncIterator[tuple[str, str]]:
+    """Yields the URL of the HTTP face and the address of the gRPC face.
 
     Args:
         folder: an empty one, for the model's files.
@@ -26,11 +33,11 @@ async def listening_frontend(cluster: ScriptedCluster, folder: Path) -> AsyncIte
     settings = FrontendSettings(http_port=0, grpc_port=0, drain_timeout_s=5)
     text_model = TextModel.load(write_model_folder(folder))
     stop, listening = asyncio.Event(), asyncio.Event()
-    where = ""
+    where = "", ""
 
     def note(http: str, grpc_address: str) -> None:
         nonlocal where
-        where = f"http://{http}"
+        where = f"http://{http}", grpc_address
         listening.set()
 
     with bound_socket(settings) as http_socket:

@@ -16,10 +16,11 @@ from frontend.decisions import Decisions
 from frontend.router import Ask, Route
 from slipstream.cli.app import app
 from slipstream.cli.explain import admission_line
+from slipstream.client import AsyncClient
 from slipstream.errors import QueueFullError
 from slipstream.v1.registry_pb2 import WorkerRecord
 from tests.support.scripted_cluster import scripted_cluster
-from tests.support.scripted_frontend import listening_frontend
+from tests.support.scripted_frontend import listening_faces, listening_frontend
 from tests.support.scripted_worker import MODEL
 
 BODY = {"model": MODEL, "prompt": "one two three four", "max_tokens": 12, "temperature": 0}
@@ -57,6 +58,15 @@ async def test_an_answer_says_in_a_word_why_and_the_command_says_the_rest(tmp_pa
     assert 0 < decision["actual"]["prefill_s"] <= decision["actual"]["ttft_s"]
     for fact in (*workers, "because: least_time", "first token", "predicted", "12 tokens generated"):
         assert fact in shown
+
+
+async def test_an_answer_over_grpc_says_it_too_and_can_be_asked_for(tmp_path: Path) -> None:
+    async with scripted_cluster() as cluster, listening_faces(cluster, tmp_path) as (url, grpc_address):
+        async with AsyncClient(grpc_address, timeout_s=20) as client:
+            answer = await client.complete("one two three four", max_tokens=12, request_id="mine")
+        assert answer.route == "least_time"
+        (decision,) = json.loads((await explained(url, "mine", "--json")).splitlines()[-1])["dispatches"]
+        assert decision["reason"] == answer.route
 
 
 async def test_a_request_nobody_made_is_not_explained(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Script:
     error: grpc.StatusCode | None = None
     error_message: str = ""
     error_metadata: tuple[tuple[str, str], ...] = ()
+    metadata: tuple[tuple[str, str], ...] = ()
     models: list[inference_pb2.Model] = field(default_factory=list)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -76,6 +77,7 @@ class ScriptedInference(InferenceServicer):
             if script.endless:
                 yield inference_pb2.GenerateResponse(text="again ", token_ids=[1])
         finished = not over.is_set()
+        context.set_trailing_metadata(script.metadata)
         if script.error is not None:
             context.set_trailing_metadata(script.error_metadata)
             context.abort(script.error, script.error_message)

@@ -93,6 +93,17 @@ def test_complete_puts_the_answer_together(client: Client) -> None:
     assert (answer.model, answer.request_id) == ("tiny", "r-1")
 
 
+async def test_an_answer_that_has_ended_says_why_it_went_to_its_workers(target: str, script: Script) -> None:
+    script.metadata = (("x-slipstream-route", "prefix_hit"),)
+    with Client(target, timeout_s=20) as client:
+        stream = client.generate("France?")
+        next(stream)
+        assert stream.route == ""
+        assert (stream.collect().route, stream.route) == ("prefix_hit", "prefix_hit")
+    async with AsyncClient(target, timeout_s=20) as client:
+        assert (await client.complete("France?")).route == "prefix_hit"
+
+
 def test_logprobs_arrive_with_their_tokens(client: Client, script: Script) -> None:
     logprobs = sampling_pb2.TokenLogprobs(
         chosen=sampling_pb2.Candidate(token_id=7, logprob=-0.5),
