@@ -71,7 +71,7 @@ def simulate(requests: int, block_tokens: int, most_ticks: int) -> Run:
             continue
         if came < requests and next_s < now_s + step.seconds:
             scheduler.shorten(step, next_s)
-        now_s, steps = now_s + step.seconds, steps + 1
+        now_s, steps = step.started_s + step.seconds, steps + 1
         done += sum(kind is EventKind.FINISHED for kind, _ in scheduler.finish(step, now_s))
         scheduler.drain_cache_events()
     cpu_s = time.process_time() - began_s

@@ -121,7 +121,7 @@ class Members:
             if one.role == Role.ROLE_PREFILL:
                 prefills += 1
                 continue
-            load, profile = one.worker.scheduler.load(), one.profile
+            load, profile = one.worker.load(), one.profile
             decodes += 1
             places += profile.max_running
             kv_tokens += profile.blocks * profile.block_tokens

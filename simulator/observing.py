@@ -83,7 +83,7 @@ class Observer:
 
 
 def _seen(one: Member, interval_s: float) -> WorkerSeen:
-    load = one.worker.scheduler.load()
+    load = one.worker.load()
     prompt_s, generate_s = one.busy_since_last_asked_s()
     share = 1.0 / interval_s if interval_s > 0 else 0.0
     return WorkerSeen(

@@ -77,6 +77,7 @@ class Setup:
         series_s: length of a piece of `Outcome.series`.
         start_unix_s: what the load's beginning is by people's clocks, for daily seasons.
         block_tokens: KV blocks of this size, for a load whose keys are of such blocks; 0: the profiles' own.
+        step_by_step: an event for each step of each worker; the same results, only slower.
         keep_journeys: keep each request's; memory grows with their number.
     """
 
@@ -97,6 +98,7 @@ class Setup:
     start_unix_s: float = 0.0
     block_tokens: int = 0
     keep_journeys: bool = False
+    step_by_step: bool = False
 
 
 def simulate(setup: Setup) -> Outcome:
@@ -113,6 +115,7 @@ def simulate(setup: Setup) -> Outcome:
         write_back=setup.write_back,
         admission=setup.admission,
         request_timeout_s=setup.request_timeout_s,
+        step_by_step=setup.step_by_step,
     )
     lives: list[Member] = []
     cluster.members.on_added = lives.append

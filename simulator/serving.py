@@ -72,6 +72,7 @@ class SimulatedCluster:
         write_back: prefill fetches the beginning of a prompt from a worker that has it where that is faster.
         admission: in front of each frontend's dispatch; None: everything goes to the workers at once.
         request_timeout_s: longest a request may take; None: as long as it takes.
+        step_by_step: see `SimulatedWorker`.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class SimulatedCluster:
         write_back: bool = True,
         admission: AdmissionSettings | None = None,
         request_timeout_s: float | None = None,
+        step_by_step: bool = False,
     ) -> None:
         self.loop = EventLoop()
         self.watchers: list[Watcher] = []
         self._write_back = write_back
+        self._step_by_step = step_by_step
         self._timeout_s = request_timeout_s
         self._under: dict[str, Underway] = {}
         self._open = 0
@@ -148,7 +151,15 @@ class SimulatedCluster:
     # -- the cluster --------------------------------------------------------------------------------------
 
     def _build(self, worker_id: str, role: Role.ValueType, predictor: Predictor) -> SimulatedWorker:
-        return SimulatedWorker(self.loop, worker_id, role, predictor, on_event=self._on_event, on_begun=self._on_begun)
+        return SimulatedWorker(
+            self.loop,
+            worker_id,
+            role,
+            predictor,
+            on_event=self._on_event,
+            on_begun=self._on_begun,
+            step_by_step=self._step_by_step,
+        )
 
     def _feed(self, worker: SimulatedWorker) -> None:
         """What the worker tells the frontends after a step."""
@@ -156,6 +167,7 @@ class SimulatedCluster:
         if member is None:
             return
         frontends = member.pool.frontends
+        worker.catch_up()
         stored, removed = worker.scheduler.drain_cache_events()
         if stored or removed:
             for frontend in frontends:
@@ -270,11 +282,10 @@ class SimulatedCluster:
             under.journey.begun_s = self.loop.now_s
         if worker is under.prefill:
             assert under.decode is not None
-            under.decode.scheduler.started(request.request_id)
-            under.decode.wake()
+            under.decode.started(request.request_id)
         elif under.prefill is not None and not under.received:
             under.received = True  # decode had all of it
-            under.prefill.scheduler.abort(request.request_id)
+            under.prefill.abort(request.request_id)
             self._leave_prefill(under, under.prefill)
 
     def _on_event(self, worker: SimulatedWorker, event: Event) -> None:
@@ -328,6 +339,7 @@ class SimulatedCluster:
         """The prompt's beginning comes from a worker that has it, as far as it still does."""
         source, now_s = under.source, self.loop.now_s
         assert source is not None, "prefill receives from a source only"
+        source.catch_up()
         pool, profile = source.scheduler.pool, source.scheduler.profile
         blocks = pool.match(request.keys, under.source_tokens // self._block_tokens) if source.alive else []
         pool.hold(blocks)
@@ -338,8 +350,7 @@ class SimulatedCluster:
         self.loop.at(source.nic_free_s + profile.transfer_latency_s, self._fetched, prefill, request, source, tokens)
 
     def _fetched(self, prefill: SimulatedWorker, request: Request, source: SimulatedWorker, tokens: int) -> None:
-        prefill.scheduler.received(request.request_id, tokens if source.alive else 0, self.loop.now_s)
-        prefill.wake()
+        prefill.received(request.request_id, tokens if source.alive else 0)
 
     def _send_blocks(self, under: Underway) -> None:
         """Once decode has blocks and the prompt is computed it is known when the last block will have come."""
@@ -362,10 +373,9 @@ class SimulatedCluster:
     def _received(self, under: Underway, request_id: str, tokens: int) -> None:
         if under.request_id != request_id or under.prefill is None or under.decode is None:
             return
-        under.decode.scheduler.received(request_id, tokens, self.loop.now_s)
-        under.decode.wake()
+        under.decode.received(request_id, tokens)
         if under.prefill is not None:  # the woken worker may have ended it
-            under.prefill.scheduler.release(request_id)
+            under.prefill.release(request_id)
             self._leave_prefill(under, under.prefill)
 
     def _leave_prefill(self, under: Underway, prefill: SimulatedWorker) -> None:
@@ -406,11 +416,8 @@ class SimulatedCluster:
         under.frontend.gate.count(under)
 
     def _note_generated(self, under: Underway) -> None:
-        if under.decode is None:
-            return
-        request = under.decode.scheduler.get(under.request_id)
-        if request is not None:
-            under.attempt_tokens = under.decode.scheduler.generated(request)
+        if under.decode is not None:
+            under.attempt_tokens = under.decode.generated(under.request_id)
 
     def _prefill_lost(self, under: Underway) -> None:
         """Decode computes the prompt, unless it has it already."""
@@ -421,8 +428,7 @@ class SimulatedCluster:
         under.prefill, under.prefill_share = None, None
         request = decode.scheduler.get(under.request_id)
         if request is not None and not request.prompt_done:
-            decode.scheduler.failed(under.request_id, self.loop.now_s)
-            decode.wake()
+            decode.failed(under.request_id)
 
     def _decode_lost(self, under: Underway) -> None:
         """The frontend asks another worker for the rest."""
@@ -448,7 +454,7 @@ class SimulatedCluster:
         under.forget_workers()
         for worker in workers:
             if worker is not None and worker.alive:
-                worker.scheduler.abort(under.request_id)
+                worker.abort(under.request_id)
                 worker.wake()
                 self.members.end_if_drained(worker)
 

@@ -157,7 +157,7 @@ class Tally:
         for model, counts in self._now.items():
             self._now[model] = Counts()
             present = members.of(model)
-            loads = [one.worker.scheduler.load() for one in present]
+            loads = [one.worker.load() for one in present]
             gates = [one.gate for one in self._cluster.pools[model].frontends if one.gate is not None]
             self.series.append(
                 Interval(

@@ -135,6 +135,27 @@ class Predictor:
         high = _line(self._contexts, self._decode[row + 1], context_tokens)
         return max(low + (high - low) * share, self._decode[0][0] * 0.5, 1e-9)
 
+    def decode_run(self, batch: float, context_tokens: float, most: int) -> tuple[int, float, float]:
+        """Steps one after the other, each with a token more of context, as far as a straight line describes them.
+
+        Returns:
+            How many (`most` at most), the seconds of the first, and how much longer each is than the one before.
+        """
+        contexts, steps = self._contexts, most
+        knot = max(bisect_right(contexts, context_tokens), 1)
+        if knot < len(contexts) - 1:
+            steps = min(most, int(contexts[knot] - context_tokens) + 1)
+        first_s = self.decode_s(batch, context_tokens)
+        if steps == 1:
+            return 1, first_s, 0.0
+        last_s = self.decode_s(batch, context_tokens + (steps - 1))
+        second_s = self.decode_s(batch, context_tokens + 1)
+        each_s = (last_s - first_s) / (steps - 1)
+        # Where a lower bound cuts the line it is none.
+        if abs(second_s - first_s - each_s) > 1e-12 + 1e-9 * first_s:
+            return 1, first_s, 0.0
+        return steps, first_s, each_s
+
     def step_s(self, chunks: list[tuple[int, int]], batch: int, context_tokens: float) -> float:
         """Seconds of one mixed step: prefill chunks (new tokens, context before them) beside a decode batch."""
         added = sum(self.chunk_s(new, context) for new, context in chunks)

@@ -103,7 +103,7 @@ class Step:
     """One run of the model, or several in which the batch stays the same.
 
     Attributes:
-        seconds: of all its ticks together; each takes as long as the others.
+        seconds: of all its ticks together; each takes `growth_s` longer than the one before, `first_s` is the first's.
         batch: requests that get one token each; the prompts that end in this step get their first one besides.
         context_tokens: of all of the batch together.
     """
@@ -114,6 +114,24 @@ class Step:
     context_tokens: int
     started_s: float
     ticks: int = 1
+    first_s: float = 0.0
+    growth_s: float = 0.0
+
+    def span_s(self, ticks: int) -> float:
+        """Of that many of its first ticks."""
+        return ticks * self.first_s + self.growth_s * (ticks * (ticks - 1) / 2)
+
+    def ticks_by(self, now_s: float) -> int:
+        """Ticks that are over at that time; the last one never is, before the step is finished."""
+        if self.ticks == 1 or now_s < self.started_s + self.first_s:
+            return 0
+        passed_s = now_s - self.started_s
+        ticks = min(self.ticks - 1, int(passed_s / self.first_s))
+        while ticks and self.span_s(ticks) > passed_s:
+            ticks -= 1
+        while ticks < self.ticks - 1 and self.span_s(ticks + 1) <= passed_s:
+            ticks += 1
+        return ticks
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ counted by the `tick` of the whole batch. So one core simulates millions of toke
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable
 
 from engine.simulated.blocks import BlockPool
@@ -48,7 +47,7 @@ class Scheduler:
         self._receiving = 0
         self._held = 0
         self._tick = 0
-        self._marks: list[int] = []  # a heap of ticks before which nothing of the above changes
+        self._ends: list[int] = []  # a heap of the ticks in `_end_at`
         self._grow_at: dict[int, list[tuple[Request, int]]] = {}
         self._end_at: dict[int, list[tuple[Request, int]]] = {}
         self._context_tokens = 0
@@ -143,8 +142,9 @@ class Scheduler:
         """What to compute next; None when nothing can be. The caller calls `finish` once its seconds are over.
 
         Args:
-            most_ticks: with more than one, ticks that only generate, and between which nothing can change from inside,
-                are one step: a simulation has fewer events. When something comes from outside, see `shorten`.
+            most_ticks: with more than one, ticks that only generate, and between which no request ends, are one step:
+                a simulation has fewer events, and the same times. While such a step runs, call `catch_up` before
+                anything else is asked or told, and `shorten` when the next plan would be another one.
         """
         if self._step is not None:
             raise RuntimeError("a step runs: finish it before the next one is planned")
@@ -167,24 +167,43 @@ class Scheduler:
             self._merge(self._step, most_ticks)
         return self._step
 
+    def catch_up(self, now_s: float) -> int:
+        """Whatever has happened by now within a step of several ticks has happened: it begins with the tick that runs.
+
+        Returns:
+            Ticks that are over, which the step has no more.
+        """
+        step = self._step
+        ticks = step.ticks_by(now_s) if step is not None else 0
+        if step is None or not ticks:
+            return 0
+        self._pass(ticks)
+        spent_s = step.span_s(ticks)
+        step.started_s += spent_s
+        step.seconds -= spent_s
+        step.first_s += step.growth_s * ticks
+        step.context_tokens += step.batch * ticks
+        step.ticks -= ticks
+        return ticks
+
     def shorten(self, step: Step, now_s: float) -> float:
         """Something has come that the next step should know: the step ends with the tick that runs now.
 
         Returns:
-            The step's seconds from its start on, as they are now.
+            When that is.
         """
-        each_s = step.seconds / step.ticks
-        ticks = min(step.ticks, max(1, math.ceil((now_s - step.started_s) / each_s)))
-        step.seconds, step.ticks = each_s * ticks, ticks
-        return step.seconds
+        self.catch_up(now_s)
+        step.ticks, step.seconds = 1, step.first_s if step.ticks > 1 else step.seconds
+        return step.started_s + step.seconds
 
     def finish(self, step: Step, now_s: float) -> list[Event]:
         """The step's time is over: every request of `decoding` has one more token. Returns `take_events`."""
         if step is not self._step:
             raise RuntimeError("another step runs than the one that is to be finished")
+        if step.ticks > 1:
+            self._pass(step.ticks - 1)
         self._step = None
-        self._context_tokens += len(self._decoding) * step.ticks
-        self._tick += step.ticks - 1
+        self._context_tokens += len(self._decoding)
         for request, turn in self._end_at.pop(self._tick, ()):
             if request.turn == turn:
                 self._tick += 1
@@ -246,6 +265,13 @@ class Scheduler:
 
     # -- planning -----------------------------------------------------------------------------------------
 
+    def _pass(self, ticks: int) -> None:
+        """Ticks in which all that changes are sequences that grow, into blocks that are known to be free."""
+        for _ in range(ticks):
+            self._tick += 1
+            self._grow_decoding()
+        self._context_tokens += len(self._decoding) * ticks
+
     def _grow_decoding(self) -> None:
         """Give a block to each decoding request whose next token begins one."""
         due = self._grow_at.pop(self._tick, None)
@@ -260,13 +286,29 @@ class Scheduler:
                 self._grow_later(request, self._tick + self._block_tokens)
 
     def _merge(self, step: Step, most_ticks: int) -> None:
-        while self._marks and self._marks[0] <= self._tick:
-            heapq.heappop(self._marks)
-        if self._marks:
-            most_ticks = min(most_ticks, self._marks[0] - self._tick)
-        # The context grows from tick to tick; its mean is as good, since the prediction is linear nearly everywhere.
-        mean_context = self._context_tokens / step.batch + (most_ticks - 1) / 2
-        step.ticks, step.seconds = most_ticks, most_ticks * self.predictor.step_s([], step.batch, mean_context)
+        ends = self._ends
+        while ends and ends[0] < self._tick:
+            heapq.heappop(ends)
+        if ends:
+            most_ticks = min(most_ticks, ends[0] - self._tick + 1)
+        if most_ticks > 1:
+            most_ticks = self._ticks_with_room(most_ticks, step.batch)
+        if most_ticks > 1:
+            mean_context = self._context_tokens / step.batch
+            step.ticks, step.first_s, step.growth_s = self.predictor.decode_run(step.batch, mean_context, most_ticks)
+            step.seconds = step.span_s(step.ticks)
+
+    def _ticks_with_room(self, ticks: int, batch: int) -> int:
+        """Ticks for whose growth enough blocks are free."""
+        free = self.pool.free
+        if free >= batch * (1 + (ticks - 1) // self._block_tokens):
+            return ticks
+        ticks = min(ticks, self._block_tokens)  # within which none grows twice
+        for ahead in range(1, ticks):
+            free -= len(self._grow_at.get(self._tick + ahead, ()))
+            if free < 0:
+                return ahead
+        return ticks
 
     def _continue_prompts(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -394,13 +436,12 @@ class Scheduler:
         request.since_tick = self._tick
         last = self._tick + request.max_tokens - request.generated - 1
         self._end_at.setdefault(last, []).append((request, request.turn))
-        heapq.heappush(self._marks, last + 1)
+        heapq.heappush(self._ends, last)
         # The token at position p is computed, and needs its block, p - done ticks from now.
         self._grow_later(request, self._tick + len(request.blocks) * self._block_tokens - request.done)
 
     def _grow_later(self, request: Request, tick: int) -> None:
         self._grow_at.setdefault(tick, []).append((request, request.turn))
-        heapq.heappush(self._marks, tick)
 
     def _leave_decoding(self, request: Request) -> None:
         request.generated = self.generated(request)

@@ -41,7 +41,7 @@ def merged(scheduler: Scheduler) -> list[tuple[float, Event]]:
         number += 1
         if number % 2:
             scheduler.shorten(step, now_s + step.seconds / 2)
-        now_s += step.seconds
+        now_s = step.started_s + step.seconds
         events += [(now_s, event) for event in scheduler.finish(step, now_s)]
     return events
 
@@ -357,9 +357,11 @@ def test_a_step_of_many_ticks_ends_where_something_changes_or_comes() -> None:
     one_step(scheduler)
     step = scheduler.plan(0.0, most_ticks=100)
     assert step is not None
-    assert step.ticks == 3  # until it needs a block
-    assert step.seconds == pytest.approx(3 * 0.005)
+    assert step.ticks == 8  # until its end; the blocks that it needs until then are free
+    assert step.seconds == pytest.approx(8 * 0.005)
+    assert scheduler.catch_up(0.004) == 0
     assert scheduler.shorten(step, 0.006) == pytest.approx(0.010)
+    assert step.ticks == 1
     scheduler.finish(step, 0.010)
     asked = scheduler.get("a")
     assert asked is not None
