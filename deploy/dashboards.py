@@ -278,7 +278,8 @@ FRONTEND = Dashboard(
             (
                 Panel(
                     "CPU",
-                    "Cores that each frontend uses. At 1 a process is at its end: use more workers (frontend.workers).",
+                    "Cores that each frontend uses, all its processes together. At 1 for each of them it is at its "
+                    "end: use more (frontend.workers).",
                     (
                         Query(
                             "rate(process_cpu_seconds_total[$__rate_interval])"

@@ -2,7 +2,8 @@
 
 The kernel gives each connection to one of them (SO_REUSEPORT). This process, their parent, holds the ports, serves
 nothing, starts a member anew when it has ended by itself, and passes on the request to stop. Members find each
-other's counts in a private folder (Prometheus' multiprocess mode), so that /metrics of any of them is of all.
+other in a private folder: their counts (Prometheus' multiprocess mode), so that /metrics of any of them is of all, and
+their sockets (`frontend.pool_peers`).
 
 uvloop.run(supervise(settings))
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from prometheus_client import multiprocess
 
+from frontend.pool_processes import note_ended
 from frontend.process import bound_socket, port_error, stop_signals
 from slipstream import model_folder, telemetry
 from slipstream.child_python import module_path
@@ -149,6 +151,7 @@ async def _run_member(folder: Path, stop: asyncio.Event, drain_timeout_s: float)
         code = await ended
         # Its gauges are no more; what it has counted still counts.
         multiprocess.mark_process_dead(process.pid, str(folder))  # type: ignore[no-untyped-call]
+        note_ended(folder, process.pid)
     return code
 
 

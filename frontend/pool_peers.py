@@ -33,7 +33,7 @@ async def answering(folder: Path, explainer: Explainer) -> AsyncIterator[PoolPee
     Raises:
         StartupError: the folder's name is too long for a socket.
     """
-    path = folder / f"{os.getpid()}{_SUFFIX}"
+    path = _socket(folder, os.getpid())
     path.unlink(missing_ok=True)  # of one that was killed and had the same process id
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -53,6 +53,20 @@ async def answering(folder: Path, explainer: Explainer) -> AsyncIterator[PoolPee
     finally:
         server.close()
         path.unlink(missing_ok=True)
+
+
+def member_pids(folder: Path) -> list[int]:
+    """The members that answer now, and such as were killed a moment ago."""
+    return sorted(int(path.stem) for path in folder.glob(f"*{_SUFFIX}"))
+
+
+def forget(folder: Path, pid: int) -> None:
+    """A member has ended."""
+    _socket(folder, pid).unlink(missing_ok=True)
+
+
+def _socket(folder: Path, pid: int) -> Path:
+    return folder / f"{pid}{_SUFFIX}"
 
 
 class PoolPeers:

@@ -30,6 +30,7 @@ from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.pool_peers import answering
+from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
 from frontend.traffic_report import TrafficReporter
 from slipstream import grpc_wakeups, telemetry, tracing
@@ -176,6 +177,7 @@ def _metrics_of_all(folder: Path | None) -> Collector:
         return REGISTRY
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    registry.register(PoolProcesses(folder, os.getppid()))
     return registry
 
 

@@ -63,12 +63,20 @@ class Pool:
             found.add(tuple(dispatched))
         return found
 
+    async def page(self) -> str:
+        """/metrics of any of them."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+            return (await http.get("/metrics")).text
+
+    async def process_metrics(self) -> dict[str, float]:
+        """Of the pool, by name, `process_` left out."""
+        return {name: float(value) for name, value in re.findall(r"^process_(\w+) (\S+)$", await self.page(), re.M)}
+
     async def answered(self) -> set[float]:
         """What /metrics says of the requests answered, asked over several connections."""
         found = set()
         for _ in range(6):
-            async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
-                page = (await http.get("/metrics")).text
+            page = await self.page()
             sums = re.findall(r"^slipstream_frontend_requests_total\{.*completions.*\} (\S+)$", page, re.MULTILINE)
             found.add(sum(map(float, sums)))
         return found
@@ -87,6 +95,11 @@ class Pool:
     def _listens(self, process: psutil.Process) -> bool:
         port = int(self.url.rpartition(":")[2])
         return any(one.laddr.port == port and one.status == "LISTEN" for one in process.net_connections("tcp"))
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 @pytest.fixture
@@ -123,8 +136,17 @@ async def test_all_serve_and_count_as_one_and_one_that_dies_is_replaced(pool: Po
     assert await pool.answered() == {REQUESTS}, "whichever process is asked"
 
     assert await pool.ask(8, "eightfold") == [200] * 8
-    (told,) = await pool.explained("eightfold")
-    assert len(set(told)) == 8, "whichever process decided, and whichever is asked"
+    (found,) = await pool.explained("eightfold")
+    assert len(set(found)) == 8, "whichever process decided, and whichever is asked"
+
+    alive = [pool.parent, *pool.members()]
+    assert len(alive) == 1 + PROCESSES
+    used_s, memory_bytes = sum(map(cpu_s, alive)), sum(one.memory_info().rss for one in alive)
+    told = await pool.process_metrics()
+    assert used_s - 0.1 <= told["cpu_seconds_total"] <= sum(map(cpu_s, alive)) + 0.1, "of all members and the parent"
+    assert told["resident_memory_bytes"] == pytest.approx(memory_bytes, rel=0.2)
+    assert told["start_time_seconds"] == pytest.approx(pool.parent.create_time(), abs=1.0)
+    assert told["open_fds"] < told["max_fds"]
 
     before = pool.members()
     before[0].kill()
@@ -134,8 +156,12 @@ async def test_all_serve_and_count_as_one_and_one_that_dies_is_replaced(pool: Po
     assert await pool.ask(REQUESTS) == [200] * REQUESTS
     assert await pool.answered() == {2 * REQUESTS + 8}, "what the dead one has counted still counts"
     assert await pool.ask(1, "later") == [200]
-    (told,) = await pool.explained("later")
-    assert len(told) == 1, "what a dead one has left behind is in nobody's way"
+    (found,) = await pool.explained("later")
+    assert len(found) == 1, "what a dead one has left behind is in nobody's way"
+    (new,) = set(pool.members()) - set(before)
+    anew_s = cpu_s(new)
+    later = await pool.process_metrics()
+    assert later["cpu_seconds_total"] >= told["cpu_seconds_total"] + anew_s - 0.1, "what the dead one had used is in it"
 
     members = pool.members()
     folder = members[0].cmdline()[-1]
