@@ -15,6 +15,7 @@ All is pure and cheap: what does not depend on the number of workers is computed
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -135,7 +136,7 @@ class PrefillQueue:
         if workers <= self.offered:
             return NEVER_S
         low, high = 0.0, self.fixed_s + self._times[-1] + 40.0 * self.waits(workers)[1]
-        for _ in range(40):
+        for _ in range(20):
             middle = (low + high) / 2.0
             if self.within(workers, middle) * 100.0 >= percent:
                 high = middle
@@ -153,24 +154,36 @@ class DecodeBatch:
         held_s: how long a sequence holds its blocks before it generates.
     """
 
-    __slots__ = ("_demand", "_predictor", "_scale", "context", "held_s", "most_running")
+    __slots__ = ("_batches", "_demand", "_found", "_steps", "context", "held_s", "most_running")
 
     def __init__(self, demand: Demand, predictor: Predictor, *, correction: float = 1.0, held_s: float = 0.0) -> None:
         profile = predictor.profile
         self._demand = demand
-        self._predictor = predictor
-        self._scale = correction
+        self._found: dict[int, float | None] = {}
         self.context = demand.input_tokens + demand.output_tokens / 2.0
+        self._batches = predictor.batches
+        self._steps = [correction * predictor.decode_s(batch, self.context) for batch in predictor.batches]
         self.held_s = held_s
         fits = KV_FILL * profile.blocks * profile.block_tokens / max(1.0, self.context)
         self.most_running = max(1.0, min(float(profile.max_running), fits))
 
     def step_s(self, running: float) -> float:
         """One step of so many on one worker."""
-        return self._scale * self._predictor.decode_s(max(1.0, running), self.context)
+        batches, steps = self._batches, self._steps
+        if len(batches) == 1:
+            return steps[0]
+        batch = max(1.0, running)
+        place = min(max(bisect_right(batches, batch) - 1, 0), len(batches) - 2)
+        share = (batch - batches[place]) / (batches[place + 1] - batches[place])
+        return steps[place] + (steps[place + 1] - steps[place]) * share
 
     def running(self, workers: int) -> float | None:
         """Sequences on one worker, on average, those that wait for their blocks' content too; None: ever more."""
+        if workers not in self._found:
+            self._found[workers] = self._running(workers)
+        return self._found[workers]
+
+    def _running(self, workers: int) -> float | None:
         come = self._demand.requests_per_s / workers
         tokens = self._demand.output_tokens
 

@@ -26,6 +26,8 @@ NORMAL = NormalDist()
 NOISE_WINDOW_S = 900.0
 SURPRISE = 3.5
 """Standard deviations by which a shorter window must differ from a longer one to be believed instead."""
+TURN = 0.5
+"""Of the newest slope, what is believed where the older one has the other sign."""
 DAMPING_S = 90.0
 """A trend is followed for about so long, then expected to end."""
 DAY_S = 86400.0
@@ -74,6 +76,12 @@ class WindowMean:
     @property
     def mean(self) -> float:
         return self._sum / self._weight if self._weight else 0.0
+
+    @property
+    def lag_s(self) -> float:
+        """By how much it is late on a ramp."""
+        past = math.exp(-self.age_s / self._window_s)
+        return self._window_s - self.age_s * past / (1.0 - past) if self.age_s > 0.0 else 0.0
 
     @property
     def noise_share(self) -> float:
@@ -174,8 +182,7 @@ class Forecaster:
         window = self._windows[chosen]
         level = window.mean
         slope = self._slope(chosen)
-        lag_s = min(WINDOWS_S[chosen], window.age_s / 2.0)
-        ahead_s = DAMPING_S * (1.0 - math.exp(-(lag_s + horizon_s) / DAMPING_S))
+        ahead_s = window.lag_s + DAMPING_S * (1.0 - math.exp(-horizon_s / DAMPING_S))
         mean = max(level, level + slope * ahead_s)
         season = max(
             (ratio for part in (0.5, 1.0) if (ratio := self._day.ratio(self._unix_s, horizon_s * part)) is not None),
@@ -197,16 +204,18 @@ class Forecaster:
         return 0
 
     def _slope(self, chosen: int) -> float:
-        """Per second; 0 unless the means differ by more than noise, and in one direction."""
+        """Per second; 0 unless the means differ by more than noise."""
         last = len(self._windows) - 1
         if chosen == last or self._windows[last].age_s < 2.0 * WINDOWS_S[0]:
             return 0.0
         slopes = []
         for place in range(chosen, last):
             newer, older = self._windows[place], self._windows[place + 1]
-            # A window that is not full yet lags by half of what it has seen.
-            lag_s = min(WINDOWS_S[place + 1], older.age_s / 2.0) - min(WINDOWS_S[place], newer.age_s / 2.0)
+            lag_s = older.lag_s - newer.lag_s
             slopes.append((newer.mean - older.mean) / lag_s if lag_s > 0.0 else 0.0)
         if all(slope > 0.0 for slope in slopes):
             return min(slopes)
-        return max(slopes) if all(slope < 0.0 for slope in slopes) else 0.0
+        if all(slope < 0.0 for slope in slopes):
+            return max(slopes)
+        # It turns: where it came from says nothing against where it goes.
+        return TURN * slopes[0]

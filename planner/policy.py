@@ -22,7 +22,7 @@ from planner.observation import Observation, Traffic, WorkerSeen
 from planner.pool_model import Asked, PoolModel
 from planner.scaling import Action, Counts, Decision, Flip, Start
 from planner.schedule import active
-from planner.steps import Coming, Limits, counts_of, steps
+from planner.steps import Coming, Limits, counts_of, room, steps
 from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import Role, WorkerState
 
@@ -189,14 +189,14 @@ class SloPolicy:
             objective = objectives.get(name) or next(iter(objectives.values()), None)
             if objective is not None:
                 asked.append(Asked(demand.scaled(margin), objective))
-        if asked and look.backlog_s > 0.0:
-            asked = _with_backlog(asked, look.backlog_s, ready, learner)
+        clearing = _clearing(asked, look.backlog_s, ready)
         batch = None
         if look.batch is not None:
-            batch = PoolModel(learner.pair, [*asked, Asked(look.batch, BATCH_OBJECTIVE)], learner.corrections)
+            both = [*asked, Asked(look.batch, BATCH_OBJECTIVE)]
+            batch = PoolModel(learner.pair, both, learner.corrections, clearing=clearing)
         return PoolAsk(
             look.model,
-            PoolModel(learner.pair, asked, learner.corrections),
+            PoolModel(learner.pair, asked, learner.corrections, clearing=clearing),
             look.floor,
             past.objectives.bounds,
             past.objectives.weight,
@@ -258,6 +258,8 @@ class SloPolicy:
         for past in ranked:
             model = past.objectives.model
             look, target, at_s = looks[model], targets[model], seen.at_s
+            own = [one for one in seen.workers if one.model == model]
+            most = _at_least(look.floor, Counts(past.objectives.bounds.max_prefill, past.objectives.bounds.max_decode))
             # A pool below its floor has lost workers: that is repaired at once.
             repair = look.have.prefill < look.floor.prefill or look.have.decode < look.floor.decode
             up = repair or at_s - past.up_s >= settings.up_cooldown_s
@@ -266,6 +268,7 @@ class SloPolicy:
             limits = Limits(
                 gpus=settings.gpu_budget - used,
                 gpus_each=self._gpus(model),
+                room=room(own, look.workers, past.coming.starts, most),
                 ups=settings.max_actions if up else 0,
                 downs=max(1, math.floor(look.have.total * DRAIN_SHARE)) if down else 0,
                 flips=max(1, math.floor(look.have.total * DRAIN_SHARE)) if flip else 0,
@@ -289,18 +292,12 @@ class SloPolicy:
         return (learner.pair.prefill_gpus, learner.pair.decode_gpus) if learner is not None else (1, 1)
 
 
-def _with_backlog(asked: list[Asked], backlog_s: float, ready: int, learner: Learner) -> list[Asked]:
-    """What waits beyond the usual counts as requests that come within `CLEAR_S` on top of those that are expected."""
-    limit_s = min(one.objective.ttft_s for one in asked)
-    excess_s = backlog_s - BACKLOG_SHARE * limit_s * max(1, ready)
-    if excess_s <= 0.0:
-        return asked
-    whole = together([one.demand for one in asked])
-    corrections = learner.corrections
-    mean_s = PrefillQueue(whole.at(max(whole.requests_per_s, 1e-6)), learner.pair.prefill).mean_s * corrections.prefill
-    extra = excess_s / max(mean_s, 1e-6) / CLEAR_S
-    factor = 1.0 + extra / max(whole.requests_per_s, 1e-6)
-    return [Asked(one.demand.scaled(factor), one.objective) for one in asked]
+def _clearing(asked: list[Asked], backlog_s: float, ready: int) -> float:
+    """Prefill workers that work off within `CLEAR_S` what waits beyond the usual."""
+    if not asked:
+        return 0.0
+    usual_s = BACKLOG_SHARE * min(one.objective.ttft_s for one in asked) * max(1, ready)
+    return max(0.0, backlog_s - usual_s) / CLEAR_S
 
 
 def _load(look: Look) -> tuple[float, float]:

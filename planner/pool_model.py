@@ -51,9 +51,16 @@ class Prediction:
 
 
 class PoolModel:
-    """Everything that does not depend on counts, computed once."""
+    """Everything that does not depend on counts, computed once.
 
-    def __init__(self, pair: Pair, asked: Sequence[Asked], corrections: Corrections | None = None) -> None:
+    Args:
+        clearing: prefill workers that are busy with what has waited too long, for as long as it is there.
+    """
+
+    def __init__(
+        self, pair: Pair, asked: Sequence[Asked], corrections: Corrections | None = None, *, clearing: float = 0.0
+    ) -> None:
+        self._clearing = clearing
         self.pair = pair
         self.asked = sorted(
             (one for one in asked if one.demand.requests_per_s > 0.0), key=lambda one: one.objective.ttft_s
@@ -79,7 +86,9 @@ class PoolModel:
             demand = together([each.demand for each in self.asked[: place + 1]])
             step_s = min(one.objective.itl_s, batch.step_s(batch.most_running))
             fixed_s = profile.overhead_s + travel_s + step_s
-            self._queues.append(PrefillQueue(demand, pair.prefill, correction=corrections.prefill, fixed_s=fixed_s))
+            queue = PrefillQueue(demand, pair.prefill, correction=corrections.prefill, fixed_s=fixed_s)
+            queue.offered += self._clearing
+            self._queues.append(queue)
             # A limit that one sequence alone breaks cannot be met: then as few as possible run together.
             self._fitting.append(batch.fitting(max(one.objective.itl_s, 1.2 * batch.step_s(1.0))))
 

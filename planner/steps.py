@@ -87,11 +87,13 @@ class Limits:
     Attributes:
         gpus: that new workers may take.
         gpus_each: of a prefill and of a decode worker.
+        room: more workers that each role may have.
         ups, downs, flips: most actions of the kind.
     """
 
     gpus: int
     gpus_each: tuple[int, int]
+    room: Counts
     ups: int
     downs: int
     flips: int
@@ -110,10 +112,11 @@ def steps(
     actions: list[Action] = []
     held = []
     flips, gpus = limits.flips, limits.gpus
+    room = {PREFILL: limits.room.prefill, DECODE: limits.room.decode}
     for role, other in ((PREFILL, DECODE), (DECODE, PREFILL)):
         while short[role] > 0 and short[other] < 0:
             ready = [one for one in pools[other] if one.state == WorkerState.READY]
-            if not ready or flips == 0 or len(actions) >= limits.actions:
+            if not ready or flips == 0 or room[role] <= 0 or len(actions) >= limits.actions:
                 held.append("flip")
                 break
             one = min(ready, key=_loss)
@@ -121,6 +124,7 @@ def steps(
             actions.append(Flip(one.worker_id, role))
             short[role] -= 1
             short[other] += 1
+            room[role] -= 1
             flips -= 1
     # A role that waits for a flip neither gets a new worker nor loses one.
     waiting = "flip" in held
@@ -129,11 +133,12 @@ def steps(
     for role in sorted((PREFILL, DECODE), key=lambda one: -short[one]):
         each = limits.gpus_each[0 if role == PREFILL else 1]
         while short[role] > 0 and not waiting:
-            if len(actions) >= limits.actions or ups == 0 or gpus < each:
+            if len(actions) >= limits.actions or ups == 0 or gpus < each or room[role] <= 0:
                 held.append("start: no GPU is free" if gpus < each else "start")
                 break
             actions.append(Start(model, role))
             short[role] -= 1
+            room[role] -= 1
             ups -= 1
             gpus -= each
         while short[role] < 0 and not waiting and pools[role]:
@@ -151,6 +156,19 @@ def steps(
 def counts_of(workers: Sequence[WorkerSeen], starts: Counts) -> Counts:
     """Workers that are or will be ready, without those that end."""
     return Counts(len(_pool(workers, PREFILL)) + starts.prefill, len(_pool(workers, DECODE)) + starts.decode)
+
+
+def room(seen: Sequence[WorkerSeen], workers: Sequence[WorkerSeen], starts: Counts, most: Counts) -> Counts:
+    """More workers that each role may have, also if a flip that was decided never happens.
+
+    Args:
+        seen: as they are; workers: as they will be.
+    """
+    left = {}
+    for role, coming, limit in ((PREFILL, starts.prefill, most.prefill), (DECODE, starts.decode, most.decode)):
+        ids = {one.worker_id for one in (*_pool(seen, role), *_pool(workers, role))}
+        left[role] = max(0, limit - len(ids) - coming)
+    return Counts(left[PREFILL], left[DECODE])
 
 
 def _pool(workers: Sequence[WorkerSeen], role: Role.ValueType) -> list[WorkerSeen]:

@@ -109,6 +109,11 @@ class Predictor:
             for point in profile.prefill
         )
 
+    @property
+    def batches(self) -> list[float]:
+        """Between these a decode step's seconds are linear in its batch."""
+        return self._batches
+
     def prefill_s(self, new_tokens: float, context_tokens: float = 0.0) -> float:
         """Seconds to compute `new_tokens` after `context_tokens` that are in the cache, alone on the engine."""
         if new_tokens <= 0:

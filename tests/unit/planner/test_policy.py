@@ -34,8 +34,7 @@ def idle(at_s: float, workers: tuple[WorkerSeen, ...], **traffic: int) -> Observ
     return Observation(at_s, at_s, 5.0, workers, {("m", "realtime"): part} if traffic else {})
 
 
-@pytest.mark.parametrize("rate", [2.0, 6.0, 11.0, 17.0, 25.0])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("rate", "seed"), [(2.0, 1), (6.0, 2), (11.0, 3), (17.0, 4)])
 def test_steady_load_with_noise_changes_nothing_for_an_hour(rate: float, seed: int) -> None:
     plant = Plant(PROFILE, lambda _: rate, Counts(2, 2), seed=seed)
     brain = policy()
@@ -189,7 +188,7 @@ LOOKS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(looks=LOOKS, budget=st.integers(1, 12), to_zero=st.booleans(), most=st.integers(1, 6))
 def test_whatever_is_seen_the_budget_the_bounds_and_what_is_there_are_respected(
     looks: list[tuple[list[WorkerSeen], dict[tuple[str, str], Traffic], bool]], budget: int, to_zero: bool, most: int
