@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from deploy import readiness
+from deploy import readiness, scaler_service
 from deploy.plan import CONTROL_PLANE, FRONTEND, LocalCluster
 from deploy.processes import Component
 from deploy.progress import Progress
@@ -24,6 +24,8 @@ from slipstream.errors import SlipstreamError, StartupError
 T = TypeVar("T")
 
 UntilReady = Callable[[Report], Coroutine[Any, Any, None]]
+Beside = Callable[[Supervisor], AbstractAsyncContextManager[None]]
+"""What runs beside the components and may add and retire some."""
 
 # One wish to stop can arrive twice: `timeout` and some shells signal a process and then its group. What comes within
 # this time of the first signal is the same wish.
@@ -61,11 +63,15 @@ async def launch_cluster(cluster: LocalCluster, body: Callable[[], Coroutine[Any
             report=report,
         )
 
+    def scaling(supervisor: Supervisor) -> AbstractAsyncContextManager[None]:
+        return scaler_service.serving(cluster, supervisor) if settings.cluster.autoscale else nullcontext()
+
     return await launch(
         cluster.components,
         until_ready,
         body,
         console=console,
+        beside=scaling,
         ready_timeout_s=settings.cluster.ready_timeout_s,
         # Both drain one after the other; some seconds on top for the processes to end.
         stop_timeout_s=settings.frontend.drain_timeout_s + settings.worker.drain_timeout_s + 10.0,
@@ -81,6 +87,7 @@ async def launch(
     ready_timeout_s: float,
     stop_timeout_s: float,
     policy: RestartPolicy | None = None,
+    beside: Beside = lambda _: nullcontext(),
 ) -> T:
     """Start the components, and run `body` once they are ready; when it returns, fails or is interrupted, stop them.
 
@@ -96,7 +103,7 @@ async def launch(
         components, report=progress, policy=policy or RestartPolicy(), stop_timeout_s=stop_timeout_s
     )
     with _stop_signals(supervisor) as stop:
-        async with supervisor:
+        async with supervisor, beside(supervisor):
             with progress.live():
                 ready = _ready_within(until_ready(progress), ready_timeout_s, progress)
                 await _first(ready, supervisor.first_death(), stop, was_ready=False)

@@ -23,6 +23,7 @@ from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import ConfigError, StartupError
 from slipstream.settings import Settings
+from slipstream.v1.registry_pb2 import Role
 
 CONTROL_PLANE = "control-plane"
 FRONTEND = "frontend"
@@ -39,11 +40,13 @@ class LocalCluster:
 
     Attributes:
         settings: with every port of the public faces and the control plane resolved.
+        seats: of the workers, also of those that are started later.
     """
 
     settings: Settings
     components: tuple[Component, ...]
     run_folder: Path
+    seats: Seats
 
     @property
     def worker_names(self) -> frozenset[str]:
@@ -85,12 +88,13 @@ def plan(
         message = f"the run folder {run_folder} cannot be written ({error.strerror}); choose another with --log-dir"
         raise StartupError(message) from None
     commands = _Commands((python, "-P", "-m", "slipstream"), file, _child_environ(environ), run_folder)
-    workers = _workers(resolved, cpus, commands)
+    seats = Seats.of(resolved, sorted(cpus), commands)
+    workers = _workers(resolved, seats)
     control_plane = commands.component(
         CONTROL_PLANE, ["planner", "serve"], stop_stage=_STAGE_CONTROL_PLANE, essential=True
     )
     frontend = commands.component(FRONTEND, ["frontend"], stop_stage=_STAGE_FRONTEND, essential=True)
-    return LocalCluster(resolved, (control_plane, *workers, frontend), run_folder)
+    return LocalCluster(resolved, (control_plane, *workers, frontend), run_folder, seats)
 
 
 def default_run_folder(environ: Mapping[str, str], home: Path, now: datetime, pid: int) -> Path:
@@ -135,24 +139,59 @@ class _Commands:
         )
 
 
-def _workers(settings: Settings, cpus: Iterable[int], commands: _Commands) -> list[Component]:
-    names = [f"prefill-{index}" for index in range(settings.cluster.prefill)]
-    names += [f"decode-{index}" for index in range(settings.cluster.decode)]
-    available = sorted(cpus)
-    computes = settings.worker.engine == "vllm"  # a simulated engine needs no CPU of its own
-    pinned = computes and settings.device != "cuda"
-    shares = cores.divide(cores.physical_cores(available), len(names)) if pinned else None
-    workers = []
-    for index, name in enumerate(names):
-        share = shares[index] if shares is not None else ()
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Places for workers on this machine: each has CPUs of its own where they can be divided.
+
+    Attributes:
+        count: of workers at the same time.
+        threads: of an engine's that computes on CPUs and was not told how many; None: all that it finds.
+    """
+
+    settings: Settings
+    count: int
+    commands: _Commands
+    shares: tuple[tuple[int, ...], ...] | None
+    threads: int | None
+
+    @classmethod
+    def of(cls, settings: Settings, cpus: Sequence[int], commands: _Commands) -> Seats:
+        """As many as there are workers; where their number changes, as many as there may be."""
+        cluster, computes = settings.cluster, settings.worker.engine == "vllm"
+        count = cluster.prefill + cluster.decode
+        if cluster.autoscale:
+            count = max(count, cluster.max_workers or len(cpus))
+        # A simulated engine needs no CPU of its own.
+        shares = cores.divide(cores.physical_cores(cpus), count) if computes and settings.device != "cuda" else None
+        threads = max(1, len(cpus) // count) if computes and settings.worker.threads is None and count > 1 else None
+        return cls(settings, count, commands, tuple(shares) if shares is not None else None, threads)
+
+    def worker(self, name: str, role: Role.ValueType, seat: int) -> Component:
+        """A worker to be started in that role, on that seat."""
+        share = self.shares[seat] if self.shares is not None else ()
+        threads = self.settings.worker.threads
         flags = ["--worker-id", name]
-        if computes and settings.worker.threads is None and len(names) > 1:
-            flags += ["--threads", str(len(share) or max(1, len(available) // len(names)))]
-        elif settings.worker.threads is not None and settings.worker.threads > len(share):
+        if self.threads is not None:
+            flags += ["--threads", str(len(share) or self.threads)]
+        elif threads is not None and threads > len(share):
             share = ()  # more threads were asked for than a share has CPUs: let them have all
-        role = f"{name.partition('-')[0]}-worker"
-        workers.append(commands.component(name, [role], stop_stage=_STAGE_WORKERS, cpus=share, flags=flags))
-    return workers
+        command = "prefill-worker" if role == Role.ROLE_PREFILL else "decode-worker"
+        return self.commands.component(name, [command], stop_stage=_STAGE_WORKERS, cpus=share, flags=flags)
+
+
+def seat_name(number: int) -> str:
+    """Of a worker whose role may change."""
+    return f"worker-{number}"
+
+
+def _workers(settings: Settings, seats: Seats) -> list[Component]:
+    cluster = settings.cluster
+    roles = [Role.ROLE_PREFILL] * cluster.prefill + [Role.ROLE_DECODE] * cluster.decode
+    names = [f"prefill-{index}" for index in range(cluster.prefill)]
+    names += [f"decode-{index}" for index in range(cluster.decode)]
+    if cluster.autoscale:
+        names = [seat_name(number) for number in range(len(roles))]
+    return [seats.worker(name, role, seat) for seat, (name, role) in enumerate(zip(names, roles, strict=True))]
 
 
 def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,16 @@ from deploy.processes import Component, Process, describe_exit, log_tail
 from slipstream.errors import StartupError
 
 State = Literal[
-    "starting", "loading", "waiting for workers", "ready", "died", "restarted", "given up", "stopping", "stopped"
+    "starting",
+    "loading",
+    "waiting for workers",
+    "ready",
+    "died",
+    "restarted",
+    "given up",
+    "stopping",
+    "stopped",
+    "retired",
 ]
 
 # How long the end of a killed process may take: the kernel has to give back its memory.
@@ -64,12 +73,14 @@ class Supervisor:
         stop_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._components = components
+        self._components = list(components)
         self._report = report
         self._policy = policy
         self._stop_timeout_s = stop_timeout_s
         self._clock = clock
         self._running: dict[str, Process] = {}
+        self._keeping: dict[str, asyncio.Task[StartupError | None]] = {}
+        self._retiring: set[str] = set()
         self._killed = False
 
     async def __aenter__(self) -> Self:
@@ -91,6 +102,48 @@ class Supervisor:
         """The processes that run now."""
         return {name: process.pid for name, process in self._running.items()}
 
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """All that are kept running, or are on their way to their end."""
+        return tuple(self._components)
+
+    @property
+    def retiring(self) -> frozenset[str]:
+        """Names of those that were asked to end for good."""
+        return frozenset(self._retiring)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether everything was ready once, and components may come and go."""
+        return bool(self._keeping)
+
+    def add(self, component: Component) -> None:
+        """One component more, kept running from now on. While `keep_running` runs.
+
+        Raises:
+            StartupError: it cannot be started.
+        """
+        self._start(component)
+        self._components.append(component)
+        self._report(component.name, "starting")
+        self._keep_from_now_on(component)
+
+    def retire(self, name: str) -> None:
+        """Ask a component to end, for good; returns at once. Asked again, or of one that is not there: nothing.
+
+        One that takes longer than the whole cluster may is killed.
+        """
+        if name in self._retiring or name not in self._keeping:
+            return
+        self._retiring.add(name)
+        self._report(name, "stopping")
+        process = self._running.get(name)
+        if process is None:  # it died, and waits to be started again
+            self._keeping[name].cancel()
+            return
+        process.ask_to_end()
+        asyncio.get_running_loop().call_later(self._stop_timeout_s, process.kill)
+
     async def first_death(self) -> StartupError:
         """Wait until any process ends; the error says which, how, and what it wrote last."""
         waits = {asyncio.create_task(self._running[component.name].wait()): component for component in self._components}
@@ -106,7 +159,9 @@ class Supervisor:
 
     async def keep_running(self) -> StartupError:
         """Restart what dies, until something essential cannot be kept running; that is the error."""
-        tasks = [asyncio.create_task(self._keep(component)) for component in self._components]
+        for component in self._components:
+            self._keep_from_now_on(component)
+        tasks = list(self._keeping.values())
         try:
             essential = [task for task, component in zip(tasks, self._components, strict=True) if component.essential]
             # Others end too when they are given up; the cluster goes on without them.
@@ -114,9 +169,12 @@ class Supervisor:
                 essential or tasks,
                 return_when=asyncio.FIRST_COMPLETED if essential else asyncio.ALL_COMPLETED,
             )
-            return next(iter(done)).result()
+            error = next(iter(done)).result()
+            assert error is not None, "what is essential is not retired"
+            return error
         finally:
-            await _cancel(tasks)
+            keeping, self._keeping = list(self._keeping.values()), {}
+            await _cancel(keeping)
 
     def kill_now(self) -> None:
         """SIGKILL to everything, at once. A stop that is under way then ends too."""
@@ -127,11 +185,27 @@ class Supervisor:
     def _start(self, component: Component) -> None:
         self._running[component.name] = Process.spawn(component)
 
-    async def _keep(self, component: Component) -> StartupError:
+    def _keep_from_now_on(self, component: Component) -> None:
+        task = asyncio.create_task(self._keep(component), name=f"keep {component.name}")
+        self._keeping[component.name] = task
+        task.add_done_callback(lambda _: self._let_go(component))
+
+    def _let_go(self, component: Component) -> None:
+        """It was retired or given up: it is none of ours any more. What still runs at the end of all is ended there."""
+        if self._keeping.pop(component.name, None) is None or component.essential:
+            return
+        self._retiring.discard(component.name)
+        self._components.remove(component)
+
+    async def _keep(self, component: Component) -> StartupError | None:
+        """Until it is retired (None) or given up (why)."""
         restarts_s: list[float] = []
         while True:
             how = describe_exit(await self._running[component.name].wait())
             del self._running[component.name]
+            if component.name in self._retiring:
+                self._report(component.name, "retired")
+                return None
             delay_s = self._policy.delay_s(restarts_s, self._clock())
             if delay_s is None:
                 how = f"{how}, after {len(restarts_s)} restarts; its log is {component.log_path}"

@@ -80,15 +80,19 @@ class RegistryCollector(Collector):
 
 
 @contextmanager
-def serving_metrics(service: RegistryService, host: str, port: int) -> Iterator[str]:
+def serving_metrics(service: RegistryService, host: str, port: int, more: Iterable[Collector] = ()) -> Iterator[str]:
     """Serve both in a thread while the block runs; yields the URL of /metrics.
+
+    Args:
+        more: figures that /metrics shows besides the registry's.
 
     Raises:
         StartupError: the port is taken.
     """
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(RegistryCollector(service))
+    for collector in (RegistryCollector(service), *more):
+        registry.register(collector)
     metrics: WsgiApp = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

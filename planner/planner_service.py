@@ -6,6 +6,8 @@ It shows a running loop (`LivePlanner`) and changes nothing in it but the policy
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc.aio
@@ -16,6 +18,8 @@ from planner.observation import Observation
 from planner.plan_messages import decision_message, plan_message
 from planner.policy_changes import policy_changes
 from planner.policy_file import parse_policy
+from planner.traffic import REPORT_EVERY_S
+from planner.traffic_relay import TrafficRelay
 from slipstream import telemetry
 from slipstream.errors import (
     ConfigError,
@@ -38,6 +42,7 @@ from slipstream.v1.planner_pb2 import (
     PolicyChange,
     TrafficReply,
     TrafficReport,
+    WatchTrafficRequest,
 )
 from slipstream.v1.planner_pb2_grpc import PlannerServicer
 
@@ -104,14 +109,31 @@ class PlannerService(PlannerServicer):
 
     def __init__(self, live: LivePlanner | None) -> None:
         self._live = live
+        self._relay = TrafficRelay()
 
     async def ReportTraffic(self, request: TrafficReport, context: Context) -> TrafficReply:  # noqa: N802
+        self._relay.publish(request)
         if self._live is None:
-            return TrafficReply(report_every_s=UNREAD_REPORT_EVERY_S)
+            every_s = REPORT_EVERY_S if self._relay.watched else UNREAD_REPORT_EVERY_S
+            return TrafficReply(report_every_s=every_s)
         try:
             return TrafficReply(report_every_s=self._live.take_report(request))
         except SlipstreamError as error:
             await abort(context, error)
+
+    async def WatchTraffic(  # noqa: N802
+        self, request: WatchTrafficRequest, context: Context
+    ) -> AsyncIterator[TrafficReport]:
+        try:
+            async with aclosing(self._relay.watch()) as reports:
+                async for report in reports:
+                    yield report
+        except SlipstreamError as error:
+            await abort(context, error)
+
+    def close(self) -> None:
+        """End all watches, so that the server can stop without cutting them."""
+        self._relay.close()
 
     async def GetPlan(self, request: GetPlanRequest, context: Context) -> Plan:  # noqa: N802
         live = await self._planner(context)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
+from planner.live import FindProfile, open_planner
+from planner.loop_metrics import PlannerCollector
 from planner.metrics import serving_metrics
 from planner.planner_service import LivePlanner, PlannerService
 from planner.service import RegistryService
@@ -51,11 +55,15 @@ class ControlPlane:
     publishing: asyncio.Task[None]
 
 
-async def serve(settings: Settings) -> None:
-    """Run the control plane until SIGTERM or SIGINT.
+async def serve(settings: Settings, find_profile: FindProfile = Path) -> None:
+    """Run the control plane until SIGTERM or SIGINT, with the planner where the settings have a policy.
+
+    Args:
+        find_profile: where the profiles are that policies name.
 
     Raises:
         StartupError: the address cannot be listened on.
+        ConfigError: the policy cannot be read, or cannot be followed.
     """
     telemetry.configure(settings.log, component="control-plane")
     stop = asyncio.Event()
@@ -63,10 +71,17 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
-        async with (
-            open_control_plane(settings.control_plane) as plane,
-            background(_wait(stop), name="stop") as stopping,
-        ):
+        async with AsyncExitStack() as stack:
+            service, live, metrics = RegistryService(settings.control_plane.lease_s), None, list[Collector]()
+            if settings.planner.policy is not None:
+                live = await stack.enter_async_context(
+                    open_planner(settings.planner, lambda: service.posted, find_profile)
+                )
+                metrics.append(PlannerCollector(live))
+            plane = await stack.enter_async_context(
+                open_control_plane(settings.control_plane, live, service=service, metrics=metrics)
+            )
+            stopping = await stack.enter_async_context(background(_wait(stop), name="stop"))
             await asyncio.wait({stopping, plane.publishing}, return_when=asyncio.FIRST_COMPLETED)
             log.info("control_plane_stopping", address=plane.address)
     finally:
@@ -76,17 +91,26 @@ async def serve(settings: Settings) -> None:
 
 @asynccontextmanager
 async def open_control_plane(
-    settings: ControlPlaneSettings, live: LivePlanner | None = None
+    settings: ControlPlaneSettings,
+    live: LivePlanner | None = None,
+    *,
+    service: RegistryService | None = None,
+    metrics: Iterable[Collector] = (),
 ) -> AsyncIterator[ControlPlane]:
     """Serve the registry while the body runs, and the planner where there is one.
+
+    Args:
+        service: the registry's, where somebody else looks at it too.
+        metrics: that its /metrics shows besides its own.
 
     Raises:
         StartupError: the address cannot be listened on.
     """
     server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
-    service = RegistryService(settings.lease_s)
+    service = service or RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
-    add_PlannerServicer_to_server(PlannerService(live), server)
+    planner = PlannerService(live)
+    add_PlannerServicer_to_server(planner, server)
     names = [
         registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
         planner_pb2.DESCRIPTOR.services_by_name["Planner"].full_name,
@@ -99,7 +123,7 @@ async def open_control_plane(
         background(service.run(), name="registry_publishing") as publishing,
         AsyncExitStack() as stack,
     ):
-        metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port))
+        metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port, metrics))
         await server.start()
         try:
             for name in ("", *names):
@@ -114,6 +138,7 @@ async def open_control_plane(
             yield ControlPlane(address, metrics_url, service, publishing)
         finally:
             await checks.enter_graceful_shutdown()
+            planner.close()
             await service.close()
             await server.stop(STOP_GRACE_S)
 

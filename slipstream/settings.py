@@ -245,6 +245,27 @@ class ClusterSettings(Section):
         None, description="folder of the processes' logs; under the user's state folder when absent"
     )
     ready_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest `up` waits for everything to be ready")
+    autoscale: bool = Field(False, description="let the planner start, flip and drain workers")
+    max_workers: int | None = Field(
+        None, ge=1, le=256, description="most workers with `autoscale`; one for each CPU when absent"
+    )
+
+
+class PlannerSettings(Section):
+    """The planner of worker counts, in the control plane's process."""
+
+    policy: Path | None = Field(
+        None, description="file of the scaling policy (see docs/autoscaling.md); nothing is planned when absent"
+    )
+    dry_run: bool = Field(False, description="decide, tell what would be done, and do nothing")
+    scaler: str = Field(
+        "", description="where workers are started and ended: address of a scaler's gRPC service; unix:PATH works too"
+    )
+    follow: str | None = Field(
+        None,
+        description="host:port of the control plane that workers and frontends know, where that is another process: "
+        "this planner stands by for it",
+    )
 
 
 class Settings(Section):
@@ -268,3 +289,4 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()
+    planner: PlannerSettings = PlannerSettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slipstream.cli.autoscaling import autoscaled
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
+from slipstream.errors import ConfigError
 from slipstream.settings import FrontendSettings, Settings
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ _FLAGS = select(
     "simulated.*",
     "transfer.*",
     "control_plane.*",
+    "planner.policy",
+    "planner.dry_run",
     "log.*",
     "tracing.*",
     own={"cluster", "frontend", "worker"},
@@ -57,6 +62,7 @@ def add_to(app: typer.Typer) -> None:
                 "slipstream up --engine simulated --prefill 8 --decode 8",
                 "a big one that computes nothing and keeps time",
             ),
+            ("slipstream up --autoscale --max-workers 4", "the planner starts, flips and drains workers"),
             ("slipstream up --http-port 0 --grpc-port 0 --control-plane-port 0", "on free ports"),
         ),
     )(up)
@@ -122,13 +128,21 @@ def _run(
         run_folder = plan.default_run_folder(os.environ, home, datetime.now(UTC), os.getpid())
         plan.forget_old_runs(os.environ, home)
     run_folder = run_folder.expanduser().absolute()
-    cluster = plan.plan(settings, environ=os.environ, run_folder=run_folder, cpus=os.sched_getaffinity(0))
-    counts = f"{settings.cluster.prefill} prefill + {settings.cluster.decode} decode"
-    console.print(f"Starting {settings.model} on {counts} workers; logs in {run_folder}", soft_wrap=True)
-    try:
-        asyncio.run(launch_cluster(cluster, lambda: body(cluster), console=console))
-    except StoppedBySignal as stopped:
-        raise typer.Exit(0 if stopped.ready and ends_by_signal else 128 + stopped.signum) from None
+    with contextlib.ExitStack() as stack:
+        if settings.cluster.autoscale:
+            settings = stack.enter_context(autoscaled(settings, run_folder, console))
+        elif settings.planner.policy is not None and not settings.planner.dry_run:
+            raise ConfigError(
+                "planner.policy is set and nobody is to act by it; add --autoscale, or --planner-dry-run",
+                param="planner.policy",
+            )
+        cluster = plan.plan(settings, environ=os.environ, run_folder=run_folder, cpus=os.sched_getaffinity(0))
+        counts = f"{settings.cluster.prefill} prefill + {settings.cluster.decode} decode"
+        console.print(f"Starting {settings.model} on {counts} workers; logs in {run_folder}", soft_wrap=True)
+        try:
+            asyncio.run(launch_cluster(cluster, lambda: body(cluster), console=console))
+        except StoppedBySignal as stopped:
+            raise typer.Exit(0 if stopped.ready and ends_by_signal else 128 + stopped.signum) from None
 
 
 def _with_free_ports(loaded: LoadedConfig) -> Settings:

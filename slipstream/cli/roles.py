@@ -26,7 +26,9 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "tracing.*",
     own={"worker"},
 )
-_PLANNER_FLAGS = select("control_plane.*", "log.*", own={"control_plane"}, without={"control_plane.address"})
+_PLANNER_FLAGS = select(
+    "control_plane.*", "planner.*", "log.*", own={"control_plane", "planner"}, without={"control_plane.address"}
+)
 
 
 def add_to(app: typer.Typer, planner: typer.Typer) -> None:
@@ -44,6 +46,7 @@ def add_to(app: typer.Typer, planner: typer.Typer) -> None:
         epilog=examples(
             ("slipstream planner serve", "on this machine alone"),
             ("slipstream planner serve --host 0.0.0.0 --port 7600", "for workers on other machines too"),
+            ("slipstream planner serve --policy policy.yaml --dry-run", "decide and tell, and do nothing"),
         ),
     )(planner_serve)
 
@@ -84,15 +87,18 @@ def decode_worker(loaded: LoadedConfig) -> None:
 
 @with_settings(*_PLANNER_FLAGS)
 def planner_serve(loaded: LoadedConfig) -> None:
-    """Run the control plane: the registry in which workers are found, until SIGTERM or Ctrl-C."""
+    """Run the control plane: the registry of workers, and the planner of their counts, until SIGTERM or Ctrl-C."""
+    from pathlib import Path
+
     import uvloop
 
+    from engine.simulated.profile_choice import profile_path
     from slipstream import telemetry
 
     telemetry.configure(loaded.settings.log, component="control-plane")
     from planner.server import serve
 
-    uvloop.run(serve(loaded.settings))
+    uvloop.run(serve(loaded.settings, lambda name: profile_path(Path(name))))
 
 
 def _worker_examples(role: str) -> str:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from slipstream.v1 import registry_pb2 as slipstream_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bslipstream/v1/planner.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/registry.proto\"u\n\rTrafficReport\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\ninterval_s\x18\x03 \x01(\x01\x12)\n\x05parts\x18\x04 \x03(\x0b\x32\x1a.slipstream.v1.TrafficPart\"&\n\x0cTrafficReply\x12\x16\n\x0ereport_every_s\x18\x01 \x01(\x01\"\xf7\x02\n\x0bTrafficPart\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rservice_class\x18\x02 \x01(\t\x12\x10\n\x08\x61rrivals\x18\x03 \x01(\x04\x12\x0f\n\x07refused\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\x12\x14\n\x0cinput_tokens\x18\x06 \x01(\x04\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x10\n\x08\x66inished\x18\t \x01(\x04\x12\x15\n\routput_tokens\x18\n \x01(\x04\x12-\n\x04ttft\x18\x0b \x01(\x0b\x32\x1f.slipstream.v1.LatencyHistogram\x12,\n\x03itl\x18\x0c \x01(\x0b\x32\x1f.slipstream.v1.LatencyHistogram\x12\x0e\n\x06queued\x18\r \x01(\x04\x12\x15\n\rqueued_tokens\x18\x0e \x01(\x04\x12\x15\n\roldest_wait_s\x18\x0f \x01(\x01\"D\n\x10LatencyHistogram\x12\x0f\n\x07\x62uckets\x18\x01 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\x10\n\x0eGetPlanRequest\"\xe2\x01\n\x04Plan\x12\x0f\n\x07leading\x18\x01 \x01(\x08\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x13\n\x0bpolicy_yaml\x18\x04 \x01(\t\x12(\n\x06models\x18\x05 \x03(\x0b\x32\x18.slipstream.v1.ModelPlan\x12.\n\x06latest\x18\x06 \x01(\x0b\x32\x1e.slipstream.v1.PlannerDecision\x12\x12\n\ngpu_budget\x18\x07 \x01(\r\x12\x11\n\tgpus_used\x18\x08 \x01(\r\x12\x12\n\ninterval_s\x18\t \x01(\x01\"\x98\x01\n\tModelPlan\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x61\x63tual\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12+\n\x06target\x18\x03 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12\x10\n\x08starting\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\r\"/\n\x0cWorkerCounts\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\"I\n\x0bModelCounts\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\"\x8e\x03\n\x0fPlannerDecision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12*\n\x06\x61\x63tual\x18\x04 \x03(\x0b\x32\x1a.slipstream.v1.ModelCounts\x12+\n\x07targets\x18\x05 \x03(\x0b\x32\x1a.slipstream.v1.ModelCounts\x12-\n\x07\x61\x63tions\x18\x06 \x03(\x0b\x32\x1c.slipstream.v1.PlannerAction\x12<\n\x07numbers\x18\x07 \x03(\x0b\x32+.slipstream.v1.PlannerDecision.NumbersEntry\x12\x33\n\nconsidered\x18\x08 \x03(\x0b\x32\x1f.slipstream.v1.ConsideredCounts\x12\x0f\n\x07\x64ry_run\x18\t \x01(\x08\x12\x0f\n\x07leading\x18\n \x01(\x08\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd2\x01\n\rPlannerAction\x12/\n\x04kind\x18\x01 \x01(\x0e\x32!.slipstream.v1.PlannerAction.Kind\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12!\n\x04role\x18\x04 \x01(\x0e\x32\x13.slipstream.v1.Role\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"<\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05START\x10\x01\x12\t\n\x05\x44RAIN\x10\x02\x12\x08\n\x04\x46LIP\x10\x03\"\x8c\x01\n\x10\x43onsideredCounts\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12\x0c\n\x04gpus\x18\x03 \x01(\r\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\x12\r\n\x05itl_s\x18\x05 \x01(\x01\x12\x0f\n\x07verdict\x18\x06 \x01(\t\"P\n\x0e\x45xplainRequest\x12\x13\n\x06unix_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06number\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\t\n\x07_unix_sB\t\n\x07_number\"I\n\x0eHistoryRequest\x12\x14\n\x0csince_unix_s\x18\x01 \x01(\x01\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x12\n\nacted_only\x18\x03 \x01(\x08\"U\n\x0cHistoryReply\x12\x31\n\tdecisions\x18\x01 \x03(\x0b\x32\x1e.slipstream.v1.PlannerDecision\x12\x12\n\nremembered\x18\x02 \x01(\x04\"B\n\x0c\x41pplyRequest\x12\x13\n\x0bpolicy_yaml\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0c\n\x04name\x18\x03 \x01(\t\"K\n\nApplyReply\x12,\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.PolicyChange\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\">\n\x0cPolicyChange\x12\x0f\n\x07setting\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t2\xe6\x02\n\x07Planner\x12J\n\rReportTraffic\x12\x1c.slipstream.v1.TrafficReport\x1a\x1b.slipstream.v1.TrafficReply\x12=\n\x07GetPlan\x12\x1d.slipstream.v1.GetPlanRequest\x1a\x13.slipstream.v1.Plan\x12H\n\x07\x45xplain\x12\x1d.slipstream.v1.ExplainRequest\x1a\x1e.slipstream.v1.PlannerDecision\x12\x45\n\x07History\x12\x1d.slipstream.v1.HistoryRequest\x1a\x1b.slipstream.v1.HistoryReply\x12?\n\x05\x41pply\x12\x1b.slipstream.v1.ApplyRequest\x1a\x19.slipstream.v1.ApplyReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bslipstream/v1/planner.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/registry.proto\"u\n\rTrafficReport\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\ninterval_s\x18\x03 \x01(\x01\x12)\n\x05parts\x18\x04 \x03(\x0b\x32\x1a.slipstream.v1.TrafficPart\"\x15\n\x13WatchTrafficRequest\"&\n\x0cTrafficReply\x12\x16\n\x0ereport_every_s\x18\x01 \x01(\x01\"\xf7\x02\n\x0bTrafficPart\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rservice_class\x18\x02 \x01(\t\x12\x10\n\x08\x61rrivals\x18\x03 \x01(\x04\x12\x0f\n\x07refused\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\x12\x14\n\x0cinput_tokens\x18\x06 \x01(\x04\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x10\n\x08\x66inished\x18\t \x01(\x04\x12\x15\n\routput_tokens\x18\n \x01(\x04\x12-\n\x04ttft\x18\x0b \x01(\x0b\x32\x1f.slipstream.v1.LatencyHistogram\x12,\n\x03itl\x18\x0c \x01(\x0b\x32\x1f.slipstream.v1.LatencyHistogram\x12\x0e\n\x06queued\x18\r \x01(\x04\x12\x15\n\rqueued_tokens\x18\x0e \x01(\x04\x12\x15\n\roldest_wait_s\x18\x0f \x01(\x01\"D\n\x10LatencyHistogram\x12\x0f\n\x07\x62uckets\x18\x01 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\x10\n\x0eGetPlanRequest\"\xe2\x01\n\x04Plan\x12\x0f\n\x07leading\x18\x01 \x01(\x08\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\x13\n\x0bpolicy_yaml\x18\x04 \x01(\t\x12(\n\x06models\x18\x05 \x03(\x0b\x32\x18.slipstream.v1.ModelPlan\x12.\n\x06latest\x18\x06 \x01(\x0b\x32\x1e.slipstream.v1.PlannerDecision\x12\x12\n\ngpu_budget\x18\x07 \x01(\r\x12\x11\n\tgpus_used\x18\x08 \x01(\r\x12\x12\n\ninterval_s\x18\t \x01(\x01\"\x98\x01\n\tModelPlan\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x61\x63tual\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12+\n\x06target\x18\x03 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12\x10\n\x08starting\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\r\"/\n\x0cWorkerCounts\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\"I\n\x0bModelCounts\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\"\x8e\x03\n\x0fPlannerDecision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12*\n\x06\x61\x63tual\x18\x04 \x03(\x0b\x32\x1a.slipstream.v1.ModelCounts\x12+\n\x07targets\x18\x05 \x03(\x0b\x32\x1a.slipstream.v1.ModelCounts\x12-\n\x07\x61\x63tions\x18\x06 \x03(\x0b\x32\x1c.slipstream.v1.PlannerAction\x12<\n\x07numbers\x18\x07 \x03(\x0b\x32+.slipstream.v1.PlannerDecision.NumbersEntry\x12\x33\n\nconsidered\x18\x08 \x03(\x0b\x32\x1f.slipstream.v1.ConsideredCounts\x12\x0f\n\x07\x64ry_run\x18\t \x01(\x08\x12\x0f\n\x07leading\x18\n \x01(\x08\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd2\x01\n\rPlannerAction\x12/\n\x04kind\x18\x01 \x01(\x0e\x32!.slipstream.v1.PlannerAction.Kind\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12!\n\x04role\x18\x04 \x01(\x0e\x32\x13.slipstream.v1.Role\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"<\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05START\x10\x01\x12\t\n\x05\x44RAIN\x10\x02\x12\x08\n\x04\x46LIP\x10\x03\"\x8c\x01\n\x10\x43onsideredCounts\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x1b.slipstream.v1.WorkerCounts\x12\x0c\n\x04gpus\x18\x03 \x01(\r\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\x12\r\n\x05itl_s\x18\x05 \x01(\x01\x12\x0f\n\x07verdict\x18\x06 \x01(\t\"P\n\x0e\x45xplainRequest\x12\x13\n\x06unix_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06number\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\t\n\x07_unix_sB\t\n\x07_number\"I\n\x0eHistoryRequest\x12\x14\n\x0csince_unix_s\x18\x01 \x01(\x01\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x12\n\nacted_only\x18\x03 \x01(\x08\"U\n\x0cHistoryReply\x12\x31\n\tdecisions\x18\x01 \x03(\x0b\x32\x1e.slipstream.v1.PlannerDecision\x12\x12\n\nremembered\x18\x02 \x01(\x04\"B\n\x0c\x41pplyRequest\x12\x13\n\x0bpolicy_yaml\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0c\n\x04name\x18\x03 \x01(\t\"K\n\nApplyReply\x12,\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.PolicyChange\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\">\n\x0cPolicyChange\x12\x0f\n\x07setting\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t2\xba\x03\n\x07Planner\x12J\n\rReportTraffic\x12\x1c.slipstream.v1.TrafficReport\x1a\x1b.slipstream.v1.TrafficReply\x12R\n\x0cWatchTraffic\x12\".slipstream.v1.WatchTrafficRequest\x1a\x1c.slipstream.v1.TrafficReport0\x01\x12=\n\x07GetPlan\x12\x1d.slipstream.v1.GetPlanRequest\x1a\x13.slipstream.v1.Plan\x12H\n\x07\x45xplain\x12\x1d.slipstream.v1.ExplainRequest\x1a\x1e.slipstream.v1.PlannerDecision\x12\x45\n\x07History\x12\x1d.slipstream.v1.HistoryRequest\x1a\x1b.slipstream.v1.HistoryReply\x12?\n\x05\x41pply\x12\x1b.slipstream.v1.ApplyRequest\x1a\x19.slipstream.v1.ApplyReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,44 +36,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLANNERDECISION_NUMBERSENTRY']._serialized_options = b'8\001'
   _globals['_TRAFFICREPORT']._serialized_start=76
   _globals['_TRAFFICREPORT']._serialized_end=193
-  _globals['_TRAFFICREPLY']._serialized_start=195
-  _globals['_TRAFFICREPLY']._serialized_end=233
-  _globals['_TRAFFICPART']._serialized_start=236
-  _globals['_TRAFFICPART']._serialized_end=611
-  _globals['_LATENCYHISTOGRAM']._serialized_start=613
-  _globals['_LATENCYHISTOGRAM']._serialized_end=681
-  _globals['_GETPLANREQUEST']._serialized_start=683
-  _globals['_GETPLANREQUEST']._serialized_end=699
-  _globals['_PLAN']._serialized_start=702
-  _globals['_PLAN']._serialized_end=928
-  _globals['_MODELPLAN']._serialized_start=931
-  _globals['_MODELPLAN']._serialized_end=1083
-  _globals['_WORKERCOUNTS']._serialized_start=1085
-  _globals['_WORKERCOUNTS']._serialized_end=1132
-  _globals['_MODELCOUNTS']._serialized_start=1134
-  _globals['_MODELCOUNTS']._serialized_end=1207
-  _globals['_PLANNERDECISION']._serialized_start=1210
-  _globals['_PLANNERDECISION']._serialized_end=1608
-  _globals['_PLANNERDECISION_NUMBERSENTRY']._serialized_start=1562
-  _globals['_PLANNERDECISION_NUMBERSENTRY']._serialized_end=1608
-  _globals['_PLANNERACTION']._serialized_start=1611
-  _globals['_PLANNERACTION']._serialized_end=1821
-  _globals['_PLANNERACTION_KIND']._serialized_start=1761
-  _globals['_PLANNERACTION_KIND']._serialized_end=1821
-  _globals['_CONSIDEREDCOUNTS']._serialized_start=1824
-  _globals['_CONSIDEREDCOUNTS']._serialized_end=1964
-  _globals['_EXPLAINREQUEST']._serialized_start=1966
-  _globals['_EXPLAINREQUEST']._serialized_end=2046
-  _globals['_HISTORYREQUEST']._serialized_start=2048
-  _globals['_HISTORYREQUEST']._serialized_end=2121
-  _globals['_HISTORYREPLY']._serialized_start=2123
-  _globals['_HISTORYREPLY']._serialized_end=2208
-  _globals['_APPLYREQUEST']._serialized_start=2210
-  _globals['_APPLYREQUEST']._serialized_end=2276
-  _globals['_APPLYREPLY']._serialized_start=2278
-  _globals['_APPLYREPLY']._serialized_end=2353
-  _globals['_POLICYCHANGE']._serialized_start=2355
-  _globals['_POLICYCHANGE']._serialized_end=2417
-  _globals['_PLANNER']._serialized_start=2420
-  _globals['_PLANNER']._serialized_end=2778
+  _globals['_WATCHTRAFFICREQUEST']._serialized_start=195
+  _globals['_WATCHTRAFFICREQUEST']._serialized_end=216
+  _globals['_TRAFFICREPLY']._serialized_start=218
+  _globals['_TRAFFICREPLY']._serialized_end=256
+  _globals['_TRAFFICPART']._serialized_start=259
+  _globals['_TRAFFICPART']._serialized_end=634
+  _globals['_LATENCYHISTOGRAM']._serialized_start=636
+  _globals['_LATENCYHISTOGRAM']._serialized_end=704
+  _globals['_GETPLANREQUEST']._serialized_start=706
+  _globals['_GETPLANREQUEST']._serialized_end=722
+  _globals['_PLAN']._serialized_start=725
+  _globals['_PLAN']._serialized_end=951
+  _globals['_MODELPLAN']._serialized_start=954
+  _globals['_MODELPLAN']._serialized_end=1106
+  _globals['_WORKERCOUNTS']._serialized_start=1108
+  _globals['_WORKERCOUNTS']._serialized_end=1155
+  _globals['_MODELCOUNTS']._serialized_start=1157
+  _globals['_MODELCOUNTS']._serialized_end=1230
+  _globals['_PLANNERDECISION']._serialized_start=1233
+  _globals['_PLANNERDECISION']._serialized_end=1631
+  _globals['_PLANNERDECISION_NUMBERSENTRY']._serialized_start=1585
+  _globals['_PLANNERDECISION_NUMBERSENTRY']._serialized_end=1631
+  _globals['_PLANNERACTION']._serialized_start=1634
+  _globals['_PLANNERACTION']._serialized_end=1844
+  _globals['_PLANNERACTION_KIND']._serialized_start=1784
+  _globals['_PLANNERACTION_KIND']._serialized_end=1844
+  _globals['_CONSIDEREDCOUNTS']._serialized_start=1847
+  _globals['_CONSIDEREDCOUNTS']._serialized_end=1987
+  _globals['_EXPLAINREQUEST']._serialized_start=1989
+  _globals['_EXPLAINREQUEST']._serialized_end=2069
+  _globals['_HISTORYREQUEST']._serialized_start=2071
+  _globals['_HISTORYREQUEST']._serialized_end=2144
+  _globals['_HISTORYREPLY']._serialized_start=2146
+  _globals['_HISTORYREPLY']._serialized_end=2231
+  _globals['_APPLYREQUEST']._serialized_start=2233
+  _globals['_APPLYREQUEST']._serialized_end=2299
+  _globals['_APPLYREPLY']._serialized_start=2301
+  _globals['_APPLYREPLY']._serialized_end=2376
+  _globals['_POLICYCHANGE']._serialized_start=2378
+  _globals['_POLICYCHANGE']._serialized_end=2440
+  _globals['_PLANNER']._serialized_start=2443
+  _globals['_PLANNER']._serialized_end=2885
 # @@protoc_insertion_point(module_scope)

@@ -53,6 +53,21 @@ class TrafficReport(_message.Message):
 Global___TrafficReport: _TypeAlias = TrafficReport  # noqa: Y015
 
 @_typing.final
+class WatchTrafficRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTrafficRequest: _TypeAlias = WatchTrafficRequest  # noqa: Y015
+
+@_typing.final
 class TrafficReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

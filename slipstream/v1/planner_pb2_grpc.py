@@ -40,6 +40,11 @@ class PlannerStub(object):
                 request_serializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_planner__pb2.TrafficReply.FromString,
                 _registered_method=True)
+        self.WatchTraffic = channel.unary_stream(
+                '/slipstream.v1.Planner/WatchTraffic',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.WatchTrafficRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.FromString,
+                _registered_method=True)
         self.GetPlan = channel.unary_unary(
                 '/slipstream.v1.Planner/GetPlan',
                 request_serializer=slipstream_dot_v1_dot_planner__pb2.GetPlanRequest.SerializeToString,
@@ -69,6 +74,13 @@ class PlannerServicer(object):
     def ReportTraffic(self, request, context):
         """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
         is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTraffic(self, request, context):
+        """The frontends' reports as they come: for a planner in another process, which stands by.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +122,11 @@ def add_PlannerServicer_to_server(servicer, server):
                     servicer.ReportTraffic,
                     request_deserializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.FromString,
                     response_serializer=slipstream_dot_v1_dot_planner__pb2.TrafficReply.SerializeToString,
+            ),
+            'WatchTraffic': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTraffic,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.WatchTrafficRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.TrafficReport.SerializeToString,
             ),
             'GetPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlan,
@@ -160,6 +177,33 @@ class Planner(object):
             '/slipstream.v1.Planner/ReportTraffic',
             slipstream_dot_v1_dot_planner__pb2.TrafficReport.SerializeToString,
             slipstream_dot_v1_dot_planner__pb2.TrafficReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/slipstream.v1.Planner/WatchTraffic',
+            slipstream_dot_v1_dot_planner__pb2.WatchTrafficRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.TrafficReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class PlannerStub:
     """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
     is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
     """
+    WatchTraffic: _grpc.UnaryStreamMultiCallable[_planner_pb2.WatchTrafficRequest, _planner_pb2.TrafficReport]
+    """The frontends' reports as they come: for a planner in another process, which stands by."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_planner_pb2.GetPlanRequest, _planner_pb2.Plan]
     """What there is, what is wanted, who acts, and the policy in force."""
     Explain: _grpc.UnaryUnaryMultiCallable[_planner_pb2.ExplainRequest, _planner_pb2.PlannerDecision]
@@ -57,6 +59,8 @@ class PlannerAsyncStub(PlannerStub):
     """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
     is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
     """
+    WatchTraffic: _aio.UnaryStreamMultiCallable[_planner_pb2.WatchTrafficRequest, _planner_pb2.TrafficReport]  # type: ignore[assignment]
+    """The frontends' reports as they come: for a planner in another process, which stands by."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_planner_pb2.GetPlanRequest, _planner_pb2.Plan]  # type: ignore[assignment]
     """What there is, what is wanted, who acts, and the policy in force."""
     Explain: _aio.UnaryUnaryMultiCallable[_planner_pb2.ExplainRequest, _planner_pb2.PlannerDecision]  # type: ignore[assignment]
@@ -80,6 +84,14 @@ class PlannerServicer(metaclass=_abc_1.ABCMeta):
         """Frontends tell what came, waited and was answered, each second or so. Reports are soft state: one that is lost
         is missing from one interval, and a planner that was restarted has a whole picture after a few seconds.
         """
+
+    @_abc_1.abstractmethod
+    def WatchTraffic(
+        self,
+        request: _planner_pb2.WatchTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_planner_pb2.TrafficReport], _abc.AsyncIterator[_planner_pb2.TrafficReport]]:
+        """The frontends' reports as they come: for a planner in another process, which stands by."""
 
     @_abc_1.abstractmethod
     def GetPlan(
