@@ -14,6 +14,8 @@ from slipstream.cli import (
     local,
     planner_decisions,
     planner_policy,
+    planner_recommend,
+    planner_simulate,
     profile,
     roles,
     show,
@@ -68,6 +70,8 @@ profile.add_to(app)
 transfer.add_to(ways)
 roles.add_to(app, planner)
 planner_policy.add_to(planner)
+planner_simulate.add_to(planner)
+planner_recommend.add_to(planner)
 planner_decisions.add_to(planner)
 show.add_to(app, configuration)
 app.add_typer(ways, name="transfer", rich_help_panel=transfer.PANEL)

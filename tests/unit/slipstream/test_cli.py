@@ -31,6 +31,8 @@ COMMANDS = [
     ["decode-worker"],
     ["planner", "serve"],
     ["planner", "policy"],
+    ["planner", "simulate"],
+    ["planner", "recommend"],
     ["planner", "apply"],
     ["planner", "explain"],
     ["planner", "history"],
