@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,22 +11,17 @@ import grpc.aio
 from engine.admission import Admission, check_model
 from engine.observed_call import ObservedCall
 from engine.protocol import Engine, TokensGenerated
-from slipstream import grpc_errors
+from engine.request_stream import MERGE_WITHIN_S, RequestStream, serving
 from slipstream.errors import SlipstreamError
-from slipstream.v1.worker_pb2 import DecodeEvent, DecodeRequest
+from slipstream.v1.worker_pb2 import DecodeCommands, DecodeEvent, DecodeEvents, DecodeRequest
 from slipstream.v1.worker_pb2_grpc import DecodeWorkerServicer
-
-# Tokens that come faster than this travel together. Each message costs both sides some 0.1 ms of CPU time, and nobody
-# reads 200 of them a second; engines whose steps take longer never notice.
-MERGE_WITHIN_S = 0.005
 
 
 class DecodeService(DecodeWorkerServicer):
     """Generates tokens; cancelling a call aborts its request.
 
     Args:
-        merge_within_s: least time between two messages of one call. The first tokens never wait, and an engine hands
-            over together what its reader has not fetched meanwhile.
+        merge_within_s: least time between two messages of one stream; see `engine.request_stream`.
     """
 
     def __init__(
@@ -38,10 +32,21 @@ class DecodeService(DecodeWorkerServicer):
         self._model = model
         self._merge_within_s = merge_within_s
 
-    async def Decode(  # noqa: N802 - gRPC's name
-        self, request: DecodeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[DecodeEvent]:
-        call = ObservedCall("DecodeWorker/Decode", request.request_id, context)
+    async def DecodeMany(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[DecodeCommands], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[DecodeEvents]:
+        stream = RequestStream(self.decode, DecodeEvent, merge_within_s=self._merge_within_s)
+        async with serving(stream, request_iterator, self._admission.over) as messages:
+            async for events in messages:
+                yield DecodeEvents(events=events)
+
+    async def decode(self, request: DecodeRequest) -> AsyncGenerator[DecodeEvent, None]:
+        """One request.
+
+        Raises:
+            SlipstreamError: it is refused, or failed.
+        """
+        call = ObservedCall("DecodeWorker/Decode", request.request_id, request.trace)
         try:
             with self._admission.admitted():
                 check_model(request.model, self._model)
@@ -57,11 +62,9 @@ class DecodeService(DecodeWorkerServicer):
                             if tokens.finish_reason:
                                 call.generated(tokens)
                             yield _event(tokens)
-                            if not tokens.finish_reason:
-                                await asyncio.sleep(self._merge_within_s)
         except SlipstreamError as error:
             call.fail(error.code)
-            await grpc_errors.abort(context, error)
+            raise
         finally:
             call.end()
 

@@ -26,6 +26,7 @@ class Admission:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._over = asyncio.Event()
         self.open_count = 0
         self.refused_total = 0
 
@@ -62,6 +63,14 @@ class Admission:
     async def idle(self) -> None:
         """Return when no request is open."""
         await self._idle.wait()
+
+    def close(self) -> None:
+        """There will be no more requests: what only waits for some may end."""
+        self._over.set()
+
+    async def over(self) -> None:
+        """Return when there will be no more requests."""
+        await self._over.wait()
 
 
 def check_model(asked: str, served: str) -> None:

@@ -206,6 +206,7 @@ class _Host:
                 await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
                 registration.push()
                 await self._drain(admission, engine)
+                admission.close()
                 feed.close()
                 await server.stop(grace=1.0)
         log.info("worker_stopped")

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
-import grpc.aio
 import structlog
 from prometheus_client import Histogram
 
@@ -40,16 +38,17 @@ class ObservedCall:
 
     Args:
         name: of the call's span, as `PrefillWorker/Prefill`.
+        trace: what the caller sent of its own (`Span.metadata`).
     """
 
     __slots__ = ("_computed_s", "_span")
 
-    def __init__(self, name: str, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, name: str, request_id: str, trace: Mapping[str, str]) -> None:
         self._span: Span = OFF
         self._computed_s = 0.0
         bound = {"request_id": request_id}
         if tracing.enabled():
-            self._span = tracing.start(f"slipstream.v1.{name}", context.invocation_metadata())
+            self._span = tracing.start(f"slipstream.v1.{name}", trace)
             self._span.set("slipstream.request_id", request_id)
             bound["trace_id"] = self._span.trace_id
         # Never unbound: the task of a call has a context of its own, and ends with it.

@@ -3,27 +3,26 @@
 The two workers find each other by the handoff id that both calls carry, and the blocks travel between them. Here
 both calls are only watched: what prefill does matters until decode's first tokens have come.
 
-An attempt owns its calls and tasks. `close` ends the calls at once, from any state and without waiting; it is
-what makes cancellation reach the workers.
+An attempt owns its calls, and has no task of its own. `close` ends the calls at once, from any state and without
+waiting; it is what makes cancellation reach the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from frontend.attempt_trace import AttemptTrace
+from frontend.deadlines import NEVER_S
 from frontend.router import Fleet, Route
 from frontend.router.candidate import Share
-from frontend.worker_call import WorkerCall
-from frontend.worker_channels import WorkerChannels
+from frontend.worker_call import DecodeCall, PrefillCall
 from frontend.worker_failure import FailureKind, WorkerFailure
+from frontend.worker_stream import WorkerStreams
 from frontend.write_back import WriteBack
-from slipstream.errors import DeadlineError, SlipstreamError, WorkerLostError
+from slipstream.errors import DeadlineError, WorkerLostError
 from slipstream.settings import FrontendSettings
 from slipstream.v1.registry_pb2 import WorkerRecord
 from slipstream.v1.sampling_pb2 import SamplingParams
@@ -35,12 +34,8 @@ from slipstream.v1.worker_pb2 import (
     PrefillRequest,
     PromptComputed,
 )
-from slipstream.v1.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
-
-T = TypeVar("T")
 
 HANDOFF_ID_BYTES = 16
-END_TIMEOUT_S = 1.0
 COMPUTED_GRACE_S = 0.2
 """How long prefill's word may come after decode's first tokens: it was sent before them, on another connection."""
 
@@ -54,7 +49,7 @@ class Surroundings:
     """
 
     settings: FrontendSettings
-    channels: WorkerChannels
+    streams: WorkerStreams
     fleet: Fleet
     clock: Callable[[], float]
     frontend_id: str = ""
@@ -77,7 +72,7 @@ class Job:
 
 @dataclass(slots=True)
 class Attempt:
-    """Use: `start`, `next_tokens` until it is finished, and `aclose` in every case.
+    """Use: `start`, `next_tokens` until it is finished, and `close` in every case.
 
     The work is counted for both workers from the start: requests that arrive together must see each other.
 
@@ -109,11 +104,11 @@ class Attempt:
     recomputed: bool = False
     began_s: float = 0.0
     trace: AttemptTrace = field(default_factory=AttemptTrace)
-    _source: WorkerCall[PrefillEvent] | None = None
-    _prefill: WorkerCall[PrefillEvent] | None = None
-    _decode: WorkerCall[DecodeEvent] | None = None
-    _watching: asyncio.Task[None] | None = None
-    _reading: asyncio.Task[DecodeEvent] | None = None
+    _source: PrefillCall | None = None
+    _prefill: PrefillCall | None = None
+    _decode: DecodeCall | None = None
+    _prefill_failure: Exception | None = None
+    _prefill_settled: asyncio.Event | None = None
     _grace: asyncio.TimerHandle | None = None
     _prefill_share: Share | None = None
     _decode_share: Share | None = None
@@ -136,12 +131,8 @@ class Attempt:
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
         request.frontend_id = self.around.frontend_id
-        metadata = self.trace.decode(self.route.decode)
-        self._decode = WorkerCall(
-            self.around.channels,
-            self.route.decode,
-            lambda channel: DecodeWorkerStub(channel).Decode(request, metadata=metadata),
-        )
+        trace = self.trace.decode(self.route.decode)
+        self._decode = self.around.streams.decode(self.route.decode, request, trace)
 
     async def next_tokens(self) -> DecodeEvent:
         """The next event that has tokens or finishes the answer.
@@ -154,56 +145,43 @@ class Attempt:
         if not self.tokens_came:
             event = await self._first_tokens()
         else:
-            assert self._decode is not None, "start comes first"
-            limit_s = self.around.settings.token_timeout_s
-            event = await self._in_time(self._read_tokens(), limit_s, self._decode.worker, "token")
-        if event.finish_reason and event.account.kv_blocks_moved and self._watching is not None:
-            # Blocks came, so the prompt was computed: the account shall have the figures.
-            await asyncio.wait({self._watching}, timeout=COMPUTED_GRACE_S)
+            self._expect(self._decode, self.around.settings.token_timeout_s)
+            event = await self._read_tokens("token", self.around.settings.token_timeout_s)
+        if event.finish_reason:
+            await self._finished(event)
         self.last_s = self.around.clock() - self.began_s
         self.tokens += len(event.token_ids)
-        if event.finish_reason:
-            self.decode_computed_tokens = event.account.decode_computed_tokens
-            self.recomputed = bool(event.account.fallback)
-            self.trace.finished(event)
         return event
 
-    async def await_end(self) -> None:
-        """After the last event: let the worker end the call itself, so that it sees an answer and no abort."""
-        assert self._decode is not None, "start comes first"
-        # The answer is complete: how the call ends does not matter.
-        with suppress(WorkerFailure, SlipstreamError):
-            await self._in_time(self._decode.read(), END_TIMEOUT_S, self._decode.worker, "end")
+    async def _finished(self, event: DecodeEvent) -> None:
+        account = event.account
+        if account.kv_blocks_moved and self._prefill_is_open:
+            # Blocks came, so the prompt was computed: the account shall have the figures.
+            self._prefill_settled = asyncio.Event()
+            try:
+                async with asyncio.timeout(COMPUTED_GRACE_S):
+                    await self._prefill_settled.wait()
+            except TimeoutError:
+                pass
+        self.decode_computed_tokens = account.decode_computed_tokens
+        self.recomputed = bool(account.fallback)
+        self.trace.finished(event)
 
     @property
     def ignored_failure(self) -> WorkerFailure | None:
         """What went wrong on the prefill worker when decode had answered already."""
-        watching = self._watching
-        if not self.tokens_came or watching is None or not watching.done() or watching.cancelled():
-            return None
-        error = watching.exception()
-        return error if isinstance(error, WorkerFailure) else None
+        error = self._prefill_failure
+        return error if self.tokens_came and isinstance(error, WorkerFailure) else None
 
     def close(self) -> None:
         """End the calls now: what they had not finished is aborted on the workers. Never blocks, never fails."""
         self._end_prefill()
-        for task in (self._watching, self._reading):
-            if task is not None:
-                task.cancel()
         if self._decode is not None:
             self._decode.end()
         for share in (self._prefill_share, self._decode_share):
             if share is not None:
                 share.end(self.around.clock())
         self.trace.close()
-
-    async def aclose(self) -> None:
-        """`close`, and see the attempt's tasks end, which they do at once."""
-        self.close()
-        tasks: list[asyncio.Task[None] | asyncio.Task[DecodeEvent]] = []
-        tasks += [self._watching] if self._watching is not None else []
-        tasks += [self._reading] if self._reading is not None else []
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start_source(self) -> Handoff:
         """Have a decode worker hand over the beginning of the prompt. Its call is not read: the prefill worker
@@ -220,9 +198,7 @@ class Attempt:
             cached_only=True,
             frontend_id=self.around.frontend_id,
         )
-        self._source = WorkerCall(
-            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request)
-        )
+        self._source = self.around.streams.prefill(worker, request, {})
         return handoff
 
     def _start_prefill(self, worker: WorkerRecord, source: Handoff | None) -> Handoff:
@@ -231,64 +207,85 @@ class Attempt:
             request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
         request.frontend_id = self.around.frontend_id
-        metadata = self.trace.prefill(worker)
-        self._prefill = WorkerCall(
-            self.around.channels, worker, lambda channel: PrefillWorkerStub(channel).Prefill(request, metadata=metadata)
-        )
-        self._watching = asyncio.create_task(self._watch_prefill(self._prefill), name="watch_prefill")
+        self._prefill = call = self.around.streams.prefill(worker, request, self.trace.prefill(worker))
+        call.on_event, call.on_failure = self._prefill_said, self._prefill_failed
+        self._expect(call, self.around.settings.prefill_timeout_s)
         return handoff
 
-    async def _watch_prefill(self, call: WorkerCall[PrefillEvent]) -> None:
-        """Until the prompt is computed; the call stays open, and the blocks held, until the first tokens."""
-        worker = call.worker
-        event = await self._in_time(call.read(), self.around.settings.prefill_timeout_s, worker, "computed prompt")
+    @property
+    def _prefill_is_open(self) -> bool:
+        """Whether the prefill worker has yet to say that the prompt is computed."""
+        return self._prefill is not None and self.computed is None and self._prefill_failure is None
+
+    def _prefill_said(self, event: PrefillEvent | None) -> None:
+        """The call stays open after it has computed, and the blocks held, until the first tokens."""
+        if self.computed is not None or self._prefill is None:
+            return
+        worker = self._prefill.worker
         if event is None or not event.HasField("computed"):
             lost = WorkerLostError(f"prefill worker {worker.worker_id} ended the call without having computed")
-            raise WorkerFailure(worker, FailureKind.FAILED, lost)
+            self._prefill_failed(WorkerFailure(worker, FailureKind.FAILED, lost))
+            return
+        self._prefill.expect_by(NEVER_S)
         self.computed = event.computed
         self.trace.computed(event.computed)
         self.prefill_s = self.around.clock() - self.began_s
         self._end_prefill_share()
         self._end_source()
+        self._settle_prefill()
         if self.tokens_came:
             self._end_prefill()
+        else:
+            self._expect(self._decode, self.around.settings.first_token_timeout_s)
         self.on_computed(self)
 
+    def _prefill_failed(self, error: Exception) -> None:
+        if not self._prefill_is_open or self._prefill is None:
+            return  # a prompt that was computed is decode's business
+        if isinstance(error, TimeoutError):
+            limit_s = self.around.settings.prefill_timeout_s
+            error = self._too_late(self._prefill.worker, "computed prompt", limit_s)
+        self._prefill_failure = error
+        self._settle_prefill()
+        if not self.tokens_came and self._decode is not None:
+            self._decode.failed(error)
+
+    def _settle_prefill(self) -> None:
+        if self._prefill_settled is not None:
+            self._prefill_settled.set()
+
     async def _first_tokens(self) -> DecodeEvent:
-        assert self._decode is not None, "start comes first"
-        self._reading = reading = asyncio.create_task(self._read_tokens(), name="first_tokens")
-        if self._watching is not None:
-            await asyncio.wait({reading, self._watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                self._watching.result()
+        limit_s = self.around.settings.first_token_timeout_s
+        # While prefill computes, its own limit is the one that runs.
+        self._expect(self._decode, NEVER_S if self._prefill_is_open else limit_s)
+        event = await self._read_tokens("first token", limit_s)
         # From here on decode is on its own: what happens to a prompt that was computed is its worker's business.
-        event = await self._in_time(
-            reading, self.around.settings.first_token_timeout_s, self._decode.worker, "first token"
-        )
         self.tokens_came = True
         self.first_s, self.first_tokens = self.around.clock() - self.began_s, len(event.token_ids)
         if self._decode_share is not None:
             self._decode_share.prompt_done(self.around.clock())
         # Decode has its own copy of the prompt's blocks now, or has computed them: nobody needs the others.
-        if self.computed is not None or self._watching is None or self._watching.done():
-            self._end_prefill()
-        else:
+        if self._prefill_is_open:
             self._grace = asyncio.get_running_loop().call_later(COMPUTED_GRACE_S, self._end_prefill)
+        else:
+            self._end_prefill()
         return event
 
-    async def _read_tokens(self) -> DecodeEvent:
-        """Decode's next event with tokens or a finish; no limit here."""
-        assert self._decode is not None
-        while True:
-            event = await self._decode.read()
-            if event is None:
-                worker = self._decode.worker
-                lost = WorkerLostError(f"decode worker {worker.worker_id} closed the call before the answer's end")
-                raise WorkerFailure(worker, FailureKind.FAILED, lost)
-            if event.token_ids or event.finish_reason:
-                return event
+    async def _read_tokens(self, awaited: str, limit_s: float) -> DecodeEvent:
+        """Decode's next event with tokens or a finish."""
+        call = self._decode
+        assert call is not None, "start comes first"
+        try:
+            event = await call.read()
+        except TimeoutError as error:
+            raise self._too_late(call.worker, awaited, limit_s) from error
+        if event is None:
+            lost = WorkerLostError(f"decode worker {call.worker.worker_id} closed the call before the answer's end")
+            raise WorkerFailure(call.worker, FailureKind.FAILED, lost)
+        return event
 
     def _end_prefill(self) -> None:
+        self._settle_prefill()
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
@@ -305,20 +302,16 @@ class Attempt:
         if self._prefill_share is not None:
             self._prefill_share.end(self.around.clock())
 
-    async def _in_time(self, reading: Awaitable[T], limit_s: float, worker: WorkerRecord, awaited: str) -> T:
-        """What is read, within the limit and the request's deadline."""
-        left_s = min(limit_s, self.job.deadline_s - self.around.clock())
-        try:
-            async with asyncio.timeout(left_s):
-                return await reading
-        except TimeoutError as error:
-            if self.around.clock() >= self.job.deadline_s:
-                limit_s = self.around.settings.request_timeout_s
-                raise DeadlineError(
-                    f"the request took longer than frontend.request_timeout_s = {limit_s:g} s"
-                ) from error
-            silent = WorkerLostError(f"no {awaited} within {limit_s:g} s")
-            raise WorkerFailure(worker, FailureKind.TIMEOUT, silent) from error
+    def _expect(self, call: DecodeCall | PrefillCall | None, limit_s: float) -> None:
+        """The next event within the limit and the request's deadline."""
+        if call is not None:
+            call.expect_by(min(self.around.clock() + limit_s, self.job.deadline_s))
+
+    def _too_late(self, worker: WorkerRecord, awaited: str, limit_s: float) -> Exception:
+        if self.around.clock() >= self.job.deadline_s:
+            limit_s = self.around.settings.request_timeout_s
+            return DeadlineError(f"the request took longer than frontend.request_timeout_s = {limit_s:g} s")
+        return WorkerFailure(worker, FailureKind.TIMEOUT, WorkerLostError(f"no {awaited} within {limit_s:g} s"))
 
 
 def _handoff_from(worker: WorkerRecord) -> Handoff:

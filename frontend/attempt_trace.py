@@ -1,13 +1,15 @@
 """The part of a request's trace that one dispatch makes: a span for each call to a worker.
 
-The workers' own spans become children of these, by the `traceparent` in the calls' metadata.
+The workers' own spans become children of these, by the `traceparent` that the requests carry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from frontend.request_record import current_span
 from frontend.worker_failure import WorkerFailure
-from slipstream.tracing import OFF, Metadata, Span
+from slipstream.tracing import OFF, Span
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.worker_pb2 import DecodeEvent, PromptComputed
 
@@ -22,15 +24,15 @@ class AttemptTrace:
         self._prefill: Span = OFF
         self._decode: Span = OFF
 
-    def prefill(self, worker: WorkerRecord) -> Metadata | None:
+    def prefill(self, worker: WorkerRecord) -> Mapping[str, str]:
         """The call to the prefill worker is about to be made; returns what it shall carry."""
         self._prefill = self._call("prefill", worker)
-        return self._prefill.metadata()
+        return dict(self._prefill.metadata() or ())
 
-    def decode(self, worker: WorkerRecord) -> Metadata | None:
+    def decode(self, worker: WorkerRecord) -> Mapping[str, str]:
         """The call to the decode worker is about to be made; returns what it shall carry."""
         self._decode = self._call("decode", worker)
-        return self._decode.metadata()
+        return dict(self._decode.metadata() or ())
 
     def computed(self, computed: PromptComputed) -> None:
         """The prompt is computed, which is what the span `prefill` lasts until."""

@@ -38,6 +38,7 @@ from frontend.router import RETRY_AFTER_S, Ask, Fleet, Route, Router
 from frontend.routing import Routing
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import WorkerFailure
+from frontend.worker_stream import WorkerStreams
 from slipstream import telemetry
 from slipstream.background import background
 from slipstream.errors import NoWorkerError
@@ -56,6 +57,7 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
         fleet = Fleet(tie_break=uuid.uuid4().hex)
         caches = KnownCaches(fleet)
         conversations = Conversations(caches, write_back=settings.frontend.write_back)
+        streams = await stack.enter_async_context(WorkerStreams(channels, time.monotonic))
         cache_watch = await stack.enter_async_context(CacheWatch(caches, channels, frontend_id=fleet.tie_break))
 
         async def take_note(view: ClusterView) -> None:
@@ -63,11 +65,13 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
             fleet.apply(records)
             conversations.note_workers(records, fleet.places())
             await cache_watch.retain(records)
-            await channels.retain({record.address for record in records})
+            addresses = {record.address for record in records}
+            await streams.retain(addresses)
+            await channels.retain(addresses)
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        around = Surroundings(settings.frontend, channels, fleet, time.monotonic, fleet.tie_break)
+        around = Surroundings(settings.frontend, streams, fleet, time.monotonic, fleet.tie_break)
         router = Router(settings.frontend.policy, always_hand_off=settings.frontend.handoff == "always")
         yield ClusterDispatcher(around, watch, conversations, Routing(fleet, router))
 
@@ -143,14 +147,12 @@ class ClusterDispatcher:
                         self._note_event(event, attempt)
                         yield delta
                         if delta.finish_reason:
-                            await attempt.await_end()
                             return
                 except WorkerFailure as failure:
                     attempt.trace.failed(failure)
-                    attempt.close()
                     ending = self._after_failure(failure, progress)
                 finally:
-                    await attempt.aclose()
+                    attempt.close()
                     self._note_attempt(attempt, progress, chain)
                 if ending is not None:
                     yield ending

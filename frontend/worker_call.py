@@ -1,64 +1,174 @@
-"""One open call to a worker: how its events are read, what its end means, and how it is ended from here."""
+"""One request among those of a stream to a worker: how its events are read, and how it is ended from here."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import grpc.aio
-
-from frontend.worker_channels import WorkerChannels
-from frontend.worker_failure import FailureKind, WorkerFailure, failure_of
-from slipstream.errors import WorkerLostError
+from frontend.deadlines import NEVER_S
+from frontend.worker_failure import failure_of, is_of_request
+from slipstream.errors import CancelledByClientError
+from slipstream.grpc_errors import from_failure
 from slipstream.v1.registry_pb2 import WorkerRecord
 from slipstream.v1.worker_pb2 import DecodeEvent, PrefillEvent
 
+if TYPE_CHECKING:
+    from frontend.worker_stream import WorkerStream
+
 Event = TypeVar("Event", PrefillEvent, DecodeEvent)
+
+WAITING_TOKENS = 16_384
+"""Tokens that may wait for a client that does not read; with its socket's buffers it is some minutes behind then."""
 
 
 class WorkerCall(Generic[Event]):
-    """A call that streams events. It is under way once this exists; pair it with one `end`.
+    """A request that a worker has. Pair each with one `end`.
 
-    Args:
-        begin: makes the call on the worker's channel.
+    Attributes:
+        number: its name on the stream.
+        due_s: see `frontend.deadlines`.
     """
 
-    def __init__(
-        self,
-        channels: WorkerChannels,
-        worker: WorkerRecord,
-        begin: Callable[[grpc.aio.Channel], grpc.aio.UnaryStreamCall[Any, Event]],
-    ) -> None:
+    def __init__(self, stream: WorkerStream[Any, Event], worker: WorkerRecord, number: int) -> None:
         self.worker = worker
-        self._channels = channels
-        self._call: grpc.aio.UnaryStreamCall[Any, Event] = begin(channels.acquire(worker.address))
-        self._ended = False
+        self.number = number
+        self.due_s = NEVER_S
+        self._stream: WorkerStream[Any, Event] = stream
+        self._over = False
 
-    async def read(self) -> Event | None:
-        """The next event; None at the call's regular end. Cancelling a read cancels the call.
+    def expect_by(self, due_s: float) -> None:
+        """`failed` is called with a TimeoutError at that time, unless another is set before."""
+        if not self._over:
+            self._stream.deadlines.set(self, due_s)
+
+    def end(self) -> None:
+        """Abort on the worker what has not finished. Again is fine; never blocks."""
+        if self._leave():
+            self._stream.cancel(self.number)
+
+    def came(self, event: Event) -> None:
+        """The worker sent this; called by the stream alone."""
+        failed = event.HasField("failure")
+        if not failed and not event.ended:
+            self.received(event)
+            return
+        self._leave()
+        if isinstance(event, DecodeEvent) and event.token_ids:
+            self.received(event)
+        if failed:
+            cause = from_failure(event.failure)
+            self.failed(cause if is_of_request(cause) else failure_of(self.worker, cause))
+        else:
+            self.received(None)
+
+    def broke(self, error: Exception) -> None:
+        """The stream broke; called by the stream alone."""
+        if self._leave():
+            self.failed(error)
+
+    def expired(self) -> None:
+        """See `frontend.deadlines`."""
+        self.failed(TimeoutError())
+
+    def received(self, event: Event | None) -> None:
+        """An event; None at a regular end that says nothing more."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> None:
+        """No more events come: a WorkerFailure, a TimeoutError, or an error of the request itself."""
+        raise NotImplementedError
+
+    def _leave(self) -> bool:
+        """The stream has no more to do with it; returns whether it had."""
+        if self._over:
+            return False
+        self._over = True
+        self._stream.leave(self)
+        return True
+
+
+class PrefillCall(WorkerCall[PrefillEvent]):
+    """Tells of its events by calling back: nobody waits for them alone."""
+
+    def __init__(self, stream: WorkerStream[Any, PrefillEvent], worker: WorkerRecord, number: int) -> None:
+        super().__init__(stream, worker, number)
+        self.on_event: Callable[[PrefillEvent | None], None] = lambda event: None
+        self.on_failure: Callable[[Exception], None] = lambda error: None
+
+    def received(self, event: PrefillEvent | None) -> None:
+        if event is not None and event.HasField("closed"):
+            self._leave()
+        self.on_event(event)
+
+    def failed(self, error: Exception) -> None:
+        self.on_failure(error)
+
+
+class DecodeCall(WorkerCall[DecodeEvent]):
+    """Is read by one reader. What comes faster than it reads becomes one event."""
+
+    def __init__(self, stream: WorkerStream[Any, DecodeEvent], worker: WorkerRecord, number: int) -> None:
+        super().__init__(stream, worker, number)
+        self._waiting: DecodeEvent | None = None
+        self._grown = False
+        self._at_end = False
+        self._error: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    async def read(self) -> DecodeEvent | None:
+        """The next event with tokens or a finish reason; None at an end without one.
 
         Raises:
             WorkerFailure: the call broke.
+            TimeoutError: nothing came in time; see `expect_by`.
             InvalidRequestError, RequestTooLargeError: the worker finds the request itself wrong.
+            CancelledByClientError: the reader is too far behind.
         """
-        try:
-            event = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise failure_of(self.worker, error) from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if self._ended or (task is not None and task.cancelling()):
-                raise
-            # Not this task was cancelled but the call: its channel was closed under it.
-            closed = WorkerLostError("the connection was closed")
-            raise WorkerFailure(self.worker, FailureKind.LOST, closed) from error
-        return None if event is grpc.aio.EOF else cast("Event", event)
+        if self._waiting is None and self._error is None and not self._at_end:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        event, self._waiting = self._waiting, None
+        if event is None and self._error is not None:
+            raise self._error
+        return event
 
-    def end(self) -> None:
-        """Cancel the call, which aborts on the worker what has not finished. Again is fine; never blocks."""
-        if self._ended:
+    def received(self, event: DecodeEvent | None) -> None:
+        self.due_s = NEVER_S
+        if isinstance(self._error, TimeoutError):
+            self._error = None  # nobody has seen it yet
+        if event is None:
+            self._at_end = True
+        elif self._waiting is not None:
+            self._append(self._waiting, event)
+        elif event.token_ids or event.finish_reason:
+            self._waiting, self._grown = event, False
+        else:
             return
-        self._ended = True
-        self._call.cancel()
-        self._channels.release(self.worker.address)
+        if event is not None and event.finish_reason:
+            self._leave()
+        self._wake()
+
+    def failed(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    def _append(self, waiting: DecodeEvent, event: DecodeEvent) -> None:
+        if not self._grown:  # an own copy: the first one shares its memory with the whole message it came in
+            self._waiting, self._grown = DecodeEvent(), True
+            self._waiting.CopyFrom(waiting)
+            waiting = self._waiting
+        waiting.MergeFrom(event)
+        if len(waiting.token_ids) > WAITING_TOKENS:
+            self.end()
+            behind = f"The client reads too slowly: more than {WAITING_TOKENS} tokens of its answer wait for it."
+            self._waiting = None
+            self.failed(CancelledByClientError(behind))
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-import grpc.aio
-
 from frontend.router import RETRY_AFTER_S, Fallback
 from slipstream.errors import (
     CancelledByClientError,
@@ -16,7 +14,6 @@ from slipstream.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 
 
@@ -39,6 +36,7 @@ _FALLBACKS = {
     FailureKind.REFUSED: Fallback.PREFILL_REFUSED,
     FailureKind.FAILED: Fallback.PREFILL_FAILED,
 }
+_LOST = frozenset(cls.default_code for cls in (WorkerLostError, EngineDeadError, CancelledByClientError))
 
 
 class WorkerFailure(Exception):  # noqa: N818 - not an error of the request: another worker may serve it
@@ -70,18 +68,16 @@ class WorkerFailure(Exception):  # noqa: N818 - not an error of the request: ano
         )
 
 
-def failure_of(worker: WorkerRecord, error: grpc.aio.AioRpcError) -> WorkerFailure:
-    """Read a call's final status.
+def is_of_request(cause: SlipstreamError) -> bool:
+    """Whether the request is at fault: no other worker would take it."""
+    return isinstance(cause, InvalidRequestError) or cause.code == RequestTooLargeError.default_code
 
-    Raises:
-        InvalidRequestError, RequestTooLargeError: the request is at fault, no other worker would take it.
-    """
-    cause = from_rpc_error(error)
-    if isinstance(cause, InvalidRequestError) or cause.code == RequestTooLargeError.default_code:
-        raise cause from error
+
+def failure_of(worker: WorkerRecord, cause: SlipstreamError) -> WorkerFailure:
+    """What a worker's refusal of a request, or the end of its stream, says of the worker."""
     # The transport's own UNAVAILABLE carries no code of ours and comes back as plain `worker_lost`. A server that is
     # torn down cancels its calls; whoever else cancels one is this process, which does not read it then.
-    if cause.code in (cls.default_code for cls in (WorkerLostError, EngineDeadError, CancelledByClientError)):
+    if cause.code in _LOST:
         return WorkerFailure(worker, FailureKind.LOST, cause)
     if isinstance(cause, WorkerLostError | RequestTooLargeError):  # by status alone: the code says what it is
         cause = UnavailableError(cause.message, code=cause.code, retry_after_s=cause.retry_after_s)

@@ -7,7 +7,7 @@ ends, whatever the reason. A frontend that dies takes its calls with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,13 +17,13 @@ from engine.admission import Admission, check_model
 from engine.observed_call import ObservedCall
 from engine.open_work import OpenRequest
 from engine.protocol import Engine, PromptComputed
+from engine.request_stream import RequestStream, serving
 from kv_transfer.board import Outcome
 from kv_transfer.handoff import ID_BYTES
 from kv_transfer.leases import Lease, LeaseTable
-from slipstream import grpc_errors
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError
 from slipstream.v1 import worker_pb2
-from slipstream.v1.worker_pb2 import HandoffClosed, PrefillEvent, PrefillRequest
+from slipstream.v1.worker_pb2 import HandoffClosed, PrefillCommands, PrefillEvent, PrefillEvents, PrefillRequest
 from slipstream.v1.worker_pb2_grpc import PrefillWorkerServicer
 
 # How often an open call looks whether its lease has ended: the caller does not wait for this.
@@ -60,10 +60,21 @@ class PrefillService(PrefillWorkerServicer):
         self._model = model
         self._lease_s = lease_s
 
-    async def Prefill(  # noqa: N802 - gRPC's name
-        self, request: PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[PrefillEvent]:
-        call = ObservedCall("PrefillWorker/Prefill", request.request_id, context)
+    async def PrefillMany(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[PrefillCommands], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[PrefillEvents]:
+        stream = RequestStream(self.prefill, PrefillEvent)
+        async with serving(stream, request_iterator, self._admission.over) as messages:
+            async for events in messages:
+                yield PrefillEvents(events=events)
+
+    async def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
+        """One request.
+
+        Raises:
+            SlipstreamError: it is refused, or failed.
+        """
+        call = ObservedCall("PrefillWorker/Prefill", request.request_id, request.trace)
         try:
             with self._admission.admitted(), self._leased() as lease, self._begun(request) as begun:
                 self._check(request)
@@ -81,7 +92,7 @@ class PrefillService(PrefillWorkerServicer):
                     await _end(keeping)
         except SlipstreamError as error:
             call.fail(error.code)
-            await grpc_errors.abort(context, error)
+            raise
         finally:
             call.end()
 

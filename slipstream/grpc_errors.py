@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from slipstream import errors
+from slipstream.v1.worker_pb2 import Failure
 
 CODE_KEY = "slipstream-code"
 PARAM_KEY = "slipstream-param"
@@ -32,6 +33,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.SlipstreamError]] = {
     grpc.StatusCode.CANCELLED: errors.CancelledByClientError,
 }
 
+_STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
+
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.SlipstreamError) -> NoReturn:
     """End a call with the status, message and metadata of `error`. Raises (gRPC's own AbortError)."""
@@ -42,6 +45,29 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.Slips
         metadata.append((RETRY_KEY, f"{error.retry_after_s:.3f}"))
     await context.abort(error.grpc_status, error.message, tuple(metadata))
     raise AssertionError("unreachable: abort raises")
+
+
+def to_failure(error: errors.SlipstreamError) -> Failure:
+    """What `abort` says of a whole call, of one request among those of a stream."""
+    return Failure(
+        code=error.code,
+        message=error.message,
+        param=error.param or "",
+        retry_after_s=error.retry_after_s or 0.0,
+        status=error.grpc_status.value[0],
+    )
+
+
+def from_failure(failure: Failure) -> errors.SlipstreamError:
+    """The typed error behind it."""
+    status = _STATUS.get(failure.status, grpc.StatusCode.UNKNOWN)
+    cls = _BY_CODE.get(failure.code) or _BY_STATUS.get(status, errors.SlipstreamError)
+    return cls(
+        failure.message,
+        param=failure.param or None,
+        code=failure.code or None,
+        retry_after_s=failure.retry_after_s or None,
+    )
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError | grpc.RpcError) -> errors.SlipstreamError:

@@ -5,7 +5,7 @@
         route = span.child("route")
         ...
         route.end()
-        stub.Decode(request, metadata=span.metadata())   # the worker's spans become children of this one
+        stub.Infer(request, metadata=span.metadata())   # the other process's spans become children of this one
         span.end()
 
 Off unless an endpoint is set. Then every span is the one `OFF`, whose methods do nothing, and OpenTelemetry's SDK is

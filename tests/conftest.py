@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.support.tiny_model import make_tiny_model
@@ -13,6 +14,10 @@ from tests.support.tiny_model import make_tiny_model
 # `pytest --hypothesis-profile=default`.
 settings.register_profile("repeatable", derandomize=True, parent=settings.get_profile("default"))
 settings.load_profile("repeatable")
+
+# A logged traceback with colours and all locals holds up the event loop for a third of a second.
+_plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _plain])
 
 _CLUSTER_TESTS = tuple(Path(__file__).parent / name for name in ("e2e", "faults"))
 _CLUSTER_TEST_TIMEOUT_S = 400

@@ -27,9 +27,11 @@ if _version_not_supported:
 
 
 class PrefillWorkerStub(object):
-    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
-    aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
-    UNAVAILABLE and `slipstream-code: worker_draining`.
+    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Each process of a frontend
+    has one stream to each worker, over which all its requests go: a message costs some 0.1 ms of CPU time on both sides,
+    and carries what one step made for all of them. Requests are named by `call`, a number that the frontend gives once
+    a stream. Cancelling a call, or breaking the stream, aborts the request on that worker and frees its KV blocks. A
+    draining worker refuses new requests with `worker_draining`, and ends its streams when the last one is done.
 
     Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
@@ -40,22 +42,24 @@ class PrefillWorkerStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Prefill = channel.unary_stream(
-                '/slipstream.v1.PrefillWorker/Prefill',
-                request_serializer=slipstream_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
-                response_deserializer=slipstream_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
+        self.PrefillMany = channel.stream_stream(
+                '/slipstream.v1.PrefillWorker/PrefillMany',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.PrefillCommands.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_worker__pb2.PrefillEvents.FromString,
                 _registered_method=True)
 
 
 class PrefillWorkerServicer(object):
-    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
-    aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
-    UNAVAILABLE and `slipstream-code: worker_draining`.
+    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Each process of a frontend
+    has one stream to each worker, over which all its requests go: a message costs some 0.1 ms of CPU time on both sides,
+    and carries what one step made for all of them. Requests are named by `call`, a number that the frontend gives once
+    a stream. Cancelling a call, or breaking the stream, aborts the request on that worker and frees its KV blocks. A
+    draining worker refuses new requests with `worker_draining`, and ends its streams when the last one is done.
 
     Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
-    def Prefill(self, request, context):
+    def PrefillMany(self, request_iterator, context):
         """Computes the prompt, and pushes its KV blocks, while it computes, to the decode worker that announces itself
         under the same handoff id. The call stays open until that worker has all it asked for (`closed`); the
         blocks are held under a lease while it is open, and cancelling it releases them at once.
@@ -67,10 +71,10 @@ class PrefillWorkerServicer(object):
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Prefill': grpc.unary_stream_rpc_method_handler(
-                    servicer.Prefill,
-                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
-                    response_serializer=slipstream_dot_v1_dot_worker__pb2.PrefillEvent.SerializeToString,
+            'PrefillMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.PrefillMany,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.PrefillCommands.FromString,
+                    response_serializer=slipstream_dot_v1_dot_worker__pb2.PrefillEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -81,15 +85,17 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillWorker(object):
-    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Cancelling a call
-    aborts the request on that worker and frees its KV blocks. A draining worker refuses new requests with
-    UNAVAILABLE and `slipstream-code: worker_draining`.
+    """Between frontends and workers. Token ids in, token ids out: no text crosses these calls. Each process of a frontend
+    has one stream to each worker, over which all its requests go: a message costs some 0.1 ms of CPU time on both sides,
+    and carries what one step made for all of them. Requests are named by `call`, a number that the frontend gives once
+    a stream. Cancelling a call, or breaking the stream, aborts the request on that worker and frees its KV blocks. A
+    draining worker refuses new requests with `worker_draining`, and ends its streams when the last one is done.
 
     Served by workers of either role, as is DecodeWorker: see Worker.SetRole.
     """
 
     @staticmethod
-    def Prefill(request,
+    def PrefillMany(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -99,12 +105,12 @@ class PrefillWorker(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/slipstream.v1.PrefillWorker/Prefill',
-            slipstream_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
-            slipstream_dot_v1_dot_worker__pb2.PrefillEvent.FromString,
+            '/slipstream.v1.PrefillWorker/PrefillMany',
+            slipstream_dot_v1_dot_worker__pb2.PrefillCommands.SerializeToString,
+            slipstream_dot_v1_dot_worker__pb2.PrefillEvents.FromString,
             options,
             channel_credentials,
             insecure,
@@ -125,17 +131,17 @@ class DecodeWorkerStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Decode = channel.unary_stream(
-                '/slipstream.v1.DecodeWorker/Decode',
-                request_serializer=slipstream_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
-                response_deserializer=slipstream_dot_v1_dot_worker__pb2.DecodeEvent.FromString,
+        self.DecodeMany = channel.stream_stream(
+                '/slipstream.v1.DecodeWorker/DecodeMany',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.DecodeCommands.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_worker__pb2.DecodeEvents.FromString,
                 _registered_method=True)
 
 
 class DecodeWorkerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
-    def Decode(self, request, context):
+    def DecodeMany(self, request_iterator, context):
         """Generates. With a handoff, the prompt's blocks that are not in the local prefix cache are received from the
         worker that it names, while that one computes them; without one, or when the transfer fails, the prompt is
         computed here. Call it together with Prefill: it takes no blocks before the prompt's computation has begun.
@@ -147,10 +153,10 @@ class DecodeWorkerServicer(object):
 
 def add_DecodeWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Decode': grpc.unary_stream_rpc_method_handler(
-                    servicer.Decode,
-                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
-                    response_serializer=slipstream_dot_v1_dot_worker__pb2.DecodeEvent.SerializeToString,
+            'DecodeMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeMany,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.DecodeCommands.FromString,
+                    response_serializer=slipstream_dot_v1_dot_worker__pb2.DecodeEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -164,7 +170,7 @@ class DecodeWorker(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Decode(request,
+    def DecodeMany(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -174,12 +180,12 @@ class DecodeWorker(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/slipstream.v1.DecodeWorker/Decode',
-            slipstream_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
-            slipstream_dot_v1_dot_worker__pb2.DecodeEvent.FromString,
+            '/slipstream.v1.DecodeWorker/DecodeMany',
+            slipstream_dot_v1_dot_worker__pb2.DecodeCommands.SerializeToString,
+            slipstream_dot_v1_dot_worker__pb2.DecodeEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,25 +11,30 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
 
+from engine.request_stream import RequestStream, serving
 from slipstream.errors import SlipstreamError
 from slipstream.grpc_channels import server_options
-from slipstream.grpc_errors import abort
 from slipstream.registration import Registration
 from slipstream.v1.registry_pb2 import Capacity, Load, Role, TransferEndpoint, WorkerRecord, WorkerState
 from slipstream.v1.sampling_pb2 import Candidate, FinishReason, RequestAccount, TokenLogprobs
 from slipstream.v1.worker_pb2 import (
+    DecodeCommands,
     DecodeEvent,
+    DecodeEvents,
     DecodeRequest,
     HandoffClosed,
+    PrefillCommands,
     PrefillEvent,
+    PrefillEvents,
     PrefillRequest,
     PromptComputed,
 )
@@ -124,6 +129,7 @@ class Seen:
     completed: list[str] = field(default_factory=list)
     peers: list[str] = field(default_factory=list)
     traceparents: list[str] = field(default_factory=list)
+    streams: int = 0
     open_calls: int = 0
 
 
@@ -199,26 +205,43 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         """Close the server and every connection at once; the registration goes on as if nothing had happened."""
         await self._server.stop(None)
 
-    async def Prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:  # noqa: N802
-        self.seen.prefills.append(request)
-        self.seen.traceparents.append(_traceparent(context))
-        async for event in self._watched(request.request_id, self._prefill(request, context)):
-            yield event
+    async def PrefillMany(  # noqa: N802
+        self, request_iterator: AsyncIterator[PrefillCommands], context: Context
+    ) -> AsyncIterator[PrefillEvents]:
+        def answer(request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
+            self._note(request, context)
+            self.seen.prefills.append(request)
+            return self._watched(request.request_id, self._prefill(request))
 
-    async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:  # noqa: N802
-        self.seen.decodes.append(request)
+        async with serving(RequestStream(answer, PrefillEvent), request_iterator, _for_ever) as messages:
+            async for events in messages:
+                yield PrefillEvents(events=events)
+
+    async def DecodeMany(  # noqa: N802
+        self, request_iterator: AsyncIterator[DecodeCommands], context: Context
+    ) -> AsyncIterator[DecodeEvents]:
+        def answer(request: DecodeRequest) -> AsyncGenerator[DecodeEvent, None]:
+            self._note(request, context)
+            self.seen.decodes.append(request)
+            return self._watched(request.request_id, self._decode(request))
+
+        self.seen.streams += 1
+        stream = RequestStream(answer, DecodeEvent, merge_within_s=0)
+        async with serving(stream, request_iterator, _for_ever) as messages:
+            async for events in messages:
+                yield DecodeEvents(events=events)
+
+    def _note(self, request: PrefillRequest | DecodeRequest, context: Context) -> None:
         self.seen.peers.append(context.peer())
-        self.seen.traceparents.append(_traceparent(context))
-        async for event in self._watched(request.request_id, self._decode(request, context)):
-            yield event
+        self.seen.traceparents.append(request.trace.get("traceparent", ""))
 
-    async def _prefill(self, request: PrefillRequest, context: Context) -> AsyncIterator[PrefillEvent]:
+    async def _prefill(self, request: PrefillRequest) -> AsyncIterator[PrefillEvent]:
         script = self.prefill_script or self.script
         try:
             if request.cached_only and not script.cached:
                 yield PrefillEvent(closed=HandoffClosed(outcome=HandoffClosed.NOT_CACHED))
                 return
-            await self._misbehave(0, context, script)
+            await self._misbehave(0, script)
             computed = await self._computed(request)
             await self._settle(request.handoff_id, len(request.token_ids))
             await asyncio.sleep(script.say_after_s)
@@ -244,12 +267,12 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
         if self.handoffs is not None:
             await self.handoffs.settle(handoff_id, tokens)
 
-    async def _decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeEvent]:
+    async def _decode(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
         sampling, received = request.sampling, await self._receive(request)
         allowed = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_TOKENS
         count = allowed if self.script.finish_at is None else min(allowed, self.script.finish_at)
         for index in range(count):
-            await self._misbehave(index, context)
+            await self._misbehave(index)
             if self.script.end_at == index:
                 return
             token = token_at(len(request.token_ids) + index)
@@ -264,14 +287,14 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
                 event.account.CopyFrom(self._account(request, received))
             yield event
             await asyncio.sleep(self.script.interval_s)
-        await self._misbehave(count, context)
+        await self._misbehave(count)
 
-    async def _misbehave(self, position: int, context: Context, script: Script | None = None) -> None:
+    async def _misbehave(self, position: int, script: Script | None = None) -> None:
         script = script or self.script
         if position == 0:
             await asyncio.sleep(script.delay_s)
         if script.refuse is not None:
-            await abort(context, script.refuse)
+            raise copy(script.refuse)
         if script.crash_at == position:
             raise RuntimeError("scripted crash of the handler")
         if script.die_at == position:
@@ -304,7 +327,7 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             fallback=self.script.fallback or ("transfer_worker_gone" if broke else ""),
         )
 
-    async def _watched(self, request_id: str, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _watched(self, request_id: str, events: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         self.seen.open_calls += 1
         try:
             async for event in events:
@@ -317,9 +340,8 @@ class ScriptedWorker(PrefillWorkerServicer, DecodeWorkerServicer):
             self.seen.open_calls -= 1
 
 
-def _traceparent(context: Context) -> str:
-    metadata = context.invocation_metadata() or ()
-    return next((str(value) for name, value in metadata if name == "traceparent"), "")
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
 
 
 async def until(condition: Callable[[], object], *, limit_s: float = 5.0) -> None:

@@ -18,7 +18,8 @@ from slipstream.background import background
 from slipstream.v1.registry_pb2 import TransferEndpoint
 from slipstream.v1.sampling_pb2 import FinishReason, SamplingParams
 from slipstream.v1.worker_pb2 import DecodeRequest, Handoff
-from slipstream.v1.worker_pb2_grpc import DecodeWorkerStub, add_DecodeWorkerServicer_to_server
+from slipstream.v1.worker_pb2_grpc import add_DecodeWorkerServicer_to_server
+from tests.support import one_call
 
 
 @dataclass(slots=True)
@@ -33,14 +34,14 @@ class OneTokenEngine:
 
 
 @asynccontextmanager
-async def serving(engine: Any, **options: float) -> AsyncIterator[Any]:
-    """A stub of a decode worker with this engine."""
+async def serving(engine: Any, **options: float) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a decode worker with this engine."""
     server = grpc.aio.server()
     add_DecodeWorkerServicer_to_server(DecodeService(engine, Admission(limit=1), model="tiny", **options), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield DecodeWorkerStub(channel)
+        yield channel
     await server.stop(None)
 
 
@@ -51,9 +52,9 @@ async def serving(engine: Any, **options: float) -> AsyncIterator[Any]:
 )
 async def test_the_engine_is_told_where_the_prompts_blocks_come_from_if_they_come(handoff: Handoff | None) -> None:
     engine = OneTokenEngine()
-    async with serving(engine) as stub:
+    async with serving(engine) as channel:
         request = DecodeRequest(request_id="r", model="tiny", token_ids=[1, 2], handoff=handoff)
-        events = [event async for event in stub.Decode(request)]
+        events = [event async for event in one_call.decode(channel, request)]
     assert engine.handoffs == [handoff]
     assert [list(event.token_ids) for event in events] == [[7]]
 
@@ -61,7 +62,7 @@ async def test_the_engine_is_told_where_the_prompts_blocks_come_from_if_they_com
 async def test_tokens_that_come_faster_than_anyone_reads_travel_together() -> None:
     engine = InstantEngine("d", 0.001)
     request = DecodeRequest(request_id="r", model="tiny", token_ids=[1], sampling=SamplingParams(max_tokens=10))
-    async with serving(engine, merge_within_s=0.5) as stub, background(engine.run(), name="steps"):
-        events = [event async for event in stub.Decode(request)]
+    async with serving(engine, merge_within_s=0.5) as channel, background(engine.run(), name="steps"):
+        events = [event async for event in one_call.decode(channel, request)]
     assert [len(event.token_ids) for event in events] == [1, 9]
     assert events[-1].finish_reason == FinishReason.FINISH_REASON_LENGTH

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,22 @@ from kv_transfer.board import Board
 from kv_transfer.leases import LeaseTable
 from prefill_worker.service import PrefillService
 from slipstream import tracing
+from slipstream.errors import ModelNotFoundError
 from slipstream.settings import TracingSettings
 from slipstream.v1.registry_pb2 import Capacity, Load, Role
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
 from slipstream.v1.worker_pb2 import DecodeRequest, Handoff, PrefillRequest
 from slipstream.v1.worker_pb2_grpc import (
-    DecodeWorkerStub,
-    PrefillWorkerStub,
     add_DecodeWorkerServicer_to_server,
     add_PrefillWorkerServicer_to_server,
 )
+from tests.support import one_call
 from tests.support.cluster import scrape
 from tests.support.otlp_collector import Collector, collecting
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
-CALLER = (("traceparent", f"00-{TRACE_ID}-{PARENT}-01"),)
+CALLER = {"traceparent": f"00-{TRACE_ID}-{PARENT}-01"}
 REQUEST = {"request_id": "r1", "model": "tiny", "token_ids": [1, 2, 3]}
 
 
@@ -110,7 +110,7 @@ async def test_a_decode_that_got_its_blocks_waits_for_the_transfer_and_then_deco
     account = RequestAccount(prompt_tokens=3, kv_blocks_moved=2, kv_bytes_moved=4096, transport="shm/direct")
     with exporting(collector):
         async with serving(TimedEngine(account), board) as channel:
-            call = DecodeWorkerStub(channel).Decode(DecodeRequest(**REQUEST), metadata=CALLER)  # type: ignore[arg-type]
+            call = one_call.decode(channel, DecodeRequest(**REQUEST), CALLER)  # type: ignore[arg-type]
             assert [list(event.token_ids) async for event in call] == [[7], [8]]
 
     spans = {span.name: span for span in collector.until(4, trace_id=TRACE_ID)}
@@ -128,7 +128,7 @@ async def test_a_transfer_that_failed_says_why(collector: Collector, board: Boar
     account = RequestAccount(prompt_tokens=3, fallback="transfer_worker_gone")
     with exporting(collector):
         async with serving(TimedEngine(account), board) as channel:
-            call = DecodeWorkerStub(channel).Decode(DecodeRequest(**REQUEST), metadata=CALLER)  # type: ignore[arg-type]
+            call = one_call.decode(channel, DecodeRequest(**REQUEST), CALLER)  # type: ignore[arg-type]
             assert len([event async for event in call]) == 2
 
     (transfer,) = [span for span in collector.until(4, trace_id=TRACE_ID) if span.name == "transfer"]
@@ -139,10 +139,10 @@ async def test_a_prefill_lasts_until_its_blocks_are_handed_over(collector: Colle
     with exporting(collector):
         async with serving(TimedEngine(), board) as channel:
             request = PrefillRequest(**REQUEST, handoff_id=bytes(16))  # type: ignore[arg-type]
-            call = PrefillWorkerStub(channel).Prefill(request, metadata=CALLER)
-            event: Any = await call.read()
-            assert event.HasField("computed")
-            call.cancel()  # as a frontend does once decode's first tokens have come
+            async with aclosing(one_call.prefill(channel, request, CALLER)) as call:  # type: ignore[type-var]
+                event: Any = await anext(call)
+                assert event.HasField("computed")
+            # As a frontend ends it once decode's first tokens have come.
 
             found = await asyncio.to_thread(collector.until, 4, trace_id=TRACE_ID)
     spans = {span.name: span for span in found}
@@ -155,7 +155,7 @@ async def test_whatever_is_logged_during_a_call_names_its_request_and_trace(coll
     engine = TimedEngine()
     with exporting(collector):
         async with serving(engine, board) as channel:
-            call = DecodeWorkerStub(channel).Decode(DecodeRequest(**REQUEST), metadata=CALLER)  # type: ignore[arg-type]
+            call = one_call.decode(channel, DecodeRequest(**REQUEST), CALLER)  # type: ignore[arg-type]
             assert len([event async for event in call]) == 2
 
     assert engine.bound.items() >= {"request_id": "r1", "trace_id": TRACE_ID}.items()
@@ -166,8 +166,8 @@ async def test_a_refusal_is_a_failed_span(collector: Collector, board: Board) ->
     with exporting(collector):
         async with serving(TimedEngine(), board) as channel:
             request = DecodeRequest(request_id="r1", model="another", token_ids=[1])
-            with pytest.raises(grpc.aio.AioRpcError):
-                await DecodeWorkerStub(channel).Decode(request, metadata=CALLER).read()
+            with pytest.raises(ModelNotFoundError):
+                await anext(one_call.decode(channel, request, CALLER))
 
     (span,) = collector.until(1, trace_id=TRACE_ID)
     assert span.failed == "model_not_found"
@@ -179,7 +179,7 @@ async def test_stages_are_measured_whether_or_not_anything_is_traced(board: Boar
         metrics.watch(engine, board, Admission(limit=4), list)  # type: ignore[arg-type]
         STAGE_S.clear()
         async with serving(engine, board) as channel:
-            call = DecodeWorkerStub(channel).Decode(DecodeRequest(**REQUEST))  # type: ignore[arg-type]
+            call = one_call.decode(channel, DecodeRequest(**REQUEST))  # type: ignore[arg-type]
             assert len([event async for event in call]) == 2
         seen = scrape(metrics.url)
 

@@ -85,6 +85,7 @@ async def test_prompt_goes_through_prefill_and_the_handoff_reaches_decode() -> N
 
 async def test_the_first_and_the_last_delta_have_an_account_and_logprobs_pass_through() -> None:
     async with scripted_cluster() as cluster:
+        cluster.decodes[0].script = Script(interval_s=0.02)
         deltas = await cluster.answer(a_request(logprobs=0))
         assert [delta.account is not None for delta in deltas] == [True] + [False] * 6 + [True]
         assert [delta.logprobs[0].chosen.token_id for delta in deltas] == ANSWER
@@ -331,6 +332,7 @@ async def test_an_answer_goes_on_elsewhere_when_its_decode_worker_is_lost(script
             end_at=script.end_at,
             abort_at=script.abort_at,
             crash_at=script.crash_at,
+            interval_s=0.02,
         )
         async with asyncio.timeout(10):
             deltas += [delta async for delta in stream]

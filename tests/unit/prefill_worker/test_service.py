@@ -54,19 +54,6 @@ class ScriptedEngine:
             raise
 
 
-class EndedCallError(Exception):
-    """What gRPC raises in `abort`."""
-
-
-class Context:
-    def __init__(self) -> None:
-        self.said: dict[str, str] = {}
-
-    async def abort(self, status: Any, message: str, metadata: Sequence[tuple[str, str]]) -> None:
-        self.said = dict(metadata)
-        raise EndedCallError(message)
-
-
 def a_request(**changes: Any) -> PrefillRequest:
     return PrefillRequest(**{"token_ids": [1, 2], "handoff_id": ID, **changes})
 
@@ -77,17 +64,16 @@ class Serving:
     engine: ScriptedEngine
     leases: LeaseTable
     service: PrefillService
-    context: Context = field(default_factory=Context)
 
     async def call(self, request: PrefillRequest) -> list[PrefillEvent]:
-        async with asyncio.timeout(10), aclosing(self.service.Prefill(request, self.context)) as events:  # type: ignore[arg-type, type-var]
+        async with asyncio.timeout(10), aclosing(self.service.prefill(request)) as events:
             return [event async for event in events]
 
     async def refused(self, request: PrefillRequest | None = None) -> str | None:
         """Call, see it end with an error, and return the field that is named."""
-        with pytest.raises(EndedCallError):
+        with pytest.raises(SlipstreamError) as caught:
             await self.call(request or a_request())
-        return self.context.said.get("slipstream-param")
+        return caught.value.param
 
     def end_lease(self, outcome: Outcome) -> None:
         """What the engine writes when it ends the newest lease."""
@@ -127,7 +113,7 @@ async def never_returns(lease: tuple[int, int]) -> PromptComputed:
 async def test_the_prompt_is_computed_then_the_lease_ends(tmp_path: Path) -> None:
     worker = serving(tmp_path, computes)
     source = Handoff(id=ID, worker_id="d", sender=TransferEndpoint(address="h:1", epoch=2))
-    async with aclosing(worker.service.Prefill(a_request(source=source), worker.context)) as events:  # type: ignore[arg-type, type-var]
+    async with aclosing(worker.service.prefill(a_request(source=source))) as events:
         computed = await anext(events)
         assert computed.computed == worker_pb2.PromptComputed(computed_tokens=5, cached_tokens=3, received_tokens=8)
         assert worker.engine.asked == [(ID, source, False)]
@@ -138,7 +124,7 @@ async def test_the_prompt_is_computed_then_the_lease_ends(tmp_path: Path) -> Non
 
 async def test_a_call_that_is_left_releases_its_blocks(tmp_path: Path) -> None:
     worker = serving(tmp_path, computes)
-    async with aclosing(worker.service.Prefill(a_request(), worker.context)) as events:  # type: ignore[arg-type, type-var]
+    async with aclosing(worker.service.prefill(a_request())) as events:
         await anext(events)
     slot, nonce = worker.engine.leases[0]
     assert worker.board.get(slot, Word.RELEASED) == nonce

@@ -165,7 +165,7 @@ async def test_a_realtime_request_takes_the_place_of_a_batch_request_in_a_full_q
         assert error.retry_after_s is not None
         assert (account(gate, "b0").state, account(gate, "b0").service_class) == ("shed", "batch")
         assert account(gate, "b0").waited_s > 0
-        assert len(await running) == len(await urgent) == 8
+        assert len(tokens_of(await running)) == len(tokens_of(await urgent)) == 8
 
 
 async def test_a_client_that_leaves_while_queued_leaves_nothing_behind() -> None:
@@ -181,7 +181,7 @@ async def test_a_client_that_leaves_while_queued_leaves_nothing_behind() -> None
             await leaving
         assert queued(gate) == 1
         assert account(gate, "gone").state == "left"
-        assert len(await running) == len(await last) == 8
+        assert len(tokens_of(await running)) == len(tokens_of(await last)) == 8
         assert [one.request_id for one in cluster.decodes[0].seen.decodes] == ["r0", "r1"]
 
 
@@ -194,7 +194,7 @@ async def test_a_client_that_leaves_in_the_middle_makes_room_for_the_next() -> N
         await until(lambda: queued(gate) == 1)
         cluster.decodes[0].script = Script()
         await stream.aclose()
-        assert len(await waiting) == 8
+        assert len(tokens_of(await waiting)) == 8
 
 
 async def test_a_deadline_ends_the_wait() -> None:
@@ -259,7 +259,7 @@ async def test_an_answer_that_could_not_go_on_elsewhere_is_not_preempted() -> No
         batch = asyncio.create_task(answer(gate, asks("b0", BATCH, max_tokens=15, seed=7, temperature=1.0)))
         await until(lambda: gate.scheduler.in_flight.first_token_s)
         urgent = asyncio.create_task(answer(gate, asks("urgent")))
-        assert len(await batch) == 15
+        assert len(tokens_of(await batch)) == 15
         assert not urgent.done()
         await urgent
         assert [one.request_id for one in cluster.decodes[0].seen.decodes] == ["b0", "urgent"]
@@ -277,7 +277,7 @@ async def test_a_client_of_a_preempted_request_can_leave_while_it_waits() -> Non
         with pytest.raises(asyncio.CancelledError):
             await batch
         assert queued(gate) == 0
-        assert len(await urgent) == 20
+        assert len(tokens_of(await urgent)) == 20
 
 
 async def test_without_workers_the_dispatchers_own_error_comes_through() -> None:
