@@ -11,15 +11,18 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc.aio
+from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.message import Message
 
 from planner.history import History, Made
 from planner.objectives import PlannerObjectives
 from planner.observation import Observation
 from planner.plan_messages import decision_message, plan_message
 from planner.policy_changes import policy_changes
-from planner.policy_file import parse_policy
+from planner.policy_file import dump_policy, parse_policy
 from planner.traffic import REPORT_EVERY_S
 from planner.traffic_relay import TrafficRelay
+from planner.what_if import MOST_TIMEOUT_S, Answer, WhatIf
 from slipstream import telemetry
 from slipstream.errors import (
     ConfigError,
@@ -40,6 +43,14 @@ from slipstream.v1.planner_pb2 import (
     Plan,
     PlannerDecision,
     PolicyChange,
+    PoolFigures,
+    RecommendRequest,
+    RecommendResult,
+    RecommendUpdate,
+    SimulateProgress,
+    SimulateRequest,
+    SimulateResult,
+    SimulateUpdate,
     TrafficReply,
     TrafficReport,
     WatchTrafficRequest,
@@ -107,8 +118,9 @@ class LivePlanner(Protocol):
 class PlannerService(PlannerServicer):
     """Serves one planner; `live` is none where the control plane has no scaling policy."""
 
-    def __init__(self, live: LivePlanner | None) -> None:
+    def __init__(self, live: LivePlanner | None, what_if: WhatIf | None = None) -> None:
         self._live = live
+        self._what_if = what_if or WhatIf()
         self._relay = TrafficRelay()
 
     async def ReportTraffic(self, request: TrafficReport, context: Context) -> TrafficReply:  # noqa: N802
@@ -176,6 +188,36 @@ class PlannerService(PlannerServicer):
         told = [PolicyChange(setting=one.setting, before=one.before, after=one.after) for one in changes]
         return ApplyReply(changes=told, applied=not request.dry_run)
 
+    async def Simulate(self, request: SimulateRequest, context: Context) -> AsyncIterator[SimulateUpdate]:  # noqa: N802
+        asked = _plain(request)
+        if not request.policy_yaml:
+            asked["policy_yaml"] = dump_policy((await self._planner(context)).objectives)
+        async for answer in self._answers("simulate", asked, context):
+            if "update" in answer:
+                yield SimulateUpdate(progress=ParseDict(answer["update"], SimulateProgress()))
+            else:
+                result = ParseDict(answer["result"], SimulateResult(), ignore_unknown_fields=True)
+                yield SimulateUpdate(result=result)
+
+    async def Recommend(self, request: RecommendRequest, context: Context) -> AsyncIterator[RecommendUpdate]:  # noqa: N802
+        async for answer in self._answers("recommend", _plain(request), context):
+            if "update" in answer:
+                yield RecommendUpdate(tried=ParseDict(answer["update"], PoolFigures()))
+            else:
+                result = ParseDict(answer["result"], RecommendResult(), ignore_unknown_fields=True)
+                yield RecommendUpdate(result=result)
+
+    async def _answers(self, question: str, asked: dict[str, Any], context: Context) -> AsyncIterator[Answer]:
+        left_s = context.time_remaining()
+        try:
+            async with aclosing(
+                self._what_if.ask(question, asked, MOST_TIMEOUT_S if left_s is None else left_s)
+            ) as answers:
+                async for answer in answers:
+                    yield answer
+        except SlipstreamError as error:
+            await abort(context, error)
+
     async def _planner(self, context: Context) -> LivePlanner:
         if self._live is None:
             await abort(
@@ -212,3 +254,8 @@ def _numbers(history: History) -> str:
     return (
         f"numbers {latest.number - len(history) + 1} to {latest.number}" if latest else "which the first is yet to come"
     )
+
+
+def _plain(request: Message) -> dict[str, Any]:
+    """What was set, as the simulator reads it; a load that says nothing is the usual one."""
+    return {"load": {}, **MessageToDict(request, preserving_proto_field_name=True)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from planner.loop_metrics import PlannerCollector
 from planner.metrics import serving_metrics
 from planner.planner_service import LivePlanner, PlannerService
 from planner.service import RegistryService
+from planner.what_if import WhatIf
 from slipstream import telemetry
 from slipstream.addresses import host_port
 from slipstream.background import background
@@ -55,11 +56,12 @@ class ControlPlane:
     publishing: asyncio.Task[None]
 
 
-async def serve(settings: Settings, find_profile: FindProfile = Path) -> None:
+async def serve(settings: Settings, find_profile: FindProfile = Path, *, simulator: Sequence[str] = ()) -> None:
     """Run the control plane until SIGTERM or SIGINT, with the planner where the settings have a policy.
 
     Args:
         find_profile: where the profiles are that policies name.
+        simulator: the command that answers `planner.what_if`.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -79,7 +81,9 @@ async def serve(settings: Settings, find_profile: FindProfile = Path) -> None:
                 )
                 metrics.append(PlannerCollector(live))
             plane = await stack.enter_async_context(
-                open_control_plane(settings.control_plane, live, service=service, metrics=metrics)
+                open_control_plane(
+                    settings.control_plane, live, service=service, metrics=metrics, what_if=WhatIf(simulator)
+                )
             )
             stopping = await stack.enter_async_context(background(_wait(stop), name="stop"))
             await asyncio.wait({stopping, plane.publishing}, return_when=asyncio.FIRST_COMPLETED)
@@ -96,12 +100,14 @@ async def open_control_plane(
     *,
     service: RegistryService | None = None,
     metrics: Iterable[Collector] = (),
+    what_if: WhatIf | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """Serve the registry while the body runs, and the planner where there is one.
 
     Args:
         service: the registry's, where somebody else looks at it too.
         metrics: that its /metrics shows besides its own.
+        what_if: answers questions to the simulator.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -109,7 +115,7 @@ async def open_control_plane(
     server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
     service = service or RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
-    planner = PlannerService(live)
+    planner = PlannerService(live, what_if)
     add_PlannerServicer_to_server(planner, server)
     names = [
         registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,

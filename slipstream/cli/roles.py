@@ -88,6 +88,7 @@ def decode_worker(loaded: LoadedConfig) -> None:
 @with_settings(*_PLANNER_FLAGS)
 def planner_serve(loaded: LoadedConfig) -> None:
     """Run the control plane: the registry of workers, and the planner of their counts, until SIGTERM or Ctrl-C."""
+    import sys
     from pathlib import Path
 
     import uvloop
@@ -98,7 +99,8 @@ def planner_serve(loaded: LoadedConfig) -> None:
     telemetry.configure(loaded.settings.log, component="control-plane")
     from planner.server import serve
 
-    uvloop.run(serve(loaded.settings, lambda name: profile_path(Path(name))))
+    simulator = (sys.executable, "-P", "-m", "simulator.child")
+    uvloop.run(serve(loaded.settings, lambda name: profile_path(Path(name)), simulator=simulator))
 
 
 def _worker_examples(role: str) -> str:

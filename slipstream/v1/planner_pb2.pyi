@@ -666,3 +666,568 @@ class PolicyChange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PolicyChange: _TypeAlias = PolicyChange  # noqa: Y015
+
+@_typing.final
+class LoadSpec(_message.Message):
+    """A synthetic load. What is absent is as `slipstream planner simulate --help` says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RATE_PER_S_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    INPUT_VARIATION_FIELD_NUMBER: _builtins.int
+    OUTPUT_VARIATION_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    PEAK_TO_TROUGH_FIELD_NUMBER: _builtins.int
+    PERIOD_S_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    rate_per_s: _builtins.float
+    """mean"""
+    input_tokens: _builtins.float
+    """mean"""
+    output_tokens: _builtins.float
+    """mean"""
+    input_variation: _builtins.float
+    """standard deviation over mean"""
+    output_variation: _builtins.float
+    hit_rate: _builtins.float
+    """prompt tokens that begin as others did before"""
+    shape: _builtins.str
+    """steady, bursts, daily"""
+    peak_to_trough: _builtins.float
+    """of a daily load"""
+    period_s: _builtins.float
+    requests: _builtins.int
+    """at most; 200,000 is the limit here"""
+    duration_s: _builtins.float
+    """at most"""
+    seed: _builtins.int
+    def __init__(
+        self,
+        *,
+        rate_per_s: _builtins.float | None = ...,
+        input_tokens: _builtins.float | None = ...,
+        output_tokens: _builtins.float | None = ...,
+        input_variation: _builtins.float | None = ...,
+        output_variation: _builtins.float | None = ...,
+        hit_rate: _builtins.float | None = ...,
+        shape: _builtins.str | None = ...,
+        peak_to_trough: _builtins.float | None = ...,
+        period_s: _builtins.float | None = ...,
+        requests: _builtins.int | None = ...,
+        duration_s: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "_hit_rate", b"_hit_rate", "_input_tokens", b"_input_tokens", "_input_variation", b"_input_variation", "_output_tokens", b"_output_tokens", "_output_variation", b"_output_variation", "_peak_to_trough", b"_peak_to_trough", "_period_s", b"_period_s", "_rate_per_s", b"_rate_per_s", "_requests", b"_requests", "_seed", b"_seed", "_shape", b"_shape", "duration_s", b"duration_s", "hit_rate", b"hit_rate", "input_tokens", b"input_tokens", "input_variation", b"input_variation", "output_tokens", b"output_tokens", "output_variation", b"output_variation", "peak_to_trough", b"peak_to_trough", "period_s", b"period_s", "rate_per_s", b"rate_per_s", "requests", b"requests", "seed", b"seed", "shape", b"shape"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "_hit_rate", b"_hit_rate", "_input_tokens", b"_input_tokens", "_input_variation", b"_input_variation", "_output_tokens", b"_output_tokens", "_output_variation", b"_output_variation", "_peak_to_trough", b"_peak_to_trough", "_period_s", b"_period_s", "_rate_per_s", b"_rate_per_s", "_requests", b"_requests", "_seed", b"_seed", "_shape", b"_shape", "duration_s", b"duration_s", "hit_rate", b"hit_rate", "input_tokens", b"input_tokens", "input_variation", b"input_variation", "output_tokens", b"output_tokens", "output_variation", b"output_variation", "peak_to_trough", b"peak_to_trough", "period_s", b"period_s", "rate_per_s", b"rate_per_s", "requests", b"requests", "seed", b"seed", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_s: _TypeAlias = _typing.Literal["duration_s"]  # noqa: Y015
+    _WhichOneofArgType__duration_s: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s"]  # noqa: Y015
+    _WhichOneofReturnType__hit_rate: _TypeAlias = _typing.Literal["hit_rate"]  # noqa: Y015
+    _WhichOneofArgType__hit_rate: _TypeAlias = _typing.Literal["_hit_rate", b"_hit_rate"]  # noqa: Y015
+    _WhichOneofReturnType__input_tokens: _TypeAlias = _typing.Literal["input_tokens"]  # noqa: Y015
+    _WhichOneofArgType__input_tokens: _TypeAlias = _typing.Literal["_input_tokens", b"_input_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__input_variation: _TypeAlias = _typing.Literal["input_variation"]  # noqa: Y015
+    _WhichOneofArgType__input_variation: _TypeAlias = _typing.Literal["_input_variation", b"_input_variation"]  # noqa: Y015
+    _WhichOneofReturnType__output_tokens: _TypeAlias = _typing.Literal["output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__output_tokens: _TypeAlias = _typing.Literal["_output_tokens", b"_output_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__output_variation: _TypeAlias = _typing.Literal["output_variation"]  # noqa: Y015
+    _WhichOneofArgType__output_variation: _TypeAlias = _typing.Literal["_output_variation", b"_output_variation"]  # noqa: Y015
+    _WhichOneofReturnType__peak_to_trough: _TypeAlias = _typing.Literal["peak_to_trough"]  # noqa: Y015
+    _WhichOneofArgType__peak_to_trough: _TypeAlias = _typing.Literal["_peak_to_trough", b"_peak_to_trough"]  # noqa: Y015
+    _WhichOneofReturnType__period_s: _TypeAlias = _typing.Literal["period_s"]  # noqa: Y015
+    _WhichOneofArgType__period_s: _TypeAlias = _typing.Literal["_period_s", b"_period_s"]  # noqa: Y015
+    _WhichOneofReturnType__rate_per_s: _TypeAlias = _typing.Literal["rate_per_s"]  # noqa: Y015
+    _WhichOneofArgType__rate_per_s: _TypeAlias = _typing.Literal["_rate_per_s", b"_rate_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__requests: _TypeAlias = _typing.Literal["requests"]  # noqa: Y015
+    _WhichOneofArgType__requests: _TypeAlias = _typing.Literal["_requests", b"_requests"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__shape: _TypeAlias = _typing.Literal["shape"]  # noqa: Y015
+    _WhichOneofArgType__shape: _TypeAlias = _typing.Literal["_shape", b"_shape"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_s) -> _WhichOneofReturnType__duration_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hit_rate) -> _WhichOneofReturnType__hit_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__input_tokens) -> _WhichOneofReturnType__input_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__input_variation) -> _WhichOneofReturnType__input_variation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_tokens) -> _WhichOneofReturnType__output_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_variation) -> _WhichOneofReturnType__output_variation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_to_trough) -> _WhichOneofReturnType__peak_to_trough | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__period_s) -> _WhichOneofReturnType__period_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rate_per_s) -> _WhichOneofReturnType__rate_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests) -> _WhichOneofReturnType__requests | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shape) -> _WhichOneofReturnType__shape | None: ...
+
+Global___LoadSpec: _TypeAlias = LoadSpec  # noqa: Y015
+
+@_typing.final
+class SimulateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ProfilesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_YAML_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    FIXED_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    START_UNIX_S_FIELD_NUMBER: _builtins.int
+    policy_yaml: _builtins.str
+    """empty: the one in force"""
+    model: _builtins.str
+    """that the load is for; the policy's first when empty"""
+    workers: _builtins.str
+    """at the beginning, as 2P3D; the policy's least when empty"""
+    fixed: _builtins.bool
+    """they stay: nobody plans"""
+    full: _builtins.bool
+    """tell also all series, decisions and workers"""
+    start_unix_s: _builtins.float
+    """the load's beginning, for the policy's schedule"""
+    @_builtins.property
+    def load(self) -> Global___LoadSpec: ...
+    @_builtins.property
+    def profiles(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """by model: packaged ones, in place of the policy's"""
+
+    def __init__(
+        self,
+        *,
+        policy_yaml: _builtins.str = ...,
+        load: Global___LoadSpec | None = ...,
+        model: _builtins.str = ...,
+        profiles: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        workers: _builtins.str = ...,
+        fixed: _builtins.bool = ...,
+        full: _builtins.bool = ...,
+        start_unix_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed", b"fixed", "full", b"full", "load", b"load", "model", b"model", "policy_yaml", b"policy_yaml", "profiles", b"profiles", "start_unix_s", b"start_unix_s", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateRequest: _TypeAlias = SimulateRequest  # noqa: Y015
+
+@_typing.final
+class SimulateUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___SimulateProgress: ...
+    @_builtins.property
+    def result(self) -> Global___SimulateResult: ...
+    def __init__(
+        self,
+        *,
+        progress: Global___SimulateProgress | None = ...,
+        result: Global___SimulateResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___SimulateUpdate: _TypeAlias = SimulateUpdate  # noqa: Y015
+
+@_typing.final
+class SimulateProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """that have come"""
+    at_s: _builtins.float
+    """of the load"""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateProgress: _TypeAlias = SimulateProgress  # noqa: Y015
+
+@_typing.final
+class SimulateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    GPU_HOURS_FIELD_NUMBER: _builtins.int
+    PEAK_GPUS_FIELD_NUMBER: _builtins.int
+    GOOD_PER_GPU_HOUR_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    REFUSED_ACTIONS_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    OUTCOME_JSON_FIELD_NUMBER: _builtins.int
+    duration_s: _builtins.float
+    gpu_hours: _builtins.float
+    peak_gpus: _builtins.int
+    good_per_gpu_hour: _builtins.float
+    actions: _builtins.int
+    refused_actions: _builtins.int
+    outcome_json: _builtins.str
+    """if asked for: what `slipstream planner simulate --json` prints"""
+    @_builtins.property
+    def all(self) -> Global___RequestFigures: ...
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestFigures]:
+        """by model and class"""
+
+    def __init__(
+        self,
+        *,
+        duration_s: _builtins.float = ...,
+        gpu_hours: _builtins.float = ...,
+        peak_gpus: _builtins.int = ...,
+        good_per_gpu_hour: _builtins.float = ...,
+        actions: _builtins.int = ...,
+        refused_actions: _builtins.int = ...,
+        all: Global___RequestFigures | None = ...,
+        classes: _abc.Iterable[Global___RequestFigures] | None = ...,
+        outcome_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "all", b"all", "classes", b"classes", "duration_s", b"duration_s", "good_per_gpu_hour", b"good_per_gpu_hour", "gpu_hours", b"gpu_hours", "outcome_json", b"outcome_json", "peak_gpus", b"peak_gpus", "refused_actions", b"refused_actions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateResult: _TypeAlias = SimulateResult  # noqa: Y015
+
+@_typing.final
+class RequestFigures(_message.Message):
+    """See simulator.outcome.Figures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    GOOD_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    TTFT_ATTAINMENT_FIELD_NUMBER: _builtins.int
+    ITL_ATTAINMENT_FIELD_NUMBER: _builtins.int
+    GOODPUT_PER_S_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    ITL_FIELD_NUMBER: _builtins.int
+    E2E_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    service_class: _builtins.str
+    requests: _builtins.int
+    refused: _builtins.int
+    failed: _builtins.int
+    finished: _builtins.int
+    good: _builtins.int
+    attainment: _builtins.float
+    ttft_attainment: _builtins.float
+    itl_attainment: _builtins.float
+    goodput_per_s: _builtins.float
+    hit_rate: _builtins.float
+    @_builtins.property
+    def ttft(self) -> Global___LatencyFigures: ...
+    @_builtins.property
+    def itl(self) -> Global___LatencyFigures: ...
+    @_builtins.property
+    def e2e(self) -> Global___LatencyFigures: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        service_class: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        finished: _builtins.int = ...,
+        good: _builtins.int = ...,
+        attainment: _builtins.float = ...,
+        ttft_attainment: _builtins.float = ...,
+        itl_attainment: _builtins.float = ...,
+        goodput_per_s: _builtins.float = ...,
+        hit_rate: _builtins.float = ...,
+        ttft: Global___LatencyFigures | None = ...,
+        itl: Global___LatencyFigures | None = ...,
+        e2e: Global___LatencyFigures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["e2e", b"e2e", "itl", b"itl", "ttft", b"ttft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attainment", b"attainment", "e2e", b"e2e", "failed", b"failed", "finished", b"finished", "good", b"good", "goodput_per_s", b"goodput_per_s", "hit_rate", b"hit_rate", "itl", b"itl", "itl_attainment", b"itl_attainment", "model", b"model", "refused", b"refused", "requests", b"requests", "service_class", b"service_class", "ttft", b"ttft", "ttft_attainment", b"ttft_attainment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestFigures: _TypeAlias = RequestFigures  # noqa: Y015
+
+@_typing.final
+class LatencyFigures(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_S_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P90_S_FIELD_NUMBER: _builtins.int
+    P95_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    mean_s: _builtins.float
+    p50_s: _builtins.float
+    p90_s: _builtins.float
+    p95_s: _builtins.float
+    p99_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        mean_s: _builtins.float = ...,
+        p50_s: _builtins.float = ...,
+        p90_s: _builtins.float = ...,
+        p95_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_s", b"mean_s", "p50_s", b"p50_s", "p90_s", b"p90_s", "p95_s", b"p95_s", "p99_s", b"p99_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LatencyFigures: _TypeAlias = LatencyFigures  # noqa: Y015
+
+@_typing.final
+class RecommendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAD_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    PERCENTILE_FIELD_NUMBER: _builtins.int
+    MAX_GPUS_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    itl_s: _builtins.float
+    percentile: _builtins.float
+    max_gpus: _builtins.int
+    @_builtins.property
+    def load(self) -> Global___LoadSpec: ...
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """packaged ones, or all of a model and GPU: qwen3-32b-h200"""
+
+    def __init__(
+        self,
+        *,
+        load: Global___LoadSpec | None = ...,
+        profiles: _abc.Iterable[_builtins.str] | None = ...,
+        ttft_s: _builtins.float | None = ...,
+        itl_s: _builtins.float | None = ...,
+        percentile: _builtins.float | None = ...,
+        max_gpus: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s", "_max_gpus", b"_max_gpus", "_percentile", b"_percentile", "_ttft_s", b"_ttft_s", "itl_s", b"itl_s", "load", b"load", "max_gpus", b"max_gpus", "percentile", b"percentile", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s", "_max_gpus", b"_max_gpus", "_percentile", b"_percentile", "_ttft_s", b"_ttft_s", "itl_s", b"itl_s", "load", b"load", "max_gpus", b"max_gpus", "percentile", b"percentile", "profiles", b"profiles", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__itl_s: _TypeAlias = _typing.Literal["itl_s"]  # noqa: Y015
+    _WhichOneofArgType__itl_s: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s"]  # noqa: Y015
+    _WhichOneofReturnType__max_gpus: _TypeAlias = _typing.Literal["max_gpus"]  # noqa: Y015
+    _WhichOneofArgType__max_gpus: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus"]  # noqa: Y015
+    _WhichOneofReturnType__percentile: _TypeAlias = _typing.Literal["percentile"]  # noqa: Y015
+    _WhichOneofArgType__percentile: _TypeAlias = _typing.Literal["_percentile", b"_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__itl_s) -> _WhichOneofReturnType__itl_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gpus) -> _WhichOneofReturnType__max_gpus | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__percentile) -> _WhichOneofReturnType__percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
+
+@_typing.final
+class RecommendUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIED_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tried(self) -> Global___PoolFigures: ...
+    @_builtins.property
+    def result(self) -> Global___RecommendResult: ...
+    def __init__(
+        self,
+        *,
+        tried: Global___PoolFigures | None = ...,
+        result: Global___RecommendResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result", "tried", b"tried", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result", "tried", b"tried", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["tried", "result"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___RecommendUpdate: _TypeAlias = RecommendUpdate  # noqa: Y015
+
+@_typing.final
+class PoolFigures(_message.Message):
+    """See simulator.pool_trials.Pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    MEETS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    TTFT_ATTAINMENT_FIELD_NUMBER: _builtins.int
+    ITL_ATTAINMENT_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    GOODPUT_PER_GPU_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """disaggregated, aggregated"""
+    profile: _builtins.str
+    tensor_parallel: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    gpus: _builtins.int
+    meets: _builtins.bool
+    ttft_s: _builtins.float
+    itl_s: _builtins.float
+    ttft_attainment: _builtins.float
+    itl_attainment: _builtins.float
+    attainment: _builtins.float
+    refused: _builtins.int
+    hit_rate: _builtins.float
+    goodput_per_gpu: _builtins.float
+    margin: _builtins.float
+    """times this load it bears; 0: not asked for"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        profile: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        meets: _builtins.bool = ...,
+        ttft_s: _builtins.float = ...,
+        itl_s: _builtins.float = ...,
+        ttft_attainment: _builtins.float = ...,
+        itl_attainment: _builtins.float = ...,
+        attainment: _builtins.float = ...,
+        refused: _builtins.int = ...,
+        hit_rate: _builtins.float = ...,
+        goodput_per_gpu: _builtins.float = ...,
+        margin: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attainment", b"attainment", "decode", b"decode", "goodput_per_gpu", b"goodput_per_gpu", "gpus", b"gpus", "hit_rate", b"hit_rate", "itl_attainment", b"itl_attainment", "itl_s", b"itl_s", "kind", b"kind", "margin", b"margin", "meets", b"meets", "prefill", b"prefill", "profile", b"profile", "refused", b"refused", "tensor_parallel", b"tensor_parallel", "ttft_attainment", b"ttft_attainment", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolFigures: _TypeAlias = PoolFigures  # noqa: Y015
+
+@_typing.final
+class RecommendResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOUT_FIELD_NUMBER: _builtins.int
+    DISAGGREGATED_FIELD_NUMBER: _builtins.int
+    AGGREGATED_FIELD_NUMBER: _builtins.int
+    BETTER_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    BEST_OF_EACH_FIELD_NUMBER: _builtins.int
+    SIMULATIONS_FIELD_NUMBER: _builtins.int
+    about: _builtins.str
+    better: _builtins.str
+    """disaggregated, aggregated, none"""
+    because: _builtins.str
+    simulations: _builtins.int
+    @_builtins.property
+    def disaggregated(self) -> Global___PoolFigures:
+        """absent where no worker fits"""
+
+    @_builtins.property
+    def aggregated(self) -> Global___PoolFigures: ...
+    @_builtins.property
+    def best_of_each(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolFigures]: ...
+    def __init__(
+        self,
+        *,
+        about: _builtins.str = ...,
+        disaggregated: Global___PoolFigures | None = ...,
+        aggregated: Global___PoolFigures | None = ...,
+        better: _builtins.str = ...,
+        because: _builtins.str = ...,
+        best_of_each: _abc.Iterable[Global___PoolFigures] | None = ...,
+        simulations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregated", b"aggregated", "disaggregated", b"disaggregated"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "aggregated", b"aggregated", "because", b"because", "best_of_each", b"best_of_each", "better", b"better", "disaggregated", b"disaggregated", "simulations", b"simulations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecommendResult: _TypeAlias = RecommendResult  # noqa: Y015

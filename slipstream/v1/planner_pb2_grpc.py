@@ -65,6 +65,16 @@ class PlannerStub(object):
                 request_serializer=slipstream_dot_v1_dot_planner__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_planner__pb2.ApplyReply.FromString,
                 _registered_method=True)
+        self.Simulate = channel.unary_stream(
+                '/slipstream.v1.Planner/Simulate',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.SimulateRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.SimulateUpdate.FromString,
+                _registered_method=True)
+        self.Recommend = channel.unary_stream(
+                '/slipstream.v1.Planner/Recommend',
+                request_serializer=slipstream_dot_v1_dot_planner__pb2.RecommendRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_planner__pb2.RecommendUpdate.FromString,
+                _registered_method=True)
 
 
 class PlannerServicer(object):
@@ -115,6 +125,22 @@ class PlannerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Simulate(self, request, context):
+        """What a policy would do under a load, in virtual time, in a process of its own. Progress first, the result last. One
+        such question at a time: RESOURCE_EXHAUSTED while another is answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Recommend(self, request, context):
+        """The fewest GPUs that meet an objective under a load, with prefill workers and without. Each pool that was tried
+        first, the result last. Counts as a question like Simulate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PlannerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +173,16 @@ def add_PlannerServicer_to_server(servicer, server):
                     servicer.Apply,
                     request_deserializer=slipstream_dot_v1_dot_planner__pb2.ApplyRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_planner__pb2.ApplyReply.SerializeToString,
+            ),
+            'Simulate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Simulate,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.SimulateRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.SimulateUpdate.SerializeToString,
+            ),
+            'Recommend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Recommend,
+                    request_deserializer=slipstream_dot_v1_dot_planner__pb2.RecommendRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_planner__pb2.RecommendUpdate.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +348,60 @@ class Planner(object):
             '/slipstream.v1.Planner/Apply',
             slipstream_dot_v1_dot_planner__pb2.ApplyRequest.SerializeToString,
             slipstream_dot_v1_dot_planner__pb2.ApplyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Simulate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/slipstream.v1.Planner/Simulate',
+            slipstream_dot_v1_dot_planner__pb2.SimulateRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.SimulateUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recommend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/slipstream.v1.Planner/Recommend',
+            slipstream_dot_v1_dot_planner__pb2.RecommendRequest.SerializeToString,
+            slipstream_dot_v1_dot_planner__pb2.RecommendUpdate.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,14 @@ class PlannerStub:
     """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
     line for each error; nothing changes then.
     """
+    Simulate: _grpc.UnaryStreamMultiCallable[_planner_pb2.SimulateRequest, _planner_pb2.SimulateUpdate]
+    """What a policy would do under a load, in virtual time, in a process of its own. Progress first, the result last. One
+    such question at a time: RESOURCE_EXHAUSTED while another is answered.
+    """
+    Recommend: _grpc.UnaryStreamMultiCallable[_planner_pb2.RecommendRequest, _planner_pb2.RecommendUpdate]
+    """The fewest GPUs that meet an objective under a load, with prefill workers and without. Each pool that was tried
+    first, the result last. Counts as a question like Simulate.
+    """
 
 @_typing.type_check_only
 class PlannerAsyncStub(PlannerStub):
@@ -70,6 +78,14 @@ class PlannerAsyncStub(PlannerStub):
     Apply: _aio.UnaryUnaryMultiCallable[_planner_pb2.ApplyRequest, _planner_pb2.ApplyReply]  # type: ignore[assignment]
     """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
     line for each error; nothing changes then.
+    """
+    Simulate: _aio.UnaryStreamMultiCallable[_planner_pb2.SimulateRequest, _planner_pb2.SimulateUpdate]  # type: ignore[assignment]
+    """What a policy would do under a load, in virtual time, in a process of its own. Progress first, the result last. One
+    such question at a time: RESOURCE_EXHAUSTED while another is answered.
+    """
+    Recommend: _aio.UnaryStreamMultiCallable[_planner_pb2.RecommendRequest, _planner_pb2.RecommendUpdate]  # type: ignore[assignment]
+    """The fewest GPUs that meet an objective under a load, with prefill workers and without. Each pool that was tried
+    first, the result last. Counts as a question like Simulate.
     """
 
 class PlannerServicer(metaclass=_abc_1.ABCMeta):
@@ -125,6 +141,26 @@ class PlannerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_planner_pb2.ApplyReply, _abc.Awaitable[_planner_pb2.ApplyReply]]:
         """Put another policy in force from the next decision on. One that is wrong is refused as INVALID_ARGUMENT, with a
         line for each error; nothing changes then.
+        """
+
+    @_abc_1.abstractmethod
+    def Simulate(
+        self,
+        request: _planner_pb2.SimulateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_planner_pb2.SimulateUpdate], _abc.AsyncIterator[_planner_pb2.SimulateUpdate]]:
+        """What a policy would do under a load, in virtual time, in a process of its own. Progress first, the result last. One
+        such question at a time: RESOURCE_EXHAUSTED while another is answered.
+        """
+
+    @_abc_1.abstractmethod
+    def Recommend(
+        self,
+        request: _planner_pb2.RecommendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_planner_pb2.RecommendUpdate], _abc.AsyncIterator[_planner_pb2.RecommendUpdate]]:
+        """The fewest GPUs that meet an objective under a load, with prefill workers and without. Each pool that was tried
+        first, the result last. Counts as a question like Simulate.
         """
 
 def add_PlannerServicer_to_server(servicer: PlannerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
