@@ -2,8 +2,9 @@
 
     python -m benchmarks.router_decision --json
 
-In CPU time of the deciding thread, which is what a decision keeps an event loop from other work; wall time on a
-machine that does other things beside says more of them.
+By the wall's clock, which is what the target means and says something on a quiet machine only, and in CPU time of the
+deciding thread, which is what remains of it when the machine does other things beside. Garbage is collected as in a
+frontend's process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import typer
 
 from benchmarks.report import Target, below
 from frontend.block_index import BlockIndex
+from frontend.owner_places import OwnerPlaces
+from frontend.process import calm_collector
 from frontend.router import Ask, Fleet, Router
 from frontend.router.candidate import Share
 from slipstream.v1.registry_pb2 import Capacity, Role, TransferEndpoint, WorkerRecord, WorkerState
@@ -35,12 +38,18 @@ OPEN_REQUESTS = 500
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size. Times are microseconds of CPU."""
+    """One size. Times are microseconds: `cpu` of the deciding thread, the others by the wall's clock.
+
+    Attributes:
+        update_p50_us: what the request changes: it begins on both workers, and an older one ends there.
+    """
 
     workers: int
     blocks: int
     p50_us: float
     p99_us: float
+    cpu_p50_us: float
+    cpu_p99_us: float
     lookup_p50_us: float
     choice_p50_us: float
     choice_p99_us: float
@@ -91,39 +100,41 @@ def measure(workers: int, blocks: int, decisions: int) -> Row:
     """Decisions one after the other, each followed by what its request changes."""
     fleet = fleet_of(workers)
     index, chains = index_of(fleet, workers, blocks)
-    places = np.arange(workers)  # owners were entered in the order of slots
+    places = OwnerPlaces(np.arange(workers))  # owners were entered in the order of slots
     router, draw, now_s = Router(), random.Random(1), 0.0
-    lookups, choices, updates = list[float](), list[float](), list[float]()
+    times = list[tuple[int, ...]]()
+    calm_collector()
     open_shares = list[list[Share | None]]()
     for _ in range(decisions + WARM_UP):
         now_s += 0.001
-        chain = draw.choice(chains)
-        began = time.thread_time_ns()
-        known = index.match(chain).spread(fleet.slots, places) * BLOCK_TOKENS
-        looked_up = time.thread_time_ns()
-        route = router.choose(Ask("m", CHAIN_BLOCKS * BLOCK_TOKENS, 200, known_by_slot=known), fleet, now_s)
-        chosen = time.thread_time_ns()
+        chain, prompt_tokens = draw.choice(chains), CHAIN_BLOCKS * BLOCK_TOKENS + draw.randrange(1, BLOCK_TOKENS)
+        began, began_cpu = time.perf_counter_ns(), time.thread_time_ns()
+        known = index.match(chain).spread(fleet.slots, places).times(BLOCK_TOKENS)
+        looked_up = time.perf_counter_ns()
+        route = router.choose(Ask("m", prompt_tokens, 200, known_by_slot=known), fleet, now_s)
+        chosen, chosen_cpu = time.perf_counter_ns(), time.thread_time_ns()
         new_tokens = route.new_tokens or 0
-        shares = [fleet.begin(route.decode.worker_id, CHAIN_BLOCKS * BLOCK_TOKENS, 0, now_s)]
+        shares = [fleet.begin(route.decode.worker_id, prompt_tokens, 0, now_s)]
         if route.prefill is not None:
-            shares.append(fleet.begin(route.prefill.worker_id, CHAIN_BLOCKS * BLOCK_TOKENS, new_tokens, now_s))
+            shares.append(fleet.begin(route.prefill.worker_id, prompt_tokens, new_tokens, now_s))
         open_shares.append(shares)
         for share in open_shares.pop(0) if len(open_shares) > OPEN_REQUESTS else ():
             if share is not None:
                 share.end(now_s)
-        lookups.append((looked_up - began) / 1e3)
-        choices.append((chosen - looked_up) / 1e3)
-        updates.append((time.thread_time_ns() - chosen) / 1e3)
-    both = np.add(lookups, choices)[WARM_UP:]
+        updated = time.perf_counter_ns()
+        times.append((looked_up - began, chosen - looked_up, chosen - began, chosen_cpu - began_cpu, updated - chosen))
+    lookup, choice, both, cpu, update = np.array(times[WARM_UP:]).T / 1e3
     return Row(
         workers=workers,
         blocks=len(index),
         p50_us=_percentile(both, 50),
         p99_us=_percentile(both, 99),
-        lookup_p50_us=_percentile(lookups[WARM_UP:], 50),
-        choice_p50_us=_percentile(choices[WARM_UP:], 50),
-        choice_p99_us=_percentile(choices[WARM_UP:], 99),
-        update_p50_us=_percentile(updates[WARM_UP:], 50),
+        cpu_p50_us=_percentile(cpu, 50),
+        cpu_p99_us=_percentile(cpu, 99),
+        lookup_p50_us=_percentile(lookup, 50),
+        choice_p50_us=_percentile(choice, 50),
+        choice_p99_us=_percentile(choice, 99),
+        update_p50_us=_percentile(update, 50),
     )
 
 
@@ -138,7 +149,10 @@ def main(
 ) -> None:
     """Measure decisions over 16, 100 and 1,000 workers."""
     rows = [measure(workers, blocks * workers // 1000, decisions) for workers in (16, 100, 1000)]
-    targets: list[Target] = [below("routing decision p99 (microseconds)", rows[-1].p99_us, LIMIT_US, TARGET)]
+    targets: list[Target] = [
+        below("routing decision p99, wall clock (microseconds)", rows[-1].p99_us, LIMIT_US, TARGET),
+        below("routing decision p99, CPU of its thread (microseconds)", rows[-1].cpu_p99_us, LIMIT_US, TARGET),
+    ]
     if as_json:
         print(msgspec.json.encode({"targets": targets, "rows": rows}).decode())  # noqa: T201
         return

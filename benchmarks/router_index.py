@@ -30,6 +30,7 @@ from rich.table import Table
 import engine.simulated
 from benchmarks.report import Machine, Target, below, machine, targets_table, to_json
 from frontend.block_index import BlockIndex
+from frontend.owner_places import OwnerPlaces
 from frontend.router import Ask, Fleet, Router
 from slipstream.performance import read_profile
 from slipstream.v1.registry_pb2 import Capacity, Load, Role, TransferEndpoint, WorkerRecord, WorkerState
@@ -149,7 +150,7 @@ def measure(workers: int, blocks: int) -> Point:
     kept = sum(keys.nbytes for keys in cluster.conversations) + 150 * len(cluster.batch_s)
     per_block = (psutil.Process().memory_info().rss - resident - kept) / count
     fleet = _fleet(workers)
-    places = np.array([fleet.places()[_name(number)] for number in range(workers)])
+    places = OwnerPlaces(np.array([fleet.places()[_name(number)] for number in range(workers)]))
     router = Router("kv")
     kinds = ("next turn", "new conversation", "nobody knows it", "131,072 tokens")
     lookups, decisions = {}, {}
@@ -158,7 +159,7 @@ def measure(workers: int, blocks: int) -> Point:
         index.match(keys).spread(workers, places)
 
     def decide(keys: Sequence[int]) -> None:
-        known = index.match(keys).spread(workers, places) * BLOCK_TOKENS
+        known = index.match(keys).spread(workers, places).times(BLOCK_TOKENS)
         ask = Ask(MODEL, BLOCK_TOKENS * len(keys) + 1, 500, known_by_slot=known, expected_tokens=300.0)
         router.choose(ask, fleet, 100.0)
 

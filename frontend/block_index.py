@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
 
 from frontend.block_table import BlockTable
-from frontend.owner_sets import OwnerSets
+from frontend.depths import Depths
+from frontend.owner_places import OwnerPlaces, is_small
+from frontend.owner_sets import OwnerSets, members
 
 MAX_PROBES = 160
 """Blocks of one prompt looked up at most; beyond that some owners are taken to have less than they do."""
@@ -35,16 +36,18 @@ VACANT_SHARE = 0.25
 BATCH = 1 << 12
 """Keys of one change applied at a time."""
 
-_FEW = 12
+_FAR = 256
+_DOUBLED = 8 * 1024
+_MANY = 8
 _Changed = Callable[[int, int], int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Match:
     """How much of a chain the owners have.
 
     Attributes:
-        parts: (blocks from the beginning, the owners that have just so many, as bits); by falling blocks.
+        parts: (blocks from the beginning, the owners that have so many or more, as bits); by rising blocks.
     """
 
     parts: Sequence[tuple[int, int]] = ()
@@ -53,16 +56,24 @@ class Match:
         """Blocks by owner."""
         return {owner: blocks for blocks, mask in self.parts for owner in members(mask)}
 
-    def spread(self, size: int, place_of: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Blocks as a vector of so many places, and one more for owners without a place.
+    def spread(self, size: int, places: OwnerPlaces) -> Depths:
+        """Blocks by place, of so many places; one place more is theirs who have none.
 
-        Args:
-            place_of: by owner, its place, or -1; where several owners share one, the one with the most blocks counts.
+        Where several owners share a place, the one with the most blocks counts.
         """
-        found = np.zeros(size + 1, dtype=np.int32)
-        for blocks, mask in reversed(self.parts):
-            found[place_of[members(mask) if mask.bit_count() <= _FEW else _places(mask)]] = blocks
-        return found
+        if not self.parts:
+            return Depths((0,), np.zeros(size + 1, np.intp))
+        parts = iter(self.parts)
+        blocks, mask = next(parts)
+        depths, levels = [0, blocks], places.marks(mask, size).copy()
+        for level, (blocks, mask) in enumerate(parts, start=2):
+            depths.append(blocks)
+            if is_small(mask):
+                for place in places.of(mask):
+                    levels[place] = level
+            else:
+                np.maximum(levels, places.marks(mask, size) * level, out=levels)
+        return Depths(tuple(depths), levels)
 
 
 class BlockIndex:
@@ -115,22 +126,32 @@ class BlockIndex:
         if not keys or not (first := self.owners(keys[0])):
             return Match()
         parts: list[tuple[int, int]] = []
-        # Ranges, the widest first: from a block to a later one with other owners; beyond the end nobody has anything.
-        ranges = [(-len(keys), 0, first, len(keys), 0)]
-        probes = 1
+        # From a block to a later one with other owners; beyond the end nobody has anything.
+        end, ranges = len(keys), [(0, first, len(keys), 0)]
+        probes, get, mask = 1, self._table.get, self._sets.mask
         while ranges:
-            _, low, at_low, high, at_high = heappop(ranges)
-            if high - low == 1 or probes >= MAX_PROBES:
-                parts.append((low + 1, at_low & ~at_high))
-                continue
-            middle = _middle(low, high, len(keys))
-            at_middle = self.owners(keys[middle]) & at_low
-            probes += 1
-            if at_middle != at_low:
-                heappush(ranges, (low - middle, low, at_low, middle, at_middle))
-            if at_middle != at_high:
-                heappush(ranges, (middle - high, middle, at_middle, high, at_high))
-        parts.sort(key=lambda part: -part[0])
+            halves = []
+            # Where there are many, the widest first: looking may end before all are told apart.
+            narrow = max(high - low for low, _, high, _ in ranges) >> 1 if len(ranges) > _MANY else 0
+            for low, at_low, high, at_high in ranges:
+                if high - low == 1 or probes >= MAX_PROBES:
+                    parts.append((low + 1, at_low))
+                    continue
+                if high - low <= narrow:
+                    halves.append((low, at_low, high, at_high))
+                    continue
+                # In a long prompt doubling from the beginning, of which most have no more; else the middle.
+                middle = (low + high) >> 1
+                if high == end and high - low > _FAR and low < _DOUBLED:
+                    middle = min(middle, 2 * low + 2)
+                at_middle = mask(get(keys[middle])) & at_low
+                probes += 1
+                if at_middle != at_low:
+                    halves.append((low, at_low, middle, at_middle))
+                if at_middle != at_high:
+                    halves.append((middle, at_middle, high, at_high))
+            ranges = halves
+        parts.sort()
         return Match(parts)
 
     def tidy(self) -> bool:
@@ -172,27 +193,3 @@ class BlockIndex:
     def _release(self, numbers: NDArray[np.uint32]) -> None:
         if len(numbers):
             self._sets.release(*np.unique(numbers, return_counts=True))
-
-
-def members(mask: int) -> list[int]:
-    """The owners of a set, by rising number."""
-    if mask.bit_count() <= _FEW:
-        found = []
-        while mask:
-            low = mask & -mask
-            found.append(low.bit_length() - 1)
-            mask ^= low
-        return found
-    return [int(owner) for owner in _places(mask)]
-
-
-def _places(mask: int) -> NDArray[np.int64]:
-    octets = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
-    return np.flatnonzero(np.unpackbits(octets, bitorder="little"))
-
-
-def _middle(low: int, high: int, end: int) -> int:
-    """Where to look next: doubling from the beginning while the end is not known to be near, then the middle."""
-    if high == end and low < 8 * 1024:
-        return min((low + 1) * 2, (low + high + 1) // 2)
-    return (low + high) // 2

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from frontend import write_back
 from frontend.attempt import Attempt
 from frontend.conversation_cache import ConversationCache, Holder, PrefixChain
+from frontend.depths import Depths
 from frontend.dispatch_metrics import WRITE_BACK_TOKENS, WRITE_BACKS, WRITE_BACKS_REFUSED
 from frontend.known_caches import KnownCaches
 from frontend.router import Ask, Fleet, Route
@@ -50,7 +48,7 @@ class Conversations:
         chain.extend(token_ids)
         return chain
 
-    def known(self, chain: PrefixChain, slots: int) -> NDArray[np.int32] | None:
+    def known(self, chain: PrefixChain, slots: int) -> Depths | None:
         """By slot, the tokens from the beginning that a worker has; the last one is always computed. None: nobody has.
 
         Args:
@@ -58,12 +56,14 @@ class Conversations:
         """
         keys = chain.covering(chain.tokens - 1)
         blocks = self._caches.blocks_by_slot(keys, slots)
+        guessed = {}
         for held, count in self._cache.blocks_known(keys).items():
             slot = self._slots.get(held)
             if slot is not None and not self._caches.tells_blocks(*held):
-                blocks = np.zeros(slots + 1, dtype=np.int32) if blocks is None else blocks
-                blocks[slot] = count
-        return None if blocks is None else blocks * chain.block_tokens
+                guessed[slot] = count
+        if guessed:
+            blocks = Depths.of(guessed, slots) if blocks is None else blocks.with_(guessed)
+        return None if blocks is None else blocks.times(chain.block_tokens)
 
     def plan(self, ask: Ask, route: Route, fleet: Fleet) -> WriteBack | None:
         """What a decode worker should hand over to the route's prefill worker, if anything."""

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frontend.block_index import BlockIndex
+from frontend.depths import Depths
+from frontend.owner_places import OwnerPlaces
 from slipstream import telemetry
 from slipstream.performance import Profile, decode_profile
 from slipstream.v1.registry_pb2 import Load
@@ -64,7 +66,7 @@ class KnownCaches:
         self._workers: dict[str, KnownWorker] = {}
         self._names: dict[int, str] = {}  # by owner
         self._slots: dict[str, int] = {}
-        self._slot_of: NDArray[np.int64] = np.full(64, -1)  # by owner
+        self._places = OwnerPlaces()
 
     def get(self, worker_id: str) -> KnownWorker | None:
         """What is known of a worker."""
@@ -87,12 +89,12 @@ class KnownCaches:
         """The places that `blocks_by_slot` gives to workers from now on."""
         self._slots = dict(slots)
         for owner, name in self._names.items():
-            self._slot_of[owner] = self._slots.get(name, -1)
+            self._places.put(owner, self._slots.get(name, -1))
 
-    def blocks_by_slot(self, keys: Sequence[int], slots: int) -> NDArray[np.int32] | None:
-        """`blocks` as a vector, with one place more for workers without; None when nobody has any."""
+    def blocks_by_slot(self, keys: Sequence[int], slots: int) -> Depths | None:
+        """`blocks` by slot, with one place more for workers without; None when nobody has any."""
         match = self.index.match(keys)
-        return match.spread(slots, self._slot_of) if match.parts else None
+        return match.spread(slots, self._places) if match.parts else None
 
     def apply(self, worker_id: str, update: CacheUpdate) -> None:
         """A worker's next update."""
@@ -133,9 +135,7 @@ class KnownCaches:
         if owner is None:
             owner = worker.owners[tier] = self.index.enter()
             self._names[owner] = worker_id
-            if owner >= len(self._slot_of):
-                self._slot_of = np.concatenate([self._slot_of, np.full_like(self._slot_of, -1)])
-            self._slot_of[owner] = self._slots.get(worker_id, -1)
+            self._places.put(owner, self._slots.get(worker_id, -1))
         return owner
 
     def _leave(self, worker: KnownWorker) -> None:

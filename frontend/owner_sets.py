@@ -14,6 +14,10 @@ EMPTY = 0
 """The number of the set of nobody; blocks with it are not kept."""
 
 
+MEMBERS_ONE_BY_ONE = 12
+"""Owners of a set up to which they are found one by one faster than all at once."""
+
+
 class OwnerSets:
     """Plain data: no clock, no I/O."""
 
@@ -51,7 +55,8 @@ class OwnerSets:
 
     def mask(self, number: int) -> int:
         """The owners of a set."""
-        return self._masks[number] & ~self._gone
+        mask = self._masks[number]
+        return mask & ~self._gone if self._gone else mask
 
     def with_owner(self, number: int, owner: int) -> int:
         """The number of the set with this owner too."""
@@ -129,3 +134,21 @@ class OwnerSets:
         self._masks[number] = 0
         self._vacant[number] = False
         self._free.append(number)
+
+
+def members(mask: int) -> list[int]:
+    """The owners of a set, by rising number."""
+    if mask.bit_count() > MEMBERS_ONE_BY_ONE:
+        return [int(owner) for owner in np.flatnonzero(members_mask(mask))]
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
+def members_mask(mask: int) -> NDArray[np.bool_]:
+    """By owner, whether it is in a set."""
+    octets = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(octets, bitorder="little").view(np.bool_)

@@ -79,7 +79,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
     ):
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
-        _calm_collector()
+        calm_collector()
         async with open_dispatcher(settings) as dispatcher:
             gate = AdmissionGate(
                 dispatcher,
@@ -191,7 +191,7 @@ def _raise_file_limit() -> None:
         log.warning("few_open_files", limit=wanted, remedy="raise the hard limit (ulimit -Hn): each stream needs one")
 
 
-def _calm_collector() -> None:
+def calm_collector() -> None:
     """Have Python look for garbage less often: a request leaves hardly any in cycles, and looking took a tenth of the
     CPU time. What was loaded by now stays, and need not be looked at again."""
     gc.collect()

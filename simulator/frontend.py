@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from frontend.block_index import BlockIndex
+from frontend.owner_places import OwnerPlaces
 from frontend.router.ask import Ask
 from frontend.router.fleet import Fleet
 from frontend.router.learning import AnswerLengths
@@ -31,7 +31,7 @@ class SimulatedFrontend:
         gate: admission in front of the dispatch; None: everything goes to the workers at once.
     """
 
-    __slots__ = ("_owners", "_slot_of", "fleet", "gate", "index", "lengths", "model", "policy")
+    __slots__ = ("_owners", "_places", "fleet", "gate", "index", "lengths", "model", "policy")
 
     def __init__(self, model: str, policy: Policy, name: str) -> None:
         self.model = model
@@ -41,7 +41,7 @@ class SimulatedFrontend:
         self.lengths = AnswerLengths()
         self.gate: SimulatedGate | None = None
         self._owners: dict[str, int] = {}
-        self._slot_of: NDArray[np.int64] = np.full(8, -1)
+        self._places = OwnerPlaces()
 
     def put(self, record: WorkerRecord, profile: Profile) -> None:
         """A worker is there, or says something new of itself."""
@@ -51,9 +51,7 @@ class SimulatedFrontend:
         owner = self._owners.get(worker_id)
         if owner is None:
             owner = self._owners[worker_id] = self.index.enter()
-        while owner >= len(self._slot_of):
-            self._slot_of = np.concatenate([self._slot_of, np.full(len(self._slot_of), -1)])
-        self._slot_of[owner] = one.slot
+        self._places.put(owner, one.slot)
 
     def remove(self, worker_id: str) -> None:
         """A worker is gone, and all that it had cached."""
@@ -62,7 +60,7 @@ class SimulatedFrontend:
         owner = self._owners.pop(worker_id)
         self.fleet.remove(worker_id)
         self.index.leave(owner)
-        self._slot_of[owner] = -1
+        self._places.put(owner, -1)
         while self.index.tidy():
             pass
 
@@ -83,7 +81,7 @@ class SimulatedFrontend:
     def ask(self, arrival: Arrival, tokens: int, block_tokens: int) -> Ask:
         """For the router; `tokens`: of the prompt, and what was generated already."""
         match = self.index.match(arrival.keys)
-        known = match.spread(self.fleet.slots, self._slot_of) * block_tokens if match.parts else None
+        known = match.spread(self.fleet.slots, self._places).times(block_tokens) if match.parts else None
         return Ask(
             self.model,
             tokens,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from frontend.router.pool import Pool
 
 SHM = "shm"
+INF = math.inf
 
 CROWDING_S = 1e-3
 """What a cache that is full up costs beyond one that is empty: something is evicted that may be asked for again."""
@@ -38,6 +39,17 @@ class Foreign:
 
 
 @dataclass(slots=True)
+class Counted:
+    """Of one worker, or of all: requests, this frontend's part of them, prompts not yet computed, and whether, or how
+    many, have anything to compute."""
+
+    requests: int = 0
+    own_requests: int = 0
+    jobs: int = 0
+    waits: int = 0
+
+
+@dataclass(slots=True)
 class Candidate:
     """One incarnation of one worker. Plain data; `frontend.router.fleet` keeps it, and its row in a pool, up to date.
 
@@ -49,6 +61,7 @@ class Candidate:
         ways: measured ways to this worker by sender and epoch of its transfer agent; None where none works.
         pending_s, jobs: predicted seconds of this frontend's prompts that it has yet to compute, and their number.
         since_s: when the last of them was done, or the first was sent.
+        counted: in its pool's totals.
         fresh_requests, fresh_s, fresh_blocks: sent since the worker's last word, which cannot know of them.
     """
 
@@ -81,6 +94,7 @@ class Candidate:
     fresh_s: float = 0.0
     fresh_blocks: int = 0
     heard: bool = False
+    counted: Counted = field(default_factory=Counted)
 
     @property
     def takes_requests(self) -> bool:
@@ -126,32 +140,53 @@ class Candidate:
         row, pool = self.row, self.pool
         if row < 0:
             return
-        predictor, factor = self.curve.predictor, self.step.factor
         foreign = self.foreign
         requests = self.requests + foreign.requests
-        context = self.context_tokens + foreign.context_tokens
-        joined = requests + 1
-        with_one = predictor.decode_s(joined, context / joined) * factor
-        slope = predictor.decode_s(joined, context / joined + 1.0) * factor - with_one
+        jobs = self.jobs + (foreign.requests if foreign.waiting_tokens else 0)
+        foreign_s = foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
+        behind_s = self.pending_s - self.pending_s / self.jobs + foreign_s if self.jobs else foreign_s
         pool.requests[row] = requests
         pool.own_requests[row] = self.requests
+        pool.jobs[row] = jobs
         pool.pending_s[row] = self.pending_s
-        pool.job_s[row] = self.pending_s / self.jobs if self.jobs else 0.0
-        pool.since_s[row] = self.since_s
-        pool.jobs[row] = self.jobs + (foreign.requests if foreign.waiting_tokens else 0)
-        pool.foreign_s[row] = foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
-        pool.step_s[row] = predictor.decode_s(requests, context / max(1, requests)) * factor
-        pool.piece_s[row] = pool.step_s[row] if requests else predictor.step_overhead_s * self.prefill.factor
-        pool.joined_step_s[row] = with_one
-        pool.step_s_per_token[row] = slope / joined
+        pool.foreign_s[row] = foreign_s
+        # The prompt in work is taken to be through for as long as it has been computed for, but never for more than it.
+        pool.through_at_s[row] = self.since_s + self.pending_s + foreign_s if self.jobs else foreign_s
+        pool.behind_s[row] = behind_s
         pool.fresh_requests[row] = self.fresh_requests
         pool.fresh_s[row] = self.fresh_s
-        pool.used_blocks[row] = self.blocks_used + self.fresh_blocks
-        # In tenths of the cache: a block more or less is no reason to leave a worker whose prefix cache is warm.
-        crowding = round(pool.used_blocks[row] / max(1.0, pool.blocks[row]), 1)
-        pool.order_s[row] = crowding * CROWDING_S + 1e-6 * pool.tie[row]
-        pool.prefill_factor[row] = self.prefill.factor
+        pool.prefill_factor[row] = prefill_factor = self.prefill.factor
         pool.handoff_factor[row] = self.handoff.factor
+        pool.alone_factor[row] = prefill_factor * (1 + requests)
+        # In tenths of the cache: a block more or less is no reason to leave a worker whose prefix cache is warm.
+        used = self.blocks_used + self.fresh_blocks
+        tie, blocks, places = pool.tie.item(row), self.record.capacity.blocks, pool.max_running.item(row) - requests
+        pool.used_blocks[row] = used
+        pool.order_s[row] = round(used / max(1.0, blocks), 1) * CROWDING_S + 1e-6 * tie if self.takes_requests else INF
+        free_tokens = (blocks - used) * self.block_tokens if blocks else INF
+        pool.free_tokens[row] = free_tokens if places >= 1 else -1.0
+        self._write_steps(requests, prefill_factor)
+        pool.count(self, Counted(requests, self.requests, jobs, int(self.pending_s > 0 or foreign_s > 0)))
+
+    def _write_steps(self, requests: int, prefill_factor: float) -> None:
+        """What a request more costs in steps, to itself and to those that are there: `frontend.router.cost`."""
+        row, pool, predictor, factor = self.row, self.pool, self.curve.predictor, self.step.factor
+        context, joined = self.context_tokens + self.foreign.context_tokens, requests + 1
+        step_s = predictor.decode_s(requests, context / requests) * factor if requests else 0.0
+        with_one_s = predictor.decode_s(joined, context / joined) * factor
+        # One more never makes a step shorter: where a profile says so, that is noise.
+        more_s = max(0.0, with_one_s - step_s)
+        per_token_s = max(0.0, predictor.decode_s(joined, context / joined + 1.0) * factor - with_one_s) / joined
+        scale, fresh = pool.scale.item(row), self.fresh_requests
+        pool.step_s[row] = step_s
+        pool.joined_step_s[row] = step_s + more_s
+        pool.step_s_per_token[row] = per_token_s
+        pool.piece_s[row] = step_s if requests else predictor.step_overhead_s * prefill_factor
+        pool.after_s[row] = scale * (step_s + more_s * joined)
+        pool.after_s_per_token[row] = scale * per_token_s * joined
+        pool.echo_s[row] = scale * more_s * fresh * (requests + 2)
+        pool.echo_s_per_token[row] = scale * per_token_s * fresh
+        pool.echo_squared_s[row] = scale * more_s * fresh * fresh
 
 
 @dataclass(slots=True)

@@ -72,7 +72,7 @@ class Router:
 def check(ask: Ask, fleet: Fleet) -> None:
     """Raises what `Router.choose` raises; every policy may take for granted what holds afterwards."""
     decodes = fleet.pool(ask.model, Role.ROLE_DECODE)
-    if decodes and decodes.usable(ask).any():
+    if decodes and decodes.can_take(ask):
         return
     prefills = fleet.pool(ask.model, Role.ROLE_PREFILL)
     if not decodes and not prefills:

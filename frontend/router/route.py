@@ -82,7 +82,7 @@ class Considered:
     predicted: Predicted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
     """The decision. `fallback` is set when a prefill worker should have taken part but cannot.
 

@@ -22,6 +22,7 @@ START_TOKENS_PER_S = 2000.0
 """What a worker without a profile is taken to compute before it has computed anything."""
 
 _FAR = 1e9
+_FEW = 8
 
 
 def _typical_step_s(batch: int, context_tokens: int) -> float:
@@ -49,38 +50,48 @@ TYPICAL = Profile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What computing the rest of a prompt takes, for each depth to which a worker may have it.
+
+    Attributes:
+        chunks_s: what its tokens add to steps that run anyway.
+        steps: in which it is computed.
+    """
+
+    chunks_s: list[float]
+    steps: list[int]
+
+
 class Curve:
-    """A predictor's prefill table over a vector of token counts. The same numbers as `Predictor`, to the bit's end."""
+    """A predictor's prefill table, for many depths of one prompt at once. The same numbers as `Predictor`."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
-        self.step_tokens = predictor.profile.step_tokens
         points = [0.0, *(float(point.tokens) for point in predictor.profile.prefill), _FAR]
         self._tokens = np.array(points)
         self._seconds = np.array([predictor.chunk_s(tokens, 0.0) for tokens in points])
+        self._step_tokens = predictor.profile.step_tokens
         typical = float(min(predictor.profile.step_tokens, 2048))
         self.s_per_token = predictor.chunk_s(typical, 0.0) / typical
         """Of a prompt whose length nobody said."""
+        self._last: tuple[int, tuple[int, ...], Rest] = (0, (), Rest([], []))
 
-    def chunk_s(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
-        """What the prompt's rest adds to steps that run anyway, by what is known of it; a number when nothing is."""
-        whole_s = self.predictor.chunk_s(prompt_tokens, 0.0)
-        if known is None:
-            return whole_s
-        rest_s: Vector = whole_s - np.interp(known, self._tokens, self._seconds)
-        return rest_s
-
-    def steps(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
-        """In how many steps the prompt's rest is computed."""
-        if known is None:
-            return math.ceil(prompt_tokens / self.step_tokens)
-        steps: Vector = np.ceil((prompt_tokens - known) / self.step_tokens)
-        return steps
-
-    def prefill_s(self, prompt_tokens: float, known: Vector | None) -> Vector | float:
-        """Seconds to compute the prompt's rest alone, by what is known of it; a number when nothing is."""
-        overhead_s = self.predictor.step_overhead_s
-        return self.chunk_s(prompt_tokens, known) + overhead_s * self.steps(prompt_tokens, known)
+    def rest(self, prompt_tokens: int, depths: tuple[int, ...]) -> Rest:
+        """Of a prompt that is had to these depths."""
+        last = self._last
+        if last[0] == prompt_tokens and last[1] == depths:
+            return last[2]  # both pools of one decision mostly have one curve
+        whole_s, step_tokens = self.predictor.chunk_s(prompt_tokens, 0.0), self._step_tokens
+        if len(depths) <= _FEW:
+            had_s = [self.predictor.chunk_s(one, 0.0) if one else 0.0 for one in depths]
+        else:
+            had_s = np.interp(depths, self._tokens, self._seconds).tolist()
+        rest = Rest(
+            [whole_s - one for one in had_s], [math.ceil((prompt_tokens - one) / step_tokens) for one in depths]
+        )
+        self._last = prompt_tokens, depths, rest
+        return rest
 
 
 @lru_cache(maxsize=256)

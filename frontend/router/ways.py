@@ -13,11 +13,12 @@ def way(receiver: Candidate, sender: Candidate) -> Way | None:
     """The best measured way, a typical one where nobody has measured; None when blocks cannot travel."""
     if not sender.reachable:
         return None
-    near = bool(receiver.host_id) and receiver.host_id == sender.host_id
+    near = receiver.host_id == sender.host_id and receiver.host_id != ""
     if not near and receiver.crossing.isdisjoint(sender.crossing):
         return None
-    measured = receiver.ways.get(sender.sender, NEAR if near else FAR)
-    return measured if measured is None or measured.bytes_per_s > 0 else (NEAR if near else FAR)
+    typical = NEAR if near else FAR
+    measured = receiver.ways.get(sender.sender, typical) if receiver.ways else typical
+    return measured if measured is None or measured.bytes_per_s > 0 else typical
 
 
 def exposed_s(receiver: Candidate, the_way: Way, moved_tokens: int, prefill_s: float, factor: float) -> float:
@@ -28,5 +29,5 @@ def exposed_s(receiver: Candidate, the_way: Way, moved_tokens: int, prefill_s: f
     if moved_tokens <= 0:
         return 0.0
     block_s = receiver.block_bytes / the_way.bytes_per_s
-    whole_s = block_s * (moved_tokens / receiver.block_tokens)
-    return (the_way.latency_s + block_s + max(0.0, whole_s - prefill_s)) * factor
+    slower_s = block_s * (moved_tokens / receiver.block_tokens) - prefill_s
+    return (the_way.latency_s + block_s + (slower_s if slower_s > 0 else 0.0)) * factor

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frontend.block_index import MAX_PROBES, BlockIndex, members
+from frontend.block_index import MAX_PROBES, BlockIndex
 from frontend.block_table import Keys
+from frontend.owner_places import OwnerPlaces
+from frontend.owner_sets import members
 from slipstream.block_keys import extend, root_key
 
 ROOT = root_key("m", 4)
@@ -168,11 +170,30 @@ def test_a_prompt_that_a_thousand_workers_have_to_different_depths_is_looked_up_
     assert worst <= 4 * 2000 / MAX_PROBES, "and not much less"
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 39), st.integers(1, 24)), max_size=120), st.randoms(use_true_random=False))
+def test_by_place_is_the_same_as_by_owner_with_the_most_of_those_that_share_a_place(
+    steps: list[tuple[int, int]], draw: random.Random
+) -> None:
+    index, places, keys = BlockIndex(), OwnerPlaces(), chain(1, 24)
+    owners = [index.enter() for _ in range(40)]
+    for owner, blocks in steps:
+        index.store(owner, array(keys[:blocks]))
+        places.put(draw.choice(owners), draw.randrange(-1, 20))
+        place_of = {one: places.of(1 << one)[0] for one in owners}
+        found, expected = index.match(keys).spread(20, places), dict.fromkeys(range(20), 0)
+        for one, count in hits(index, keys).items():
+            if place_of[one] >= 0:
+                expected[place_of[one]] = max(expected[place_of[one]], count)
+        assert {place: found.at(place) for place in range(20)} == expected
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 3, 37, 8200])
 def test_a_chain_of_any_length_is_found_to_its_end(blocks: int) -> None:
     index = BlockIndex()
     owner, keys = index.enter(), chain(3, blocks)
     index.store(owner, array(keys))
     assert hits(index, [*keys, 99]) == {owner: blocks}
-    assert index.match(keys).spread(3, np.array([1])).tolist() == [0, blocks, 0, 0]
+    found = index.match(keys).spread(3, OwnerPlaces(np.array([1])))
+    assert [found.at(place) for place in range(4)] == [0, blocks, 0, 0]
     assert hits(index, []) == {}

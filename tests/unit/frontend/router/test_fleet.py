@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frontend.depths import Depths
 from frontend.router import Ask, Fleet
 from frontend.router.candidate import Share
 from frontend.router.cost import prompt_queue_s
@@ -161,8 +161,7 @@ def test_what_is_known_may_come_by_name_or_by_slot() -> None:
     third = fleet.get("w3")
     assert pool is not None
     assert third is not None
-    by_slot = np.zeros(fleet.slots, np.int32)
-    by_slot[third.slot] = 64
+    by_slot = Depths.of({third.slot: 64}, fleet.slots)
     named, numbered = pool.known(Ask("m", 100, known={"w3": 64})), pool.known(Ask("m", 100, known_by_slot=by_slot))
     assert named is not None
     assert numbered is not None
