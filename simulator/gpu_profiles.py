@@ -44,7 +44,14 @@ INSTALL_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What of a model's shape decides its memory. One byte a weight: fp8."""
+    """What of a model's shape decides its memory.
+
+    Attributes:
+        weights: how they are stored, in aiconfigurator's words; weight_bytes follows from it.
+        experts: of a mixture, how they lie on the GPUs: `divided`, each over all, or `spread`, whole ones; else empty.
+        backend: the engine whose tables are read.
+        systems: GPUs for which a profile is made, where it fits.
+    """
 
     name: str
     label: str
@@ -55,6 +62,10 @@ class Model:
     tensor_parallel: tuple[int, ...]
     max_model_len: int
     config: dict[str, object] | None = None
+    weights: str = "fp8"
+    experts: str = ""
+    backend: str = "vllm"
+    systems: tuple[str, ...] = ("h100_sxm", "h200_sxm")
 
     @property
     def kv_token_bytes(self) -> int:
@@ -83,8 +94,45 @@ _QWEN_72B: dict[str, object] = {
     "torch_dtype": "bfloat16",
 }
 MODELS = (
-    Model("Qwen/Qwen3-32B", "qwen3-32b", 32_762_000_000, 64, 8, 128, (1, 2, 4), 131072),
-    Model("meta-llama/Meta-Llama-3.1-70B", "llama-3.1-70b", 70_554_000_000, 80, 8, 128, (1, 4, 8), 131072),
+    Model("Qwen/Qwen3-32B", "qwen3-32b", 32_762_000_000, 64, 8, 128, (1, 2, 4, 8), 131072),
+    Model(
+        "Qwen/Qwen3-32B",
+        "qwen3-32b-bf16",
+        65_524_000_000,
+        64,
+        8,
+        128,
+        (2, 4, 8),
+        131072,
+        weights="bfloat16",
+        systems=("h100_sxm",),
+    ),
+    Model(
+        "Qwen/Qwen3-30B-A3B",
+        "qwen3-30b-a3b",
+        61_064_000_000,
+        48,
+        4,
+        128,
+        (2,),
+        131072,
+        weights="bfloat16",
+        experts="divided",
+    ),
+    Model("meta-llama/Meta-Llama-3.1-70B", "llama-3.1-70b", 70_554_000_000, 80, 8, 128, (1, 2, 4, 8), 131072),
+    Model(
+        # Of attention it keeps 576 values a token and layer, keys and values in one.
+        "deepseek-ai/DeepSeek-V3",
+        "deepseek-v3-trtllm",
+        685_000_000_000,
+        61,
+        1,
+        288,
+        (8,),
+        131072,
+        experts="spread",
+        backend="trtllm",
+    ),
     Model("Qwen/Qwen2.5-72B", "qwen2.5-72b", 72_706_000_000, 80, 8, 128, (1, 4, 8), 131072, _QWEN_72B),
 )
 GPUS = (Gpu("h100_sxm", "h100", 80 * 10**9), Gpu("h200_sxm", "h200", 141 * 10**9))
@@ -99,7 +147,7 @@ def kv_tokens(model: Model, gpu: Gpu, gpus: int) -> int:
 def that_fit() -> Iterator[tuple[Model, Gpu, int]]:
     """Every model on every GPU with each tensor parallelism that leaves room for KV."""
     for model in MODELS:
-        for gpu in GPUS:
+        for gpu in (one for one in GPUS if one.system in model.systems):
             for gpus in model.tensor_parallel:
                 if kv_tokens(model, gpu, gpus) >= LEAST_KV_TOKENS:
                     yield model, gpu, gpus
@@ -120,6 +168,9 @@ def make(python: Path, folder: Path, model: Model, gpu: Gpu, gpus: int, today: d
         "model": source,
         "system": gpu.system,
         "tensor_parallel": gpus,
+        "weights": model.weights,
+        "experts": {"": None, "divided": (gpus, 1), "spread": (1, gpus)}[model.experts],
+        "backend": model.backend,
         "prefill_tokens": PREFILL_TOKENS,
         "batches": BATCHES,
         "contexts": CONTEXTS,
@@ -137,8 +188,8 @@ def make(python: Path, folder: Path, model: Model, gpu: Gpu, gpus: int, today: d
         name=f"{model.label}-{gpu.label}-tp{gpus}",
         model=model.name,
         device=gpu.system,
-        source=f"{PACKAGE}, measured operator tables of {gpu.system}, vLLM backend, fp8 weights, bfloat16 KV; "
-        "transfer: Mooncake with vLLM on H800",
+        source=f"{PACKAGE}, measured operator tables of {gpu.system}, {model.backend} backend, "
+        f"{model.weights} weights, bfloat16 KV; transfer: Mooncake with vLLM on H800",
         measured_on=today.isoformat(),
         prefill=tuple(PrefillPoint(int(tokens), seconds) for tokens, seconds in answer["prefill"]),
         decode=tuple(DecodePoint(int(batch), int(context), seconds) for batch, context, seconds in answer["decode"]),
