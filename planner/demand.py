@@ -82,8 +82,8 @@ class DemandSeen:
 
     __slots__ = ("_block", "_blocks", "_bunched", "_bunched_blocks", "_sums", "idle_s", "requests")
 
-    def __init__(self) -> None:
-        self.requests = Forecaster()
+    def __init__(self, horizon_s: float = 120.0) -> None:
+        self.requests = Forecaster(horizon_s)
         self.idle_s = 0.0
         self._sums = _Sums()
         self._block = [0.0, 0.0]

@@ -9,6 +9,7 @@ accounts for it. A *change of level* must be followed at once. A *trend* or the 
 - Trend: the means lag behind a ramp by their windows, so that their distances are slopes (Brown's double exponential
   smoothing). The lesser of both slopes counts, which a single jump hardly moves, and it is damped with the horizon
   (Gardner and McKenzie, Management Science 31, 1985).
+- Bound: by how much forecasts were exceeded, noise aside, is learned, and the next one's bound keeps that distance.
 - Season: the rate by time of day of the days before. Its shape is used, scaled to today's level.
 
 Libraries were looked at: those with prediction intervals fit a whole history at once, and bring scipy and pandas into
@@ -18,6 +19,7 @@ the light installation. This must answer within microseconds, as simulations ask
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -26,6 +28,10 @@ NORMAL = NormalDist()
 NOISE_WINDOW_S = 900.0
 SURPRISE = 3.5
 """Standard deviations by which a shorter window must differ from a longer one to be believed instead."""
+SURPRISE_WINDOW_S = 3600.0
+FIRST_DEVIATION, FIRST_DEVIATION_S = 0.1, 300.0
+"""Before a load is known, its forecasts are taken to be that wrong; so long a time says more than that."""
+MAX_EXCESS = 1.0
 TURN = 0.5
 """Of the newest slope, what is believed where the older one has the other sign."""
 DAMPING_S = 90.0
@@ -129,12 +135,53 @@ class DailyShape:
         return first + (second - first) * (place - left)
 
 
+class Surprises:
+    """By how much what came exceeded what had been forecast for then, noise aside, as a share of the forecast.
+
+    Args:
+        horizon_s: between a forecast and the moment it is held against.
+    """
+
+    __slots__ = ("_exceeded", "_noise", "_pending", "_weight", "horizon_s")
+
+    def __init__(self, horizon_s: float) -> None:
+        self.horizon_s = horizon_s
+        self._pending: deque[tuple[float, float]] = deque()
+        self._exceeded = self._noise = self._weight = 0.0
+
+    def add(self, now_s: float, interval_s: float, mean: float, noise_variance: float, forecast: float) -> None:
+        """What is now, with the variance that noise gives it, and what is forecast now."""
+        self._pending.append((now_s + self.horizon_s, forecast))
+        while self._pending and self._pending[0][0] <= now_s:
+            then = self._pending.popleft()[1]
+            if then > 0.0:
+                keep = math.exp(-interval_s / SURPRISE_WINDOW_S)
+                over = min(max(0.0, mean / then - 1.0), MAX_EXCESS)
+                # What stays below is the other half of the same distribution.
+                self._exceeded = self._exceeded * keep + 2.0 * over * over * interval_s
+                self._noise = self._noise * keep + noise_variance / (then * then) * interval_s
+                self._weight = self._weight * keep + interval_s
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, as a share of the forecast."""
+        usual = FIRST_DEVIATION * FIRST_DEVIATION * FIRST_DEVIATION_S
+        variance = (max(0.0, self._exceeded - self._noise) + usual) / (self._weight + FIRST_DEVIATION_S)
+        return math.sqrt(variance)
+
+
 class Forecaster:
-    """Forecasts one rate, of requests or of tokens, from its means over intervals."""
+    """Forecasts one rate, of requests or of tokens, from its means over intervals.
 
-    __slots__ = ("_day", "_interval_s", "_last", "_noise", "_unit", "_unix_s", "_windows")
+    Args:
+        horizon_s: over which its errors are learned.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_at_s", "_day", "_interval_s", "_last", "_noise", "_surprises", "_unit", "_unix_s", "_windows")
+
+    def __init__(self, horizon_s: float = 120.0) -> None:
+        self._surprises = Surprises(horizon_s)
+        self._at_s = 0.0
         self._windows = tuple(WindowMean(window_s) for window_s in WINDOWS_S)
         self._noise = WindowMean(NOISE_WINDOW_S)
         self._day = DailyShape()
@@ -157,6 +204,11 @@ class Forecaster:
             window.add(rate, interval_s)
         self._day.add(rate, interval_s, unix_s)
         self._last, self._unix_s, self._interval_s, self._unit = rate, unix_s, interval_s, unit
+        self._at_s += interval_s
+        newest = self._windows[0]
+        noise = self.variance_per_s / interval_s * newest.noise_share
+        expected = self.forecast(self._surprises.horizon_s, 50.0).mean
+        self._surprises.add(self._at_s, interval_s, newest.mean, noise, expected)
 
     @property
     def age_s(self) -> float:
@@ -190,7 +242,9 @@ class Forecaster:
         )
         mean = max(mean, level * season, 0.0)
         # Of the mean, not of one interval's sum, whose chance the queueing model knows.
-        doubt = math.sqrt(variance * window.noise_share) * (1.0 + horizon_s / (2.0 * DAMPING_S))
+        doubt = math.sqrt(variance * window.noise_share)
+        if horizon_s > 0.0:
+            doubt = math.hypot(doubt, mean * self._surprises.deviation)
         upper = mean + max(0.0, NORMAL.inv_cdf(percentile / 100.0)) * doubt
         return Forecast(mean, upper, level, slope)
 

@@ -112,16 +112,16 @@ class SloPolicy:
         model = past.objectives.model
         own = [one for one in seen.workers if one.model == model]
         workers = past.coming.seen(own, seen.at_s)
+        horizon_s = max(self._objectives.horizon_s, self._objectives.start_s)
         traffic = {name: part for (one, name), part in seen.traffic.items() if one == model}
         for name in past.objectives.objectives:
-            past.classes.setdefault(name, DemandSeen())
+            past.classes.setdefault(name, DemandSeen(horizon_s))
         for name in traffic:
-            past.classes.setdefault(name, DemandSeen())
+            past.classes.setdefault(name, DemandSeen(horizon_s))
         for name, known in past.classes.items():
             known.add(traffic.get(name), seen.interval_s, seen.unix_s)
         served = [name for name in past.classes if name != BATCH]
         self._learn(past, own, traffic, seen)
-        horizon_s = max(self._objectives.horizon_s, self._objectives.start_s)
         demands = {
             name: past.classes[name].demand(past.classes[name].requests.forecast(horizon_s, UPPER_PERCENTILE).upper)
             for name in served
