@@ -28,10 +28,11 @@ NORMAL = NormalDist()
 NOISE_WINDOW_S = 900.0
 SURPRISE = 3.5
 """Standard deviations by which a shorter window must differ from a longer one to be believed instead."""
-SURPRISE_WINDOW_S = 3600.0
-FIRST_DEVIATION, FIRST_DEVIATION_S = 0.1, 300.0
-"""Before a load is known, its forecasts are taken to be that wrong; so long a time says more than that."""
-MAX_EXCESS = 1.0
+BOUND_PERCENTILE = 90.0
+"""Of the moments to come, the upper bound shall hold for so many."""
+BOUND_DEVIATIONS = NORMAL.inv_cdf(BOUND_PERCENTILE / 100.0)
+FIRST_EXCESS, MAX_EXCESS = 0.1, 0.5
+EXCESS_STEP_PER_S = 0.001
 TURN = 0.5
 """Of the newest slope, what is believed where the older one has the other sign."""
 DAMPING_S = 90.0
@@ -135,39 +136,33 @@ class DailyShape:
         return first + (second - first) * (place - left)
 
 
-class Surprises:
-    """By how much what came exceeded what had been forecast for then, noise aside, as a share of the forecast.
+class Excess:
+    """By what share forecasts are exceeded, noise aside, no more often than the bound allows.
+
+    Adaptive conformal inference (Gibbs and Candès, NeurIPS 2021): the share grows a little whenever a forecast was
+    exceeded by more, and shrinks a little when not, so that in the long run the bound holds as often as it says,
+    whatever the load is like. One great jump moves it no more than many small ones.
 
     Args:
         horizon_s: between a forecast and the moment it is held against.
     """
 
-    __slots__ = ("_exceeded", "_noise", "_pending", "_weight", "horizon_s")
+    __slots__ = ("_pending", "horizon_s", "share")
 
     def __init__(self, horizon_s: float) -> None:
         self.horizon_s = horizon_s
+        self.share = FIRST_EXCESS
         self._pending: deque[tuple[float, float]] = deque()
-        self._exceeded = self._noise = self._weight = 0.0
 
-    def add(self, now_s: float, interval_s: float, mean: float, noise_variance: float, forecast: float) -> None:
-        """What is now, with the variance that noise gives it, and what is forecast now."""
+    def add(self, now_s: float, interval_s: float, mean: float, noise: float, forecast: float) -> None:
+        """What is now, with the standard deviation that noise gives it, and what is forecast now."""
         self._pending.append((now_s + self.horizon_s, forecast))
         while self._pending and self._pending[0][0] <= now_s:
             then = self._pending.popleft()[1]
-            if then > 0.0:
-                keep = math.exp(-interval_s / SURPRISE_WINDOW_S)
-                over = min(max(0.0, mean / then - 1.0), MAX_EXCESS)
-                # What stays below is the other half of the same distribution.
-                self._exceeded = self._exceeded * keep + 2.0 * over * over * interval_s
-                self._noise = self._noise * keep + noise_variance / (then * then) * interval_s
-                self._weight = self._weight * keep + interval_s
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation, as a share of the forecast."""
-        usual = FIRST_DEVIATION * FIRST_DEVIATION * FIRST_DEVIATION_S
-        variance = (max(0.0, self._exceeded - self._noise) + usual) / (self._weight + FIRST_DEVIATION_S)
-        return math.sqrt(variance)
+            exceeded = mean > then * (1.0 + self.share) + BOUND_DEVIATIONS * noise
+            step = EXCESS_STEP_PER_S * interval_s
+            self.share += step * (BOUND_PERCENTILE / 100.0 if exceeded else BOUND_PERCENTILE / 100.0 - 1.0)
+            self.share = min(max(self.share, 0.0), MAX_EXCESS)
 
 
 class Forecaster:
@@ -177,10 +172,10 @@ class Forecaster:
         horizon_s: over which its errors are learned.
     """
 
-    __slots__ = ("_at_s", "_day", "_interval_s", "_last", "_noise", "_surprises", "_unit", "_unix_s", "_windows")
+    __slots__ = ("_at_s", "_day", "_excess", "_interval_s", "_last", "_noise", "_unit", "_unix_s", "_windows")
 
     def __init__(self, horizon_s: float = 120.0) -> None:
-        self._surprises = Surprises(horizon_s)
+        self._excess = Excess(horizon_s)
         self._at_s = 0.0
         self._windows = tuple(WindowMean(window_s) for window_s in WINDOWS_S)
         self._noise = WindowMean(NOISE_WINDOW_S)
@@ -206,9 +201,9 @@ class Forecaster:
         self._last, self._unix_s, self._interval_s, self._unit = rate, unix_s, interval_s, unit
         self._at_s += interval_s
         newest = self._windows[0]
-        noise = self.variance_per_s / interval_s * newest.noise_share
-        expected = self.forecast(self._surprises.horizon_s, 50.0).mean
-        self._surprises.add(self._at_s, interval_s, newest.mean, noise, expected)
+        noise = math.sqrt(self.variance_per_s / interval_s * newest.noise_share)
+        expected = self.forecast(self._excess.horizon_s).mean
+        self._excess.add(self._at_s, interval_s, newest.mean, noise, expected)
 
     @property
     def age_s(self) -> float:
@@ -225,7 +220,7 @@ class Forecaster:
         """Of the sum that comes, for each second: for Poisson arrivals of equal size, rate times size squared."""
         return max(self._noise.mean, self.calm * self._unit)
 
-    def forecast(self, horizon_s: float, percentile: float) -> Forecast:
+    def forecast(self, horizon_s: float) -> Forecast:
         """For the most loaded moment from now until then."""
         if not self._interval_s:
             return Forecast(0.0, 0.0, 0.0)
@@ -242,10 +237,8 @@ class Forecaster:
         )
         mean = max(mean, level * season, 0.0)
         # Of the mean, not of one interval's sum, whose chance the queueing model knows.
-        doubt = math.sqrt(variance * window.noise_share)
-        if horizon_s > 0.0:
-            doubt = math.hypot(doubt, mean * self._surprises.deviation)
-        upper = mean + max(0.0, NORMAL.inv_cdf(percentile / 100.0)) * doubt
+        doubt = BOUND_DEVIATIONS * math.sqrt(variance * window.noise_share)
+        upper = mean + math.hypot(doubt, mean * self._excess.share if horizon_s > 0.0 else 0.0)
         return Forecast(mean, upper, level, slope)
 
     def _believed(self, variance: float) -> int:

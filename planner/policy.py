@@ -26,8 +26,6 @@ from planner.steps import Coming, Limits, counts_of, room, steps
 from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import Role, WorkerState
 
-UPPER_PERCENTILE = 90.0
-"""Of what may come, this much is prepared for."""
 DOWN_MARGIN = 1.1
 """Survivors must bear so much more than is expected before any worker is let go."""
 FIRST_LOOK_S = 60.0
@@ -38,7 +36,8 @@ BACKLOG_SHARE = 0.5
 """Of the TTFT limit, what may wait at each worker without being called a backlog."""
 IDLE_S = 300.0
 """Without a request for so long, a pool that may go to zero does."""
-DRAIN_SHARE = 0.25
+DRAIN_SHARE = 0.5
+"""Of a pool, what one decision may take away: what a whole window did not need."""
 BATCH = "batch"
 BATCH_OBJECTIVE = Objective(ttft_s=3600.0, itl_s=10.0, percentile=50.0)
 BATCH_CLEAR_S = 600.0
@@ -123,8 +122,7 @@ class SloPolicy:
         served = [name for name in past.classes if name != BATCH]
         self._learn(past, own, traffic, seen)
         demands = {
-            name: past.classes[name].demand(past.classes[name].requests.forecast(horizon_s, UPPER_PERCENTILE).upper)
-            for name in served
+            name: past.classes[name].demand(past.classes[name].requests.forecast(horizon_s).upper) for name in served
         }
         return Look(
             model,
@@ -145,7 +143,7 @@ class SloPolicy:
         whole = Traffic()
         for part in traffic.values():
             whole.merge(part)
-        now = together([one.demand(one.requests.forecast(0.0, 50.0).mean) for one in past.classes.values()])
+        now = together([one.demand(one.requests.forecast(0.0).mean) for one in past.classes.values()])
         past.learner.learn(workers, whole, now, seen.at_s, seen.interval_s)
 
     def _backlog_s(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic]) -> float:
@@ -163,7 +161,7 @@ class SloPolicy:
         if known is None:
             return None
         queued = traffic[BATCH].queued if BATCH in traffic else 0
-        rate = known.requests.forecast(0.0, 50.0).mean + queued / BATCH_CLEAR_S
+        rate = known.requests.forecast(0.0).mean + queued / BATCH_CLEAR_S
         return known.demand(rate) if rate * BATCH_CLEAR_S >= 0.5 else None
 
     def _floor(self, past: _Past, seen: Observation) -> Counts:

@@ -37,7 +37,7 @@ def test_noise_alone_moves_the_forecast_little() -> None:
     for number in range(900):
         one.add(poisson(draw, 20.0 * STEP_S) / STEP_S, STEP_S, number * STEP_S)
         if number > 60:
-            uppers.append(one.forecast(120.0, 90.0).upper)
+            uppers.append(one.forecast(120.0).upper)
     assert min(uppers) > 19.0
     assert max(uppers) < 24.0
 
@@ -47,22 +47,31 @@ def test_a_jump_is_believed_within_three_looks() -> None:
     before = fed([4.0] * 200, noise=draw)
     for number in range(3):
         before.add(poisson(draw, 16.0 * STEP_S) / STEP_S, STEP_S, 1000.0 + number * STEP_S)
-    assert 9.0 < before.forecast(60.0, 90.0).upper < 20.0
+    assert 9.0 < before.forecast(60.0).upper < 20.0
     for number in range(40):
         before.add(poisson(draw, 16.0 * STEP_S) / STEP_S, STEP_S, 1015.0 + number * STEP_S)
-    assert 15.0 < before.forecast(60.0, 90.0).mean < 20.0, "and not followed beyond where it ended"
+    assert 15.0 < before.forecast(60.0).mean < 20.0, "and not followed beyond where it ended"
 
 
 def test_a_ramp_is_seen_ahead() -> None:
     ramp = fed([5.0 + 0.05 * number * STEP_S for number in range(120)])
     now = 5.0 + 0.05 * 120 * STEP_S
-    ahead = ramp.forecast(60.0, 50.0).mean
+    ahead = ramp.forecast(60.0).mean
     assert now < ahead < now + 0.05 * 90.0
+
+
+def test_the_bound_keeps_more_distance_on_a_load_that_is_hard_to_foretell() -> None:
+    draw = random.Random(4)
+    steady = fed([20.0] * 720, noise=draw).forecast(120.0)
+    levels = [draw.choice([10.0, 20.0, 30.0]) for _ in range(40)]
+    restless = fed([levels[number // 18] for number in range(720)], noise=draw).forecast(120.0)
+    assert steady.upper / steady.mean < 1.08
+    assert restless.upper / restless.mean > 1.15
 
 
 def test_what_falls_is_not_forecast_below_what_is_there_now() -> None:
     falling = fed([40.0 - 0.05 * number * STEP_S for number in range(120)])
-    one = falling.forecast(120.0, 50.0)
+    one = falling.forecast(120.0)
     assert one.mean >= one.level
 
 
@@ -75,19 +84,19 @@ def test_the_hour_of_the_day_is_known_from_the_second_day_on() -> None:
     for number in range(1440 + 9 * 60 - 20):
         one.add(day[number % 1440], step_s, (number + 1) * step_s)
         if number == 9 * 60 - 20:
-            assert one.forecast(1800.0, 50.0).mean < 3.0, "on the first day nobody can know"
-    assert one.forecast(1800.0, 50.0).mean > 6.0, "half an hour before the morning"
+            assert one.forecast(1800.0).mean < 3.0, "on the first day nobody can know"
+    assert one.forecast(1800.0).mean > 6.0, "half an hour before the morning"
 
 
 def test_the_first_samples_are_no_certainty() -> None:
     first = fed([3.0])
-    assert first.forecast(60.0, 90.0).upper > 3.5
-    assert Forecaster().forecast(60.0, 90.0).upper == 0.0
+    assert first.forecast(60.0).upper > 3.5
+    assert Forecaster().forecast(60.0).upper == 0.0
 
 
-@given(st.lists(st.floats(0.0, 1e5), min_size=1, max_size=60), st.floats(0.0, 3600.0), st.floats(50.0, 99.9))
-def test_the_bound_is_a_bound_and_finite(rates: list[float], horizon_s: float, percentile: float) -> None:
-    one = fed(rates).forecast(horizon_s, percentile)
+@given(st.lists(st.floats(0.0, 1e5), min_size=1, max_size=60), st.floats(0.0, 3600.0))
+def test_the_bound_is_a_bound_and_finite(rates: list[float], horizon_s: float) -> None:
+    one = fed(rates).forecast(horizon_s)
     assert 0.0 <= one.mean <= one.upper < math.inf
 
 
