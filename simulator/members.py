@@ -114,11 +114,12 @@ class Members:
 
     def room(self, model: str) -> ClusterRoom:
         """What admission knows of a model's workers: `frontend.admission.cluster_room.room_of` without the records."""
+        ready, prefill = WorkerState.READY, Role.ROLE_PREFILL  # looked up once: it takes longer than all the rest
         prefills = decodes = places = kv_tokens = open_requests = kv_tokens_used = 0
         for one in self.present.values():
-            if one.pool.model != model or one.state != WorkerState.READY:
+            if one.pool.model != model or one.state != ready:
                 continue
-            if one.role == Role.ROLE_PREFILL:
+            if one.role == prefill:
                 prefills += 1
                 continue
             load, profile = one.worker.load(), one.profile

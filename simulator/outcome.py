@@ -58,6 +58,16 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests of one class are to keep."""
+
+    model: str
+    service_class: str
+    ttft_s: float
+    itl_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Interval:
     """One model in one piece of the run, which ends at `at_s`; counts of workers and requests are of that moment.
 
@@ -120,6 +130,7 @@ class Outcome:
     good_per_gpu_hour: float
     all: Figures
     classes: list[Figures]
+    limits: list[Limits]
     series_s: float
     series: list[Interval]
     actions: int

@@ -20,7 +20,7 @@ from simulator.frontend import Policy
 from simulator.journey import KeptJourneys
 from simulator.members import Member
 from simulator.observing import Observer
-from simulator.outcome import Outcome, WorkerLife
+from simulator.outcome import Limits, Outcome, WorkerLife
 from simulator.scaling import ControlLoop, SimulatedScaler, role_name
 from simulator.serving import ServedModel, SimulatedCluster
 from simulator.tally import Counts as Tallied
@@ -224,6 +224,11 @@ def _outcome(
         good_per_gpu_hour=everything.good / gpu_hours if gpu_hours > 0 else 0.0,
         all=everything.figures("", "", duration_s),
         classes=[counts.figures(*key, duration_s) for key, counts in sorted(tally.totals.items())],
+        limits=[
+            Limits(one.name, service_class, limit.ttft_s, limit.itl_s)
+            for one in setup.models
+            for service_class, limit in one.objectives.items()
+        ],
         series_s=setup.series_s,
         series=tally.series,
         actions=control.actions if control is not None else 0,

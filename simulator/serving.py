@@ -92,6 +92,7 @@ class SimulatedCluster:
         self._under: dict[str, Underway] = {}
         self._open = 0
         self._deadlines: deque[Underway] = deque()
+        self._deadline_set = False
         self._turns = dict.fromkeys((one.name for one in models), 0)
         self._more = True
         self._block_tokens = models[0].decode.block_tokens
@@ -475,8 +476,12 @@ class SimulatedCluster:
             watcher.ended(under)
 
     def _watch_deadline(self, under: Underway) -> None:
-        self._deadlines.append(under)
-        if len(self._deadlines) == 1:
+        deadlines = self._deadlines
+        while deadlines and _is_over(deadlines[0]):
+            deadlines.popleft()  # what is over need not be remembered for as long
+        deadlines.append(under)
+        if not self._deadline_set:
+            self._deadline_set = True
             self.loop.at(under.deadline_s, self._deadline)
 
     def _deadline(self) -> None:
@@ -486,6 +491,7 @@ class SimulatedCluster:
             under = deadlines.popleft()
             if not _is_over(under):
                 self._fail(under, DeadlineError.default_code)
+        self._deadline_set = bool(deadlines)
         if deadlines:
             self.loop.at(deadlines[0].deadline_s, self._deadline)
 

@@ -128,7 +128,7 @@ def read_azure(file: Path) -> list[Arrival]:
 def at_speed(arrivals: Iterable[Arrival], factor: float) -> Iterator[Arrival]:
     """The same requests, `factor` times as close together."""
     for arrival in arrivals:
-        yield replace(arrival, at_s=arrival.at_s / factor)
+        yield _at(arrival, arrival.at_s / factor, arrival.request_id)
 
 
 def at_changing_speed(arrivals: Iterable[Arrival], speed: Callable[[float], float]) -> Iterator[Arrival]:
@@ -140,7 +140,7 @@ def at_changing_speed(arrivals: Iterable[Arrival], speed: Callable[[float], floa
     for arrival in arrivals:
         now_s += (arrival.at_s - before_s) / speed(now_s)
         before_s = arrival.at_s
-        yield replace(arrival, at_s=now_s)
+        yield _at(arrival, now_s, arrival.request_id)
 
 
 def repeated(arrivals: Sequence[Arrival], times: int, pause_s: float = 0.0) -> Iterator[Arrival]:
@@ -148,13 +148,28 @@ def repeated(arrivals: Sequence[Arrival], times: int, pause_s: float = 0.0) -> I
     length_s = arrivals[-1].at_s + pause_s if arrivals else 0.0
     for turn in range(times):
         for arrival in arrivals:
-            yield replace(arrival, at_s=arrival.at_s + turn * length_s, request_id=f"{arrival.request_id}.{turn}")
+            yield _at(arrival, arrival.at_s + turn * length_s, f"{arrival.request_id}.{turn}")
 
 
 def assigned(arrivals: Iterable[Arrival], *, model: str = "", service_class: str = "") -> Iterator[Arrival]:
     """The same requests for a model, or in a class, where one is given."""
     for arrival in arrivals:
         yield replace(arrival, model=model or arrival.model, service_class=service_class or arrival.service_class)
+
+
+def _at(arrival: Arrival, at_s: float, request_id: str) -> Arrival:
+    """The same request at another time; by hand, which is several times as fast as `replace`."""
+    return Arrival(
+        at_s,
+        request_id,
+        arrival.input_tokens,
+        arrival.output_tokens,
+        arrival.keys,
+        arrival.tenant,
+        arrival.service_class,
+        arrival.session,
+        arrival.model,
+    )
 
 
 def _key(name: str) -> int:

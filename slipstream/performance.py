@@ -101,6 +101,7 @@ class Predictor:
         width = len(self._contexts)
         rows = [point.seconds for point in profile.decode]
         self._decode = [rows[start : start + width] for start in range(0, len(rows), width)]
+        self._least_decode_s = max(self._decode[0][0] * 0.5, 1e-9)
         self.step_overhead_s = _step_overhead_s(profile)
         """What a step costs before its first token."""
         self._step_tokens = profile.step_tokens
@@ -133,12 +134,18 @@ class Predictor:
         """Seconds of one step of `batch` sequences with `context_tokens` on average."""
         if batch <= 0:
             return 0.0
-        row, share = _place(self._batches, batch)
-        low = _line(self._contexts, self._decode[row], context_tokens)
-        if row + 1 == len(self._decode):
-            return max(low, 1e-9)
-        high = _line(self._contexts, self._decode[row + 1], context_tokens)
-        return max(low + (high - low) * share, self._decode[0][0] * 0.5, 1e-9)
+        # Written out, since a router asks for several of these for each request.
+        batches, contexts, table = self._batches, self._contexts, self._decode
+        if len(batches) == 1 or len(contexts) == 1:
+            return self._narrow_decode_s(batch, context_tokens)
+        row = bisect_right(batches, batch, 1, len(batches) - 1) - 1
+        column = bisect_right(contexts, context_tokens, 1, len(contexts) - 1) - 1
+        part = (context_tokens - contexts[column]) / (contexts[column + 1] - contexts[column])
+        line, above = table[row], table[row + 1]
+        low = line[column] + (line[column + 1] - line[column]) * part
+        high = above[column] + (above[column + 1] - above[column]) * part
+        seconds = low + (high - low) * ((batch - batches[row]) / (batches[row + 1] - batches[row]))
+        return seconds if seconds > self._least_decode_s else self._least_decode_s
 
     def decode_run(self, batch: float, context_tokens: float, most: int) -> tuple[int, float, float]:
         """Steps one after the other, each with a token more of context, as far as a straight line describes them.
@@ -172,6 +179,15 @@ class Predictor:
         """Seconds for that many bytes of KV to another worker."""
         return self.profile.transfer_latency_s + moved_bytes / self.profile.transfer_bytes_per_s
 
+    def _narrow_decode_s(self, batch: float, context_tokens: float) -> float:
+        """Of a table of one batch or one context."""
+        row, share = _place(self._batches, batch)
+        low = _line(self._contexts, self._decode[row], context_tokens)
+        if row + 1 == len(self._decode):
+            return max(low, 1e-9)
+        high = _line(self._contexts, self._decode[row + 1], context_tokens)
+        return max(low + (high - low) * share, self._least_decode_s)
+
     def _whole_s(self, tokens: float) -> float:
         """The prefill table without the fixed cost of its steps; 0 at 0 tokens."""
         if tokens <= self._tokens[0]:
@@ -203,17 +219,27 @@ def _place(points: list[float], at: float) -> tuple[int, float]:
 
     The share is beyond 1, or below 0, outside the points.
     """
-    if len(points) == 1:
+    last = len(points) - 2
+    if last < 0:
         return 0, 0.0
-    index = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
-    return index, (at - points[index]) / (points[index + 1] - points[index])
+    index = bisect_right(points, at) - 1
+    if index > last:
+        index = last
+    elif index < 0:
+        index = 0
+    left = points[index]
+    return index, (at - left) / (points[index + 1] - left)
+
+
+def _between(values: list[float], index: int, share: float) -> float:
+    if len(values) == 1:
+        return values[0]
+    left = values[index]
+    return left + (values[index + 1] - left) * share
 
 
 def _line(points: list[float], values: list[float], at: float) -> float:
-    index, share = _place(points, at)
-    if len(values) == 1:
-        return values[0]
-    return values[index] + (values[index + 1] - values[index]) * share
+    return _between(values, *_place(points, at))
 
 
 def read_profile(path: Path) -> Profile:

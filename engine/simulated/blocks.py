@@ -34,7 +34,7 @@ class BlockPool:
 
     def __init__(self, blocks: int, *, record: bool = True) -> None:
         self.total = blocks
-        self._holders = [0] * blocks
+        self._holders = [0] * blocks  # of blocks with a key; those without one have one holder or are free
         self._key: list[int | None] = [None] * blocks
         self._holder: dict[int, int] = {}  # the block that has a key's content
         self._plain_free = list(range(blocks - 1, -1, -1))  # taken from the end
@@ -89,21 +89,32 @@ class BlockPool:
         """
         if count > self.free:
             raise IndexError(f"{count} blocks asked for, {self.free} of {self.total} are free")
-        taken = []
-        for _ in range(count):
-            if self._plain_free:
-                block = self._plain_free.pop()
-            else:
+        plain = self._plain_free
+        if len(plain) >= count > 0:
+            taken = plain[: -count - 1 : -1]
+            del plain[-count:]
+        else:
+            taken = plain[::-1]
+            plain.clear()
+            for _ in range(count - len(taken)):
                 block, _ = self._cached_free.popitem(last=False)
                 self._forget(block)
-            self._holders[block] = 1
-            taken.append(block)
+                taken.append(block)
         return taken
+
+    def take_one(self) -> int:
+        """`take` of one block, which is known to be free."""
+        if self._plain_free:
+            return self._plain_free.pop()
+        block, _ = self._cached_free.popitem(last=False)
+        self._forget(block)
+        return block
 
     def store(self, block: int, key: int) -> None:
         """A held block has the whole content of this key from now on."""
         if key in self._holder or self._key[block] is not None:
             return
+        self._holders[block] = 1
         self._holder[key] = block
         self._key[block] = key
         if self._record and self._removed.pop(key, 0) == 0:
@@ -113,20 +124,28 @@ class BlockPool:
         """A holder of these, in the order of its sequence, holds them no more.
 
         Raises:
-            ValueError: one is not held.
+            ValueError: one with a key is not held.
         """
         holders, keys = self._holders, self._key
         plain = []
         for block in reversed(blocks):
-            if not holders[block]:
+            if keys[block] is None:
+                plain.append(block)
+                continue
+            held = holders[block]
+            if held == 1:
+                holders[block] = 0
+                self._cached_free[block] = None
+            elif held:
+                holders[block] = held - 1
+            else:
                 raise ValueError(f"block {block} is given back, but nobody holds it")
-            holders[block] -= 1
-            if not holders[block]:
-                if keys[block] is None:
-                    plain.append(block)
-                else:
-                    self._cached_free[block] = None
-        self._plain_free.extend(reversed(plain))
+        plain.reverse()
+        self._plain_free += plain
+
+    def give_back_plain(self, blocks: Sequence[int]) -> None:
+        """`give_back` of blocks of which none was ever stored."""
+        self._plain_free += blocks
 
     def clear(self) -> None:
         """Forget all content that nobody holds."""

@@ -267,9 +267,11 @@ class Scheduler:
 
     def _pass(self, ticks: int) -> None:
         """Ticks in which all that changes are sequences that grow, into blocks that are known to be free."""
-        for _ in range(ticks):
-            self._tick += 1
-            self._grow_decoding()
+        grow_at, first = self._grow_at, self._tick + 1
+        for tick in range(first, first + ticks):
+            self._tick = tick
+            if tick in grow_at:
+                self._grow_decoding()
         self._context_tokens += len(self._decoding) * ticks
 
     def _grow_decoding(self) -> None:
@@ -277,13 +279,18 @@ class Scheduler:
         due = self._grow_at.pop(self._tick, None)
         if due is None:
             return
-        for request, turn in due:
-            if request.turn != turn:
+        pool, again = self.pool, []
+        for one in due:
+            request = one[0]
+            if request.turn != one[1]:
                 continue
-            self._store_full(request, len(request.blocks) * self._block_tokens)
-            if self._make_room(1, request, []):
-                request.blocks += self.pool.take(1)
-                self._grow_later(request, self._tick + self._block_tokens)
+            if request.keys:
+                self._store_full(request, len(request.blocks) * self._block_tokens)
+            if pool.free or self._make_room(1, request, []):
+                request.blocks.append(pool.take_one())
+                again.append(one)
+        if again:
+            self._grow_at.setdefault(self._tick + self._block_tokens, []).extend(again)
 
     def _merge(self, step: Step, most_ticks: int) -> None:
         ends = self._ends
@@ -518,11 +525,15 @@ class Scheduler:
         full = min(tokens // self._block_tokens, len(request.keys), len(request.blocks))
         for index in range(request.stored, full):
             self.pool.store(request.blocks[index], request.keys[index])
-        request.stored = max(request.stored, full)
+        if full > request.stored:
+            request.stored = full
 
     def _give_back(self, request: Request) -> None:
         if request.blocks:
-            self.pool.give_back(request.blocks)
+            if request.stored:
+                self.pool.give_back(request.blocks)
+            else:
+                self.pool.give_back_plain(request.blocks)
             self._freed += 1
         request.blocks = []
         request.stored = request.done = 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import traces
-from simulator.traces import Arrival
+from simulator.traces import Arrival, assigned, at_changing_speed, repeated
 from slipstream.errors import ConfigError
 
 
@@ -94,3 +94,23 @@ def test_a_compressed_trace_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         traces.read_azure(tmp_path / "nowhere.csv")
+
+
+def test_a_trace_at_a_speed_that_rises_comes_closer_and_closer_together() -> None:
+    even = [Arrival(float(at_s), str(at_s), 10, 1) for at_s in range(101)]
+    faster = list(at_changing_speed(even, lambda now_s: 1.0 if now_s < 50 else 2.0))
+    assert [one.request_id for one in faster] == [one.request_id for one in even]
+    assert faster[50].at_s == pytest.approx(50.0)
+    assert faster[100].at_s == pytest.approx(75.0)
+
+
+def test_a_repeated_trace_goes_on_where_it_ended_under_new_ids() -> None:
+    trace = [Arrival(0.0, "a", 10, 1, (1, 2)), Arrival(4.0, "b", 20, 2)]
+    twice = list(repeated(trace, 2, pause_s=1.0))
+    assert [(one.at_s, one.request_id) for one in twice] == [(0.0, "a.0"), (4.0, "b.0"), (5.0, "a.1"), (9.0, "b.1")]
+    assert twice[2].keys == (1, 2)
+
+
+def test_requests_are_assigned_to_a_model_and_a_class() -> None:
+    (one,) = assigned([Arrival(0.0, "a", 10, 1, tenant="t")], model="m", service_class="batch")
+    assert (one.model, one.service_class, one.tenant) == ("m", "batch", "t")
