@@ -48,6 +48,9 @@ from slipstream.v1.worker_pb2 import DecodeEvent
 
 log = telemetry.get_logger(__name__)
 
+FALLBACK_TOLD_EVERY_S = 10.0
+"""Between two log lines of the same reason; the metric, the access log and `slipstream explain` have every one."""
+
 
 @asynccontextmanager
 async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher]:
@@ -87,6 +90,7 @@ class ClusterDispatcher:
         self._conversations = conversations
         self._watch = watch
         self._settings: FrontendSettings = around.settings
+        self._fallbacks_told: dict[str, tuple[float, int]] = {}
 
     @property
     def ready(self) -> bool:
@@ -195,7 +199,7 @@ class ClusterDispatcher:
         if route.fallback is not None and progress.noted_fallback is None:
             progress.noted_fallback = route.fallback
             FALLBACKS.labels(route.fallback.value).inc()
-            log.warning("prefill_fallback", request_id=progress.request.request_id, reason=route.fallback.value)
+            self._tell_fallback(progress.request.request_id, route.fallback.value)
         return route
 
     def _note_event(self, event: DecodeEvent, attempt: Attempt) -> None:
@@ -206,7 +210,17 @@ class ClusterDispatcher:
             self._watch.view.absolve(attempt.route.prefill.worker_id)
         if event.account.fallback and attempt.route.fallback is None:
             FALLBACKS.labels(DECODE_RECOMPUTED).inc()
-            log.warning("prefill_fallback", request_id=attempt.job.request_id, reason=event.account.fallback)
+            self._tell_fallback(attempt.job.request_id, event.account.fallback)
+
+    def _tell_fallback(self, request_id: str, reason: str) -> None:
+        """Now and then: where there is no prefill worker at all, each request would say so."""
+        now_s = self._around.clock()
+        told_s, untold = self._fallbacks_told.get(reason, (-FALLBACK_TOLD_EVERY_S, 0))
+        if now_s - told_s < FALLBACK_TOLD_EVERY_S:
+            self._fallbacks_told[reason] = told_s, untold + 1
+            return
+        self._fallbacks_told[reason] = now_s, 0
+        log.warning("prefill_fallback", request_id=request_id, reason=reason, others_since_last=untold)
 
     def _note_attempt(self, attempt: Attempt, progress: Progress, chain: PrefixChain) -> None:
         """An attempt ended, in whatever way."""

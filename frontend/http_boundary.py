@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 import msgspec
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +28,7 @@ from slipstream.errors import CancelledByClientError, SlipstreamError
 log = telemetry.get_logger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+_REQUEST_ID_NAME, _ROUTE_NAME = REQUEST_ID_HEADER.lower().encode(), ROUTE_HEADER.encode()
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -109,11 +110,11 @@ class _Outgoing:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers[REQUEST_ID_HEADER] = self._request_id
+            headers = message["headers"]  # none of ours is among them yet
+            headers.append((_REQUEST_ID_NAME, self._request_id.encode("latin-1")))
             record = current()
             if record is not None and record.route:
-                headers[ROUTE_HEADER] = record.route
+                headers.append((_ROUTE_NAME, record.route.encode("latin-1")))
         await self._send(message)
 
 

@@ -27,6 +27,13 @@ _SSE_HEADERS = {
 DONE = b"data: [DONE]\n\n"
 
 
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+_ENCODED_SSE_HEADERS = _encoded(_SSE_HEADERS)
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body, whatever its transfer encoding.
 
@@ -79,7 +86,7 @@ class ConnectedResponse(Response):
     """
 
     def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
-        super().__init__()
+        # Not the base's own beginnings, which would render an empty body and its headers.
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,11 +120,8 @@ async def send_last(send: Send, message: Message) -> None:
 
 def start_message(headers: Mapping[str, str] = _SSE_HEADERS, status: int = 200) -> Message:
     """The head of a response; of a stream of events when nothing else is said."""
-    return {
-        "type": "http.response.start",
-        "status": status,
-        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
-    }
+    encoded = _encoded(headers) if headers is not _SSE_HEADERS else _ENCODED_SSE_HEADERS.copy()
+    return {"type": "http.response.start", "status": status, "headers": encoded}
 
 
 def body_message(body: bytes, *, more: bool) -> Message:
