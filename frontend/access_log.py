@@ -74,7 +74,7 @@ class AccessLog:
         if self.to_log:
             fields = msgspec.structs.asdict(line)
             shown = {name: value for name, value in fields.items() if value and name not in _ONLY_IN_FILE}
-            log.info("request", **shown)
+            telemetry.tell(__name__, "request", shown)
         if self._file is not None:
             self._add(msgspec.json.encode(line) + b"\n")
 

@@ -70,7 +70,7 @@ class TextModel:
         self.sampling_defaults = dict(sampling_defaults or {})
         description = json.loads(tokenizer.to_str())
         self._byte_rule = byte_rule(description["decoder"])
-        self._words = WordTokens(self._encode_all) if is_wordwise(description) else None
+        self._words = WordTokens(self._encode_plain) if is_wordwise(description) else None
         self._around = self._specials_around() if self._words is not None else ((), ())
         self._inline_characters = _INLINE_CHARACTERS if self._words is None else _INLINE_WORDWISE_CHARACTERS
         self._text_bytes: dict[int, bytes] = {}
@@ -122,8 +122,9 @@ class TextModel:
         only = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return list(only.ids)
 
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [list(one.ids) for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def _encode_plain(self, text: str) -> Sequence[int]:
+        only: Sequence[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return only
 
     def _specials_around(self) -> tuple[Sequence[int], Sequence[int]]:
         """What is put before and after a text, the same for each."""

