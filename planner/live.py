@@ -65,7 +65,7 @@ async def open_planner(
         )
 
     def make_policy(wanted: PlannerObjectives) -> SloPolicy:
-        return SloPolicy(wanted, profiles_of(wanted, find_profile))
+        return SloPolicy(wanted, profiles_of(wanted, find_profile), tells_considered=True)
 
     async with AsyncExitStack() as stack:
         if settings.follow is not None:

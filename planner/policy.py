@@ -15,6 +15,7 @@ from planner.account import Account, Look, numbers_of, reason_of
 from planner.bars import Bars
 from planner.capacity import Corrections, Pair, PrefillQueue
 from planner.choose import PoolAsk, choose
+from planner.considered import considered_of
 from planner.corrections import Learner
 from planner.demand import Demand, DemandSeen, together
 from planner.objectives import ModelObjectives, Objective, PlannerObjectives
@@ -63,12 +64,18 @@ class SloPolicy:
 
     Args:
         profiles: by model, of its prefill and its decode workers; one that is not known yet is told by `know`.
+        tells_considered: decisions say what else was weighed, for people; it costs as much as deciding does.
     """
 
     def __init__(
-        self, objectives: PlannerObjectives, profiles: Mapping[str, Profile | tuple[Profile, Profile]] | None = None
+        self,
+        objectives: PlannerObjectives,
+        profiles: Mapping[str, Profile | tuple[Profile, Profile]] | None = None,
+        *,
+        tells_considered: bool = False,
     ) -> None:
         self._objectives = objectives
+        self._tells_considered = tells_considered
         self._past = {one.model: _Past(one) for one in objectives.models}
         for model, profile in (profiles or {}).items():
             self.know(model, *(profile if isinstance(profile, tuple) else (profile, profile)))
@@ -103,7 +110,8 @@ class SloPolicy:
             for model, look in looks.items()
         ]
         numbers = {"gpu_budget": float(self._objectives.gpu_budget)} | numbers_of(accounts, seen)
-        return Decision(seen.at_s, targets, tuple(actions), reason_of(accounts), numbers)
+        considered = considered_of(asks, targets, self._objectives.gpu_budget) if self._tells_considered else ()
+        return Decision(seen.at_s, targets, tuple(actions), reason_of(accounts), numbers, considered)
 
     # -- what is ------------------------------------------------------------------------------------------
 
