@@ -10,6 +10,7 @@ frontend's process.
 from __future__ import annotations
 
 import random
+import resource
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -41,6 +42,8 @@ class Row:
     """One size. Times are microseconds: `cpu` of the deciding thread, the others by the wall's clock.
 
     Attributes:
+        undisturbed_p99_us: by the wall's clock, of the decisions during which no other program took the core, which are
+            `undisturbed_share` of all; caches that a program before them emptied are in it.
         update_p50_us: what the request changes: it begins on both workers, and an older one ends there.
     """
 
@@ -50,6 +53,8 @@ class Row:
     p99_us: float
     cpu_p50_us: float
     cpu_p99_us: float
+    undisturbed_p99_us: float
+    undisturbed_share: float
     lookup_p50_us: float
     choice_p50_us: float
     choice_p99_us: float
@@ -102,17 +107,19 @@ def measure(workers: int, blocks: int, decisions: int) -> Row:
     index, chains = index_of(fleet, workers, blocks)
     places = OwnerPlaces(np.arange(workers))  # owners were entered in the order of slots
     router, draw, now_s = Router(), random.Random(1), 0.0
-    times = list[tuple[int, ...]]()
+    times, disturbed = list[tuple[int, ...]](), list[bool]()
     calm_collector()
     open_shares = list[list[Share | None]]()
     for _ in range(decisions + WARM_UP):
         now_s += 0.001
         chain, prompt_tokens = draw.choice(chains), CHAIN_BLOCKS * BLOCK_TOKENS + draw.randrange(1, BLOCK_TOKENS)
+        switches = _switches()
         began, began_cpu = time.perf_counter_ns(), time.thread_time_ns()
         known = index.match(chain).spread(fleet.slots, places).times(BLOCK_TOKENS)
         looked_up = time.perf_counter_ns()
         route = router.choose(Ask("m", prompt_tokens, 200, known_by_slot=known), fleet, now_s)
         chosen, chosen_cpu = time.perf_counter_ns(), time.thread_time_ns()
+        disturbed.append(_switches() != switches)
         new_tokens = route.new_tokens or 0
         shares = [fleet.begin(route.decode.worker_id, prompt_tokens, 0, now_s)]
         if route.prefill is not None:
@@ -124,6 +131,7 @@ def measure(workers: int, blocks: int, decisions: int) -> Row:
         updated = time.perf_counter_ns()
         times.append((looked_up - began, chosen - looked_up, chosen - began, chosen_cpu - began_cpu, updated - chosen))
     lookup, choice, both, cpu, update = np.array(times[WARM_UP:]).T / 1e3
+    undisturbed = ~np.array(disturbed[WARM_UP:])
     return Row(
         workers=workers,
         blocks=len(index),
@@ -131,11 +139,18 @@ def measure(workers: int, blocks: int, decisions: int) -> Row:
         p99_us=_percentile(both, 99),
         cpu_p50_us=_percentile(cpu, 50),
         cpu_p99_us=_percentile(cpu, 99),
+        undisturbed_p99_us=_percentile(both[undisturbed], 99),
+        undisturbed_share=round(float(undisturbed.mean()), 4),
         lookup_p50_us=_percentile(lookup, 50),
         choice_p50_us=_percentile(choice, 50),
         choice_p99_us=_percentile(choice, 99),
         update_p50_us=_percentile(update, 50),
     )
+
+
+def _switches() -> int:
+    """How often another program took this thread's core."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def _percentile(values: Any, share: float) -> float:

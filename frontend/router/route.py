@@ -82,7 +82,7 @@ class Considered:
     predicted: Predicted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # as above
 class Route:
     """The decision. `fallback` is set when a prefill worker should have taken part but cannot.
 
