@@ -110,7 +110,7 @@ async def _run(plan: Plan, facts: Machine, model: str, profile: Path | None, log
     if profile is None:
         profile = logs / "profile.json"
         say("measuring a profile")
-        await _measure_profile(model, profile, logs / "profile.log")
+        await measure_profile(model, profile, logs / "profile.log")
     made = await asyncio.to_thread(read_profile, profile)
     systems = []
     kinds: list[tuple[str, tuple[str, ...]]] = [
@@ -143,8 +143,8 @@ def draw(plan: Plan, words: Sequence[int], warm: int = 0) -> list[Arrival]:
     return arrivals
 
 
-async def _measure_profile(model: str, output: Path, log: Path) -> None:
-    """On the CPUs that one of two workers gets.
+async def measure_profile(model: str, output: Path, log: Path) -> None:
+    """Of this machine, on the CPUs that one of two workers gets.
 
     Raises:
         StartupError: it failed; its last words are in the message.
