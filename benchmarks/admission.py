@@ -4,14 +4,20 @@
 
 Two prefill and two decode workers of the simulated engine, which takes as long as the GPUs of its profile do and no
 CPU time to speak of. A calm tenant asks for a fifth of what prefill can do, in the class realtime: first alone, then
-beside one that asks for ten times as much, as realtime and as batch, then so again with the gate open
-(admission.worker_wait_s at its highest), when all queues are the engines'.
+beside one that asks for ten times as much, as realtime and as batch; then the same with the flood coming to another
+frontend, with both coming to one frontend of two processes (`frontend.workers: 2`), each of which has a gate of its
+own, and with the gate open (admission.worker_wait_s at its highest), when all queues are the engines'.
+
+Every request comes over a connection of its own, so that the kernel spreads each tenant's over the processes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -22,6 +28,7 @@ from typing import Annotated
 
 import httpx
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +38,9 @@ from benchmarks.command import Say
 from benchmarks.load import Question
 from benchmarks.report import Machine, Target, below, equals, machine, ratio, targets_table
 from benchmarks.samples import Spread, spread
-from benchmarks.server import Server
+from benchmarks.server import Server, child_environ, running
+from benchmarks.vllm_server import free_port
+from deploy.processes import Component
 from slipstream.settings import DEFAULT_MODEL
 
 _PROFILE = "llama-3.1-70b-h200-tp1"
@@ -45,6 +54,9 @@ _ANSWER_TOKENS = 8
 _TIMEOUT_S = 900.0
 _REQUEST_TIMEOUT_S = 120.0
 _SETTLE_S = 3.0
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 75.0
+_POLL_S = 0.1
 
 app = typer.Typer(add_completion=False)
 
@@ -118,19 +130,27 @@ async def _measure(seconds: float, facts: Machine, logs: Path, say: Say) -> Repo
     async with _cluster(logs / "gated", say) as server:
         for name, askers in (("quiet", [calm]), ("flood", [calm, flood]), ("flood of batch", [calm, batch])):
             phases.append(await _phase(server, name, askers, seconds, say))
+        async with _another_frontend(logs / "gated", say) as url:
+            phases.append(await _phase(server, "flood at another frontend", [calm, flood], seconds, say, flood_url=url))
+    async with _cluster(logs / "pool", say, "frontend:\n  workers: 2\n") as server:
+        phases.append(await _phase(server, "flood, two processes", [calm, flood], seconds, say))
     async with _cluster(logs / "open", say, "admission:\n  worker_wait_s: 60\n") as server:
         phases.append(await _phase(server, "flood, gate open", [calm, flood], seconds, say))
     return Report(facts, seconds, phases, _targets(phases), _comparisons(phases))
 
 
 def _targets(phases: list[Phase]) -> list[Target]:
-    quiet, flood, batch, _ = phases
+    quiet, flood, batch, apart, pool, _ = phases
     return [
         below("calm tenant's TTFT p99, flood / quiet", _p99_ratio(flood, quiet), 2.0, "below twice its quiet value"),
         below("the same, flood of batch / quiet", _p99_ratio(batch, quiet), 2.0, "below twice its quiet value"),
+        below(
+            "the same, flood at another frontend / quiet", _p99_ratio(apart, quiet), 2.0, "below twice its quiet value"
+        ),
+        below("the same, flood, two processes / quiet", _p99_ratio(pool, quiet), 2.0, "below twice its quiet value"),
         equals(
             "calm requests not answered",
-            float(sum(count for one in phases[:3] for status, count in one.calm_statuses.items() if status != "200")),
+            float(sum(count for one in phases[:-1] for status, count in one.calm_statuses.items() if status != "200")),
             0.0,
             "none",
         ),
@@ -138,7 +158,7 @@ def _targets(phases: list[Phase]) -> list[Target]:
 
 
 def _comparisons(phases: list[Phase]) -> list[Target]:
-    value = _p99_ratio(phases[3], phases[0])
+    value = _p99_ratio(phases[-1], phases[0])
     return [Target("calm tenant's TTFT p99, flood / quiet, gate open", value, "for comparison", met=True)]
 
 
@@ -158,17 +178,49 @@ async def _cluster(logs: Path, say: Say, settings: str = "") -> AsyncIterator[Se
         yield server
 
 
-async def _phase(server: Server, name: str, askers: list[Asker], seconds: float, say: Say) -> Phase:
+@asynccontextmanager
+async def _another_frontend(logs: Path, say: Say) -> AsyncIterator[str]:
+    """A second frontend of the cluster whose logs these are; yields its URL."""
+    say("starting another frontend")
+    settings = yaml.safe_load((logs / "cluster" / "slipstream.yaml").read_text())
+    url = f"http://127.0.0.1:{(http_port := free_port())}"
+    where = ("--control-plane", settings["control_plane"]["address"], "--model", DEFAULT_MODEL)
+    ports = ("--http-port", str(http_port), "--grpc-port", str(free_port()))
+    component = Component(
+        name="another frontend",
+        argv=(sys.executable, "-P", "-m", "slipstream", "frontend", *where, *ports),
+        environ=child_environ(os.environ) | {"SLIPSTREAM_FRONTEND__HANDOFF": "always"},
+        log_path=logs / "frontend-1.log",
+    )
+
+    async def ready() -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get("/health/ready")).status_code == 200:
+                        return
+                await asyncio.sleep(_POLL_S)
+
+    limits = {"start_timeout_s": _START_TIMEOUT_S, "stop_timeout_s": _STOP_TIMEOUT_S}
+    async with running(component, ready, **limits):
+        yield url
+
+
+async def _phase(
+    server: Server, name: str, askers: list[Asker], seconds: float, say: Say, *, flood_url: str = ""
+) -> Phase:
     outcomes = {asker.tenant: Outcome() for asker in askers}
     say(f"{name}: {', '.join(f'{one.tenant} {one.rate_per_s:.1f}/s as {one.priority}' for one in askers)}")
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=_REQUEST_TIMEOUT_S, limits=limits) as client,
+        httpx.AsyncClient(base_url=flood_url or server.url, timeout=_REQUEST_TIMEOUT_S, limits=limits) as flooding,
         asyncio.TaskGroup() as loads,
     ):
         for asker in askers:
             prompts = random.Random(f"{name} {asker.tenant}")
-            loads.create_task(_load(client, server.model, asker, outcomes[asker.tenant], seconds, prompts))
+            own = client if asker.tenant == "calm" else flooding
+            loads.create_task(_load(own, server.model, asker, outcomes[asker.tenant], seconds, prompts))
     await asyncio.sleep(_SETTLE_S)
     calm, flood = outcomes["calm"], outcomes.get("flood", Outcome())
     return Phase(

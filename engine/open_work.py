@@ -7,12 +7,17 @@ engine it is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from slipstream import block_keys
 from slipstream.v1.registry_pb2 import Load
+
+FRONTENDS_S = 5.0
+"""How long a frontend counts that has nothing open: those that use the worker share it, and should not forget each
+other between two requests."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +65,9 @@ class OpenWork:
         changed: called when a request comes, goes, or has its prompt computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._heard_s: dict[str, float] = {}  # by frontend
         self.changed: Callable[[], None] = lambda: None
         self._open: set[OpenRequest] = set()
         self._blocks: Container[int] = ()
@@ -90,11 +97,13 @@ class OpenWork:
             self, frontend_id, len(token_ids) if computes else 0, len(token_ids) if generates else 0, keys
         )
         self._open.add(request)
+        self._heard_s[frontend_id] = self._clock()
         self.changed()
         try:
             yield request
         finally:
             self._open.discard(request)
+            self._heard_s[frontend_id] = self._clock()
             self.changed()
 
     def load(self, engine: Load, *, of: str | None = None) -> Load:
@@ -110,7 +119,14 @@ class OpenWork:
         load = Load()
         if of is None:
             load.CopyFrom(engine)
+            load.frontends = self._frontends()
         load.running, load.waiting = running, busy - running
         load.waiting_tokens = sum(one.left_tokens(self._blocks, self._block_tokens) for one in mine)
         load.context_tokens = sum(one.context_tokens for one in mine)
         return load
+
+    def _frontends(self) -> int:
+        since_s = self._clock() - FRONTENDS_S
+        serving = {one.frontend_id for one in self._open}
+        self._heard_s = {name: at_s for name, at_s in self._heard_s.items() if at_s >= since_s or name in serving}
+        return len(self._heard_s)

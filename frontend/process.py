@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +22,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
 from prometheus_client.registry import Collector
 
 from frontend import access_log
-from frontend.admission.cluster_room import room_of
+from frontend.admission.cluster_room import others_of, room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
 from frontend.explanation import Explainer, Explains
@@ -86,6 +87,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                 settings.admission,
                 request_timeout_s=settings.frontend.request_timeout_s,
                 room=lambda: room_of(dispatcher.records()),
+                others=partial(others_of, dispatcher.routing.fleet),
             )
             reporter = TrafficReporter(settings.control_plane.address, gate.queued)
             async with (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from frontend.admission.claim import Entry, Priority, Stage
 from frontend.admission.demand import MeanDemand
 from frontend.admission.gate import ROOM_PERIOD_S, TICK_S, policy_of
-from frontend.admission.in_flight import ClusterRoom
+from frontend.admission.in_flight import ClusterRoom, Others
 from frontend.admission.scheduler import Scheduler
 from simulator.event_loop import EventLoop
 from slipstream.errors import OverloadedError, ShedError
@@ -45,14 +45,30 @@ class SimulatedGate:
         room: what the workers have, as far as is known now.
     """
 
-    __slots__ = ("_behind", "_demand", "_loop", "_room", "_room_at_s", "_ticking", "queued_tokens", "scheduler")
+    __slots__ = (
+        "_behind",
+        "_demand",
+        "_loop",
+        "_others",
+        "_room",
+        "_room_at_s",
+        "_ticking",
+        "queued_tokens",
+        "scheduler",
+    )
 
     def __init__(
-        self, settings: AdmissionSettings, loop: EventLoop, behind: Behind, room: Callable[[], ClusterRoom]
+        self,
+        settings: AdmissionSettings,
+        loop: EventLoop,
+        behind: Behind,
+        room: Callable[[], ClusterRoom],
+        others: Callable[[], Others] | None = None,
     ) -> None:
         self._loop = loop
         self._behind = behind
         self._room = room
+        self._others = others
         self._room_at_s = -float("inf")
         self._demand = MeanDemand()
         self._ticking = False
@@ -141,6 +157,8 @@ class SimulatedGate:
         if now_s - self._room_at_s >= ROOM_PERIOD_S or not self.scheduler.in_flight.room.decode_workers:
             self._room_at_s = now_s
             self.scheduler.take_room(self._room(), now_s)
+        if self._others is not None:
+            self.scheduler.take_others(self._others(), now_s)
 
 
 def _oldest(entry: Entry) -> float:

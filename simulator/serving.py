@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from engine.simulated.request import Event, EventKind, Request
+from frontend.admission.cluster_room import others_of
 from frontend.admission.in_flight import ClusterRoom
 from frontend.router.ask import Ask
 from frontend.router.route import Route
@@ -109,7 +111,9 @@ class SimulatedCluster:
         self._default = models[0].name
         if admission is not None:
             for frontend in self.frontends:
-                frontend.gate = SimulatedGate(admission, self.loop, self, _room_of(self.members, frontend.model))
+                others = partial(others_of, frontend.fleet, len(self.frontends)) if len(self.frontends) > 1 else None
+                room = _room_of(self.members, frontend.model)
+                frontend.gate = SimulatedGate(admission, self.loop, self, room, others)
 
     @property
     def frontends(self) -> list[SimulatedFrontend]:

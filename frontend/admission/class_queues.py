@@ -100,6 +100,15 @@ class ClassQueues(Generic[E]):
                 self._credit[one] += AGED_SHARE * entry.work
         return entry
 
+    def first_waiting(self) -> Priority | None:
+        """The highest class in which anything waits."""
+        return next((one for one in Priority if len(self._queues[one])), None)
+
+    def pop_of(self, priority: Priority, tenant: str) -> E:
+        """A tenant's next one of a class, out of its turn. There must be one."""
+        self._length -= 1
+        return self._queues[priority].pop(tenant)
+
     def work_before(self, entry: E) -> float:
         """Work that goes before this entry, were it queued now. What its class may owe to aged ones is left out."""
         above = sum(self._queues[one].work for one in Priority if one < entry.claim.priority)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from frontend.admission.in_flight import ClusterRoom
+import numpy as np
+
+from frontend.admission.in_flight import ClusterRoom, Others
+from frontend.router import Fleet
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 
 
@@ -21,4 +24,14 @@ def room_of(records: Iterable[WorkerRecord]) -> ClusterRoom:
         kv_tokens=sum(kv_tokens) if all(kv_tokens) else 0,
         open_requests=sum(one.load.running + one.load.waiting for one in decodes),
         kv_tokens_used=sum(one.load.blocks_used * one.capacity.block_tokens for one in decodes),
+        frontends=max((one.load.frontends for one in ready), default=1) or 1,
     )
+
+
+def others_of(fleet: Fleet, frontends: int) -> Others:
+    """What other frontends do, as far as this one's router has heard: fresher than records, which are a second old."""
+    for role in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
+        pools = [pool for (_, its), pool in fleet.pools.items() if its == role and len(pool)]
+        if pools:
+            return Others(frontends, sum(int(np.count_nonzero(pool.foreign_s)) for pool in pools))
+    return Others(frontends)

@@ -94,12 +94,21 @@ class FairQueue(Generic[E]):
             heapq.heappop(self._heap)
         return next(iter(self._heap[0][2].entries))
 
-    def pop(self) -> E:
-        """The next one. The queue must not be empty."""
-        entry = self.peek()
-        start, _, flow = heapq.heappop(self._heap)
+    def weights(self) -> dict[str, float]:
+        """Of the tenants that wait."""
+        return {tenant: flow.weight for tenant, flow in self._flows.items() if flow.entries}
+
+    def pop(self, tenant: str | None = None) -> E:
+        """The next one, or a tenant's next one out of its turn, which counts all the same. There must be one."""
+        if tenant is None:
+            self.peek()
+            start, _, flow = heapq.heappop(self._heap)
+            self._virtual = max(self._virtual, start)
+        else:
+            flow = self._flows[tenant]
+            start = flow.start
+        entry = next(iter(flow.entries))
         self._take(flow, entry)
-        self._virtual = max(self._virtual, start)
         flow.start = start + entry.work / flow.weight
         flow.turn = -1
         if flow.entries:

@@ -17,7 +17,7 @@ from frontend.admission.claim import Priority, Stage
 from frontend.admission.class_queues import QueueLimits
 from frontend.admission.demand import Demand, MeanDemand
 from frontend.admission.held_request import HeldRequest, PausedError
-from frontend.admission.in_flight import ClusterRoom
+from frontend.admission.in_flight import ALONE, ClusterRoom, Others
 from frontend.admission.metrics import QUEUED, AdmissionMetrics
 from frontend.admission.scheduler import Policy, Scheduler
 from frontend.generation import Dispatcher, ServedModel, TokenDelta, TokenRequest
@@ -54,6 +54,7 @@ class AdmissionGate:
     Args:
         request_timeout_s: longest a request may take, when it does not say so itself.
         room: what the workers have, as far as is known now.
+        others: what other frontends do, by their number; asked only where there are any.
         wall_clock: seconds since the epoch, for those who ask later what became of a request.
 
     Attributes:
@@ -68,12 +69,14 @@ class AdmissionGate:
         request_timeout_s: float,
         room: Callable[[], ClusterRoom],
         clock: Callable[[], float] = time.monotonic,
+        others: Callable[[int], Others] | None = None,
         wall_clock: Callable[[], float] = time.time,
         demand: Demand | None = None,
     ) -> None:
         self._inner = inner
         self._request_timeout_s = request_timeout_s
         self._room = room
+        self._others = others
         self._clock = clock
         self._wall_clock = wall_clock
         self.accounts = AdmissionAccounts()
@@ -279,6 +282,9 @@ class AdmissionGate:
         if now_s - self._room_at_s >= ROOM_PERIOD_S or not self.scheduler.in_flight.room.decode_workers:
             self._room_at_s = now_s
             self.scheduler.take_room(self._room(), now_s)
+        frontends = self.scheduler.in_flight.room.frontends
+        if self._others is not None and (frontends > 1 or self.scheduler.in_flight.others is not ALONE):
+            self.scheduler.take_others(self._others(frontends) if frontends > 1 else ALONE, now_s)
 
 
 def _give_turn(held: HeldRequest) -> None:

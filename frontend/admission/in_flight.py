@@ -15,12 +15,14 @@ The rate is work finished over the time in which workers had any, so that it doe
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter
 from typing import Generic, TypeVar
 
 from frontend.admission.claim import Entry, Priority, Stage
+from frontend.admission.lately import Lately
 
 E = TypeVar("E", bound=Entry)
 
@@ -49,6 +51,7 @@ class ClusterRoom:
         places: requests that the decode workers compute at the same time.
         kv_tokens: tokens that their KV caches hold.
         open_requests, kv_tokens_used: by their own last word, whoever sent the requests.
+        frontends: that sent them requests lately, as far as one worker can tell.
     """
 
     prefill_workers: int = 0
@@ -57,6 +60,23 @@ class ClusterRoom:
     kv_tokens: int = 0
     open_requests: int = 0
     kv_tokens_used: int = 0
+    frontends: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What other frontends do with the same workers.
+
+    Attributes:
+        frontends: that sent requests lately, this one with them.
+        prefill_workers: those that compute others' prompts now.
+    """
+
+    frontends: int = 1
+    prefill_workers: int = 0
+
+
+ALONE = Others()
 
 
 @dataclass(slots=True, eq=False)
@@ -96,11 +116,14 @@ class Lanes(Generic[E]):
         return self._done_work / self._done_s
 
     def resize(self, lanes: int, now_s: float) -> None:
-        """Workers came or went; prompts of those that went keep a lane that nothing is added to."""
+        """Workers came or went, or others use them; prompts of those that went keep a lane that nothing is added to.
+
+        The first that would be free goes first: it is the one that others send their prompts to.
+        """
         self._pass(now_s)
         while len(self._by_free) < lanes:
             self._place(_Lane(now_s))
-        del self._by_free[max(1, lanes) :]
+        del self._by_free[: len(self._by_free) - max(1, lanes)]
 
     def free_in_s(self, now_s: float) -> float:
         """Predicted seconds until one is free; 0 when one is, infinite when each is late already."""
@@ -161,9 +184,13 @@ class InFlight(Generic[E]):
     def __init__(self, worker_wait_s: float, now_s: float) -> None:
         self._worker_wait_s = worker_wait_s
         self.room = ClusterRoom()
+        self.others = ALONE
         self.lanes: Lanes[E] = Lanes(now_s)
         self.open = 0
         self.batch: dict[E, None] = {}
+        self.prompts_of: dict[str, tuple[int, float]] = {}
+        """By tenant: prompts that are not yet computed, and the tenant's weight."""
+        self._lately = Lately(now_s)
         self.first_token_s = 0.0
         self._kv_tokens = 0.0
         self._peak_open, self._last_peak_open = 0, 0
@@ -182,7 +209,53 @@ class InFlight(Generic[E]):
         self._foreign_kv_tokens = room.kv_tokens_used * share
         self._last_peak_open, self._peak_open = self._peak_open, self.open
         self.room = room
-        self.lanes.resize(room.prefill_workers or room.decode_workers, now_s)
+        self._share_lanes(now_s)
+
+    def take_others(self, others: Others, now_s: float) -> None:
+        """What other frontends do now."""
+        workers = self.room.prefill_workers or self.room.decode_workers
+        self._lately.passed(min(self.lanes.prompts, workers), self.others.prefill_workers, now_s)
+        if others != self.others:
+            self.others = others
+            self._share_lanes(now_s)
+
+    def overlooked(self, waiting: Mapping[str, float], now_s: float) -> str | None:
+        """A tenant that asks for little, of those that wait (by weight): it need not wait for a worker to be free.
+
+        It had less than its part lately, and has less than its part of the workers now: of those that this frontend's
+        tenants share, or of those that frontends share where it is this one's only tenant.
+        """
+        workers = self.room.prefill_workers or self.room.decode_workers
+        if self.lanes.prompts >= len(self.lanes) + workers:
+            return None
+        weights = sum((weight for name, (_, weight) in self.prompts_of.items() if name not in waiting), 0.0)
+        weights += sum(waiting.values())
+        for name, weight in waiting.items():
+            prompts, _ = self.prompts_of.get(name, (0, 0.0))
+            if prompts >= workers:
+                continue
+            if weight < weights:
+                below = self._lately.tenant_is_below(name, weight / weights, now_s)
+            else:
+                below = self._lately.frontend_is_below(1.0 / self.others.frontends, now_s)
+            if below:
+                return name
+        return None
+
+    def _end_prompt(self, entry: E, now_s: float, *, computed: bool) -> None:
+        self.lanes.end(entry, now_s, computed=computed)
+        prompts, weight = self.prompts_of.pop(entry.claim.tenant)
+        if prompts > 1:
+            self.prompts_of[entry.claim.tenant] = prompts - 1, weight
+
+    def _share_lanes(self, now_s: float) -> None:
+        workers = self.room.prefill_workers or self.room.decode_workers
+        self.lanes.resize(self._share(workers, self.others.prefill_workers), now_s)
+
+    def _share(self, whole: int, foreign: int) -> int:
+        """Of something that all frontends use: what the others leave, and an equal part at least."""
+        frontends = self.others.frontends
+        return max(whole - foreign, whole // frontends if frontends > 1 else 0)
 
     def bottleneck(self, now_s: float) -> Bottleneck | None:
         """What one more request would wait for; None when it would not.
@@ -192,9 +265,9 @@ class InFlight(Generic[E]):
         room = self.room
         if not self.open or not room.decode_workers:
             return None
-        if room.places and self.open + self._foreign_open >= room.places:
+        if room.places and self.open >= self._share(room.places, self._foreign_open):
             return Bottleneck.DECODE
-        if room.kv_tokens and self._kv_tokens + self._foreign_kv_tokens >= room.kv_tokens:
+        if room.kv_tokens and self._kv_tokens >= self._share(room.kv_tokens, int(self._foreign_kv_tokens)):
             return Bottleneck.DECODE
         if self.lanes.prompts >= len(self.lanes) and self.lanes.free_in_s(now_s) >= self._worker_wait_s:
             return Bottleneck.PREFILL
@@ -207,12 +280,15 @@ class InFlight(Generic[E]):
         self._peak_open = max(self._peak_open, self.open)
         self._kv_tokens += entry.kv_tokens
         self.lanes.begin(entry, now_s)
+        prompts, _ = self.prompts_of.get(entry.claim.tenant, (0, 0.0))
+        self.prompts_of[entry.claim.tenant] = prompts + 1, entry.claim.weight
+        self._lately.sent(entry, now_s)
         if entry.claim.priority is Priority.BATCH:
             self.batch[entry] = None
 
     def computed(self, entry: E, now_s: float) -> None:
         """Its prompt is computed, so that a prefill worker is free for another one."""
-        self.lanes.end(entry, now_s, computed=True)
+        self._end_prompt(entry, now_s, computed=True)
         entry.stage = Stage.DECODE
 
     def first_token(self, entry: E, now_s: float) -> None:
@@ -223,7 +299,7 @@ class InFlight(Generic[E]):
     def end(self, entry: E, now_s: float) -> None:
         """It is with the workers no longer, for whatever reason."""
         if entry.stage is Stage.PREFILL:
-            self.lanes.end(entry, now_s, computed=False)
+            self._end_prompt(entry, now_s, computed=False)
         entry.stage = Stage.GONE
         self.open -= 1
         assert self.open >= 0, "more requests ended than began"

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from frontend.admission.claim import Entry, Priority, Stage
 from frontend.admission.class_queues import ClassQueues, QueueLimits
-from frontend.admission.in_flight import Bottleneck, ClusterRoom, InFlight
+from frontend.admission.in_flight import Bottleneck, ClusterRoom, InFlight, Others
 from slipstream.errors import DeadlineUnreachableError, QueueFullError
 
 E = TypeVar("E", bound=Entry)
@@ -94,6 +94,10 @@ class Scheduler(Generic[E]):
         """The workers' newer figures; call it before the first request, and once in a while."""
         self.in_flight.take(room, now_s)
 
+    def take_others(self, others: Others, now_s: float) -> None:
+        """What other frontends do now; see `Others`."""
+        self.in_flight.take_others(others, now_s)
+
     def arrive(self, entry: E, now_s: float) -> Arrival[E]:
         """A new request. Whoever gets `admitted` goes on at once; after any other answer call `step`.
 
@@ -173,11 +177,26 @@ class Scheduler(Generic[E]):
         return (self.queues.work_before(entry) + entry.work) / pace
 
     def _fill(self, step: Step[E], now_s: float) -> None:
-        while len(self.queues) and self.in_flight.bottleneck(now_s) is None:
-            entry = self.queues.pop(now_s)
+        while len(self.queues):
+            held = self.in_flight.bottleneck(now_s)
+            if held is None:
+                entry = self.queues.pop(now_s)
+            elif held is Bottleneck.PREFILL and (overlooked := self._overlooked(now_s)) is not None:
+                entry = overlooked
+            else:
+                return
             self._pace.left(entry.work, now_s)
             self.in_flight.begin(entry, now_s)
             step.granted.append(entry)
+
+    def _overlooked(self, now_s: float) -> E | None:
+        """The next one of a tenant that asks for little; see `InFlight.overlooked`."""
+        priority = self.queues.first_waiting()
+        # What batch requests hold is taken back in another way.
+        if priority is None or self.in_flight.batch:
+            return None
+        tenant = self.in_flight.overlooked(self.queues.of(priority).weights(), now_s)
+        return None if tenant is None else self.queues.pop_of(priority, tenant)
 
     def _victim(self, now_s: float) -> E | None:
         """The batch request to take back: the youngest one that holds what a realtime one waits for."""

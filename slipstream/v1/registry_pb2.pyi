@@ -271,6 +271,7 @@ class Load(_message.Message):
     FALLBACKS_TOTAL_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    FRONTENDS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests in the engine's batch"""
     waiting: _builtins.int
@@ -288,6 +289,8 @@ class Load(_message.Message):
     """prompt tokens that it has accepted and not yet computed"""
     context_tokens: _builtins.int
     """tokens of the sequences that it generates for"""
+    frontends: _builtins.int
+    """whose requests it has, or had within the last seconds"""
     def __init__(
         self,
         *,
@@ -300,10 +303,11 @@ class Load(_message.Message):
         fallbacks_total: _builtins.int = ...,
         waiting_tokens: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
+        frontends: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_used", b"blocks_used", "context_tokens", b"context_tokens", "fallbacks_total", b"fallbacks_total", "handoffs_held", b"handoffs_held", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_used", b"blocks_used", "context_tokens", b"context_tokens", "fallbacks_total", b"fallbacks_total", "frontends", b"frontends", "handoffs_held", b"handoffs_held", "requests_total", b"requests_total", "running", b"running", "tokens_total", b"tokens_total", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,16 +6,18 @@ No thread, no clock, no chance but the seed's: what a test finds here it finds i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from frontend.admission.claim import Claim, Entry, Priority, Stage
 from frontend.admission.class_queues import QueueLimits
-from frontend.admission.in_flight import ClusterRoom
+from frontend.admission.in_flight import ClusterRoom, Others
 from frontend.admission.scheduler import Arrival, Policy, Scheduler
 from slipstream.errors import OverloadedError
 
 TICK_S = 0.01
+FEED_S = 0.02
+"""After which frontends hear of each other's prompts."""
 
 
 def policy(
@@ -41,6 +43,7 @@ class Job(Entry):
     refused: OverloadedError | None = None
     dropped: bool = False
     sends: int = 0
+    frontend: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -73,7 +76,11 @@ def job(
 
 @dataclass
 class Loop:
-    """Runs jobs to their ends. `transfer_s` passes between a computed prompt and its first token."""
+    """Runs jobs to their ends. `transfer_s` passes between a computed prompt and its first token.
+
+    Attributes:
+        others: schedulers of further frontends, which share the workers; see `Job.frontend`.
+    """
 
     scheduler: Scheduler[Job]
     prefill_workers: int = 1
@@ -81,26 +88,41 @@ class Loop:
     transfer_s: float = 0.0
     now_s: float = 0.0
     most_in_flight: int = 0
+    most_computing: int = 0
     preempted: list[Job] = field(default_factory=list)
     granted: list[Job] = field(default_factory=list)
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _count: int = 0
     _ticking: bool = False
     _free_at_s: list[float] = field(default_factory=list)
+    others: Sequence[Scheduler[Job]] = ()
+    _computing: dict[Job, int] = field(default_factory=dict)
+
+    @property
+    def schedulers(self) -> list[Scheduler[Job]]:
+        return [self.scheduler, *self.others]
 
     def run(self, jobs: Iterable[Job], *, until_s: float = 1e9) -> None:
-        self.scheduler.take_room(ClusterRoom(self.prefill_workers, 1, self.places), 0.0)
+        room = ClusterRoom(self.prefill_workers, 1, self.places, frontends=len(self.schedulers))
+        for scheduler in self.schedulers:
+            scheduler.take_room(room, 0.0)
         self._free_at_s = [0.0] * self.prefill_workers
         for one in jobs:
             self._at(one.arrived_s, lambda one=one: self._arrive(one))  # type: ignore[misc]
         while self._events and self._events[0][0] <= until_s:
             self.now_s, _, event = heapq.heappop(self._events)
             event()
-            if len(self.scheduler.queues):
-                self._step()
-                if len(self.scheduler.queues) and not self._ticking:
-                    self._ticking = True
-                    self._at(self.now_s + TICK_S, self._tick)
+            for scheduler in self.schedulers:
+                if len(scheduler.queues):
+                    self._step(scheduler)
+                    if len(scheduler.queues) and not self._ticking:
+                        self._ticking = True
+                        self._at(self.now_s + TICK_S, self._tick)
+
+    def _tell(self) -> None:
+        for number, scheduler in enumerate(self.schedulers):
+            foreign = {worker for one, worker in self._computing.items() if one.frontend != number}
+            scheduler.take_others(Others(len(self.schedulers), len(foreign)), self.now_s)
 
     def _tick(self) -> None:
         self._ticking = False
@@ -111,7 +133,7 @@ class Loop:
 
     def _arrive(self, one: Job) -> None:
         try:
-            arrival: Arrival[Job] = self.scheduler.arrive(one, self.now_s)
+            arrival: Arrival[Job] = self.schedulers[one.frontend].arrive(one, self.now_s)
         except OverloadedError as error:
             one.refused = error
             return
@@ -120,8 +142,8 @@ class Loop:
         if arrival.admitted:
             self._send(one)
 
-    def _step(self) -> None:
-        step = self.scheduler.step(self.now_s)
+    def _step(self, scheduler: Scheduler[Job]) -> None:
+        step = scheduler.step(self.now_s)
         self.preempted += step.preempted
         for one in step.preempted:
             one.sends += 1  # what was under way for it means nothing any more
@@ -136,10 +158,17 @@ class Loop:
         worker = min(range(self.prefill_workers), key=self._free_at_s.__getitem__)
         self._free_at_s[worker] = max(self.now_s, self._free_at_s[worker]) + one.prefill_s
         self._at(self._free_at_s[worker], lambda: self._computed(one, sent))
+        self._computing[one] = worker
+        self.most_computing = max(self.most_computing, len(self._computing))
+        if self.others:
+            self._at(self.now_s + FEED_S, self._tell)
 
     def _computed(self, one: Job, sent: int) -> None:
         if one.sends == sent:
-            self.scheduler.computed(one, self.now_s)
+            self.schedulers[one.frontend].computed(one, self.now_s)
+            del self._computing[one]
+            if self.others:
+                self._at(self.now_s + FEED_S, self._tell)
             self._at(self.now_s + self.transfer_s, lambda: self._first_token(one, sent))
 
     def _first_token(self, one: Job, sent: int) -> None:
@@ -148,12 +177,12 @@ class Loop:
         one.tokens += 1
         if one.first_token_at_s is None:
             one.first_token_at_s = self.now_s
-        self.scheduler.first_token(one, self.now_s)
+        self.schedulers[one.frontend].first_token(one, self.now_s)
         self._at(self.now_s + one.decode_s, lambda: self._end(one, sent))
 
     def _end(self, one: Job, sent: int) -> None:
         if one.sends == sent:
-            self.scheduler.end(one, self.now_s)
+            self.schedulers[one.frontend].end(one, self.now_s)
             assert one.stage is Stage.GONE
 
 

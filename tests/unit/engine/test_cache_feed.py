@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.cache_feed import MIN_PENDING, UPDATE_KEYS, CacheFeed
-from engine.open_work import OpenWork
+from engine.open_work import FRONTENDS_S, OpenWork
 from engine.protocol import CacheChange
 from slipstream import block_keys
 from slipstream.background import background
@@ -181,7 +181,7 @@ async def test_a_request_counts_from_its_acceptance_and_is_told_at_once(feed: Ca
             assert (watcher.load.waiting, watcher.load.waiting_tokens, watcher.load.context_tokens) == (1, 100, 0)
             assert watcher.own == Load()
         await watcher.hear()
-        assert watcher.load == Load(blocks_used=3)
+        assert watcher.load == Load(blocks_used=3, frontends=1)
 
 
 async def test_of_the_load_a_watcher_knows_what_is_its_own(
@@ -196,8 +196,24 @@ async def test_of_the_load_a_watcher_knows_what_is_its_own(
         ):
             while watcher.load.running + watcher.load.waiting < 2:
                 await watcher.hear()
-            assert watcher.load == Load(running=1, waiting=1, blocks_used=3, waiting_tokens=30, context_tokens=80)
+            assert watcher.load == Load(
+                running=1, waiting=1, blocks_used=3, waiting_tokens=30, context_tokens=80, frontends=2
+            )
             assert watcher.own == Load(running=1, waiting_tokens=30, context_tokens=30)
+
+
+def test_frontends_count_while_they_have_requests_open_and_some_seconds_longer() -> None:
+    now_s = 100.0
+    work = OpenWork(clock=lambda: now_s)
+    with work.begun("a", [1], computes=True, generates=False):
+        with work.begun("b", [1], computes=True, generates=False):
+            pass
+        assert work.load(Load()).frontends == 2
+        now_s += FRONTENDS_S + 1
+        assert work.load(Load()).frontends == 1, "one whose request takes long is not forgotten"
+    assert work.load(Load()).frontends == 1
+    now_s += FRONTENDS_S + 1
+    assert work.load(Load()).frontends == 0
 
 
 async def test_a_prompt_shrinks_by_the_blocks_that_are_in_the_cache(
@@ -211,7 +227,7 @@ async def test_a_prompt_shrinks_by_the_blocks_that_are_in_the_cache(
         await engine.change(CacheChange(keys[1:3]))
         assert work.load(Load()).waiting_tokens == 6, "a chunk was computed"
         request.computed()
-        assert work.load(Load()) == Load(), "what is left is a lease"
+        assert work.load(Load()) == Load(frontends=1), "what is left is a lease"
 
 
 async def test_a_sequence_grows_with_its_tokens(feed: CacheFeed, work: OpenWork) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend.admission.claim import Priority, Stage
-from frontend.admission.in_flight import Bottleneck, ClusterRoom
+from frontend.admission.in_flight import Bottleneck, ClusterRoom, Others
 from frontend.admission.scheduler import Scheduler
 from slipstream.errors import DeadlineUnreachableError, OverloadedError, QueueFullError
 from tests.support.admission_loop import Job, Loop, job, percentile, policy
@@ -30,7 +30,9 @@ def run(
     jobs: list[Job], *, prefill_workers: int = 4, places: int = 1000, transfer_s: float = 0.03, **how: float
 ) -> Loop:
     each = int(how.pop("each", 500))
-    loop = Loop(Scheduler(policy(each=each, **how), 0.0), prefill_workers, places, transfer_s)  # type: ignore[arg-type]
+    frontends = int(how.pop("frontends", 1))
+    first, *others = (Scheduler[Job](policy(each=each, **how), 0.0) for _ in range(frontends))  # type: ignore[arg-type]
+    loop = Loop(first, prefill_workers, places, transfer_s, others=others)
     loop.run(sorted(jobs, key=lambda one: one.arrived_s))
     return loop
 
@@ -54,6 +56,33 @@ def test_a_tenants_flood_leaves_anothers_time_to_first_token_below_twice_its_qui
     refused = [one.refused for one in flood if one.refused is not None]
     assert refused
     assert all((error.retry_after_s or 0) >= 1 for error in refused)
+
+
+@pytest.mark.parametrize("prefill_workers", [2, 4, 16])
+@pytest.mark.parametrize("flood_comes", ["to both frontends", "to the other frontend"])
+@pytest.mark.parametrize("priority", [Priority.REALTIME, Priority.BATCH])
+def test_the_same_with_two_frontends_that_share_the_workers(
+    prefill_workers: int, flood_comes: str, priority: Priority
+) -> None:
+    rate = 2.0 * prefill_workers
+    quiet, beside = arrivals("calm", rate, 1), arrivals("calm", rate, 1)
+    flood, chance = arrivals("flood", 10 * rate, 2, priority), random.Random(3)
+    for one, same in zip(quiet, beside, strict=True):
+        one.frontend = same.frontend = chance.randrange(2) if flood_comes == "to both frontends" else 0
+    for one in flood:
+        one.frontend = chance.randrange(2) if flood_comes == "to both frontends" else 1
+    run(quiet, prefill_workers=prefill_workers, frontends=2)
+    run(beside + flood, prefill_workers=prefill_workers, frontends=2)
+    assert ttft_p99_s(beside) < 2 * ttft_p99_s(quiet)
+    answered = [one for one in flood if one.first_token_at_s is not None]
+    assert len(answered) > 6 * rate * SECONDS / 2
+
+
+def test_tenants_that_nobody_knows_yet_do_not_all_go_at_once() -> None:
+    jobs = [job(0.001 * number, f"tenant-{number}") for number in range(200)]
+    loop = run(jobs, prefill_workers=4, places=1000, transfer_s=0.0)
+    # decode_s later all of them are in decode; no worker had more than one prompt beyond the one it computes.
+    assert loop.most_computing <= 2 * 4
 
 
 def test_workers_are_kept_busy_and_have_no_queue_of_their_own() -> None:
@@ -90,6 +119,26 @@ def test_what_other_frontends_have_at_the_workers_counts() -> None:
     admitted = [scheduler.arrive(job(0.0), 0.0).admitted for _ in range(4)]
     assert admitted == [True, True, False, False]
     assert scheduler.in_flight.bottleneck(0.0) is Bottleneck.DECODE
+
+
+@pytest.mark.parametrize(("places", "part"), [(0, 2), (3, 1)])
+def test_of_several_frontends_each_has_its_part_whatever_the_others_have(places: int, part: int) -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(8, 1, places=places, open_requests=places, frontends=3), 0.0)
+    scheduler.take_others(Others(frontends=3, prefill_workers=8), 0.0)
+    assert [scheduler.arrive(job(0.0), 0.0).admitted for _ in range(3)] == [one < part for one in range(3)]
+
+
+@pytest.mark.parametrize(("own", "others", "granted"), [(8, 0, 0), (0, 8, 1)])
+def test_a_frontend_that_had_little_lately_need_not_wait_for_its_part(own: int, others: int, granted: int) -> None:
+    scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
+    scheduler.take_room(ClusterRoom(8, 1, frontends=2), 0.0)
+    assert all(scheduler.arrive(job(0.0), 0.0).admitted for _ in range(own))
+    scheduler.take_others(Others(frontends=2, prefill_workers=others), 0.5)
+    scheduler.take_others(Others(frontends=2, prefill_workers=8), 1.0)
+    at_once = [scheduler.arrive(job(1.0), 1.0).admitted for _ in range(5)]
+    assert at_once == [not own] * 4 + [False], "its part are 4 of 8 workers"
+    assert len(scheduler.step(1.0).granted) == granted
 
 
 def test_a_prompt_that_takes_longer_than_predicted_holds_its_worker_until_it_is_done() -> None:
