@@ -81,11 +81,18 @@ def load_of(choice: LoadChoice) -> Load:
         block_tokens=SYNTHETIC_BLOCK_TOKENS,
         seed=choice.seed,
     )
-    about = (
+    return Load(lambda: iter(load), 0 if load.prefixes is None else SYNTHETIC_BLOCK_TOKENS, about(choice))
+
+
+def about(choice: LoadChoice) -> str:
+    """In a few words, for people."""
+    if choice.trace:
+        speed = f" at {choice.speed:g} times its speed" if choice.speed != 1 else ""
+        return f"{Path(choice.trace).name}{speed}"
+    return (
         f"{choice.rate_per_s:g} requests/s ({choice.shape}), {choice.input_tokens:g} tokens in, "
         f"{choice.output_tokens:g} out, hit rate {choice.hit_rate:.0%}"
     )
-    return Load(lambda: iter(load), 0 if load.prefixes is None else SYNTHETIC_BLOCK_TOKENS, about)
 
 
 def summary_of(arrivals: Iterable[Arrival], block_tokens: int) -> LoadSummary:
@@ -130,8 +137,7 @@ def _trace(choice: LoadChoice) -> Load:
         arrivals = arrivals[: choice.requests]
     if choice.duration_s:
         arrivals = [one for one in arrivals if one.at_s <= choice.duration_s * choice.speed]
-    about = f"{file.name} ({name})" + (f" at {choice.speed:g} times its speed" if choice.speed != 1 else "")
-    return Load(lambda: at_speed(arrivals, choice.speed), block_tokens, about)
+    return Load(lambda: at_speed(arrivals, choice.speed), block_tokens, about(choice))
 
 
 def _format(file: Path) -> TraceFormat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,11 +13,7 @@ from slipstream.cli.load_flags import with_load
 from slipstream.cli.planner_calls import moment
 from slipstream.cli.show import examples
 from slipstream.cli.status import duration
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from simulator.outcome import Latencies, Outcome
+from slipstream.errors import ConfigError
 
 TRACE = "benchmarks/traces/azure_llm_conv.csv.xz"
 
@@ -31,8 +27,8 @@ def add_to(planner: typer.Typer) -> None:
             ),
             (f"slipstream planner simulate policy.yaml --trace {TRACE} --speed 2", "a trace, twice as fast"),
             (
-                "slipstream planner simulate policy.yaml --rate 5 --shape daily --duration-s 86400",
-                "a day with a peak",
+                "slipstream planner simulate policy.yaml --rate 5 --shape daily --duration-s 86400 --html day.html",
+                "a day with a peak, and a page with plots",
             ),
             ("slipstream planner simulate policy.yaml --rate 5 --workers 2P3D --fixed", "without the planner"),
         ),
@@ -61,14 +57,21 @@ def simulate(
             "--start", metavar="TIME", help="What the load's beginning is for the policy's schedule; now when absent."
         ),
     ] = None,
-    decisions: Annotated[int, typer.Option("--decisions", min=0, help="Decisions to print, the first ones.")] = 20,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.", show_default=False)
+    ] = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a cluster and its planner under a load, in virtual time: a million requests in minutes, on one core."""
+    from simulator import report
+    from simulator.chosen_load import about
+    from simulator.outcome import to_json
     from simulator.what_if import SimulateAsk, answer_simulate
     from slipstream.cli.terminal import messages, output
     from slipstream.yaml_nodes import read_text
 
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ConfigError(f"--html: there is no folder {html.absolute().parent}", param="html")
     now_s = time.time()
     ask = SimulateAsk(
         policy_yaml=read_text(policy),
@@ -85,73 +88,14 @@ def simulate(
         outcome = answer_simulate(
             ask, lambda requests, at_s: status.update(f"{requests:,} requests, {duration(at_s)} of the load")
         )
+    title = f"{policy.name} under {about(choice)}"
+    if html is not None:
+        html.write_text(report.html(outcome, title), encoding="utf-8")
+        messages().print(f"Wrote {html}", soft_wrap=True)
     if json_wanted:
-        from simulator.outcome import to_json
-
         print(to_json(outcome).decode(), end="")  # noqa: T201
         return
-    console = output()
-    console.print(table(outcome))
-    console.print(
-        f"\n{duration(outcome.duration_s)}, {outcome.gpu_hours:.2f} GPU-hours, at most {outcome.peak_gpus} GPUs, "
-        f"{outcome.good_per_gpu_hour:,.0f} requests in time per GPU-hour; {outcome.actions} actions"
-        + (f", {outcome.refused_actions} of them refused" if outcome.refused_actions else "")
-    )
-    if outcome.decisions and decisions:
-        console.print("", decisions_table(outcome, decisions))
-
-
-def table(outcome: Outcome) -> Table:
-    """A row for each model and class, and one for all where there are several."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("model")
-    shown.add_column("class")
-    for name in ("requests", "refused", "failed", "TTFT p50", "p99", "ITL p50", "p99", "cached", "in time", "goodput"):
-        shown.add_column(name, justify="right")
-    rows = [*outcome.classes, outcome.all] if len(outcome.classes) > 1 else outcome.classes
-    for one in rows:
-        shown.add_row(
-            Text(one.model or "all"),
-            one.service_class,
-            f"{one.requests:,}",
-            f"{one.refused:,}",
-            f"{one.failed:,}",
-            *_seconds(one.ttft),
-            *_seconds(one.itl),
-            f"{one.hit_rate:.0%}",
-            f"{one.attainment:.2%}",
-            f"{one.goodput_per_s:.2f}/s",
-        )
-    return shown
-
-
-def decisions_table(outcome: Outcome, most: int) -> Table:
-    """The first decisions that changed something."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table("at", "wanted", "done", "because", box=None, pad_edge=False, header_style="bold")
-    for one in outcome.decisions[:most]:
-        done = "\n".join(
-            " ".join(filter(None, (each.kind, each.worker_id or each.role, each.role if each.kind == "flip" else "")))
-            + (f" refused: {each.refused}" if each.refused else "")
-            for each in one.actions
-        )
-        wanted = ", ".join(
-            counts if len(one.targets) == 1 else f"{name} {counts}" for name, counts in one.targets.items()
-        )
-        shown.add_row(duration(one.at_s), Text(wanted), Text(done), Text(one.reason))
-    if len(outcome.decisions) > most:
-        shown.caption = f"{len(outcome.decisions) - most} more; --decisions N or --json shows them."
-        shown.caption_justify = "left"
-    return shown
-
-
-def _seconds(latencies: Latencies) -> tuple[str, str]:
-    return tuple(f"{one:.2f} s" if one >= 1 else f"{one * 1e3:.1f} ms" for one in (latencies.p50_s, latencies.p99_s))  # type: ignore[return-value]
+    output().print(report.tables(outcome, title))
 
 
 def _profiles(given: list[str], policy: Path, model: str) -> dict[str, str]:

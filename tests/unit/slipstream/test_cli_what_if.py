@@ -36,14 +36,16 @@ def invoke(*words: str) -> Result:
     return CliRunner().invoke(app, ["planner", *words], env={"COLUMNS": "220", "TERMINAL_WIDTH": "220"})
 
 
-def test_simulate_shows_latencies_costs_and_decisions() -> None:
-    result = invoke("simulate", "policy.yaml", *LOAD)
+def test_simulate_shows_latencies_costs_and_writes_a_page(policy: Path) -> None:
+    result = invoke("simulate", "policy.yaml", *LOAD, "--html", "page.html")
     assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
-    assert rows[0][:5] == ["model", "class", "requests", "refused", "failed"]
-    assert rows[1][:5] == ["m", "realtime", "120", "0", "0"]
-    assert "GPU-hours, at most" in result.stdout
-    assert "requests in time per GPU-hour" in result.stdout
+    assert "policy.yaml under 6 requests/s (steady)" in result.stdout
+    assert "TTFT p50/p90/p99" in result.stdout
+    assert "within their limits for each GPU-hour" in result.stdout
+    page = (policy.parent / "page.html").read_text()
+    assert "policy.yaml under 6 requests/s" in page
+    assert "<svg" in page
+    assert "Wrote page.html" in result.stderr
 
 
 def test_simulate_as_json_is_the_same_for_a_seed_and_tells_fixed_workers() -> None:
@@ -86,6 +88,7 @@ def test_recommend_takes_objective_budget_and_profile_from_a_policy() -> None:
         (("simulate", "none.yaml"), "none.yaml: cannot be read: No such file"),
         (("simulate", "policy.yaml", "--workers", "2"), "workers = 2 must be counts such as 2P3D"),
         (("simulate", "policy.yaml", "--start", "soon"), "--start = soon is neither"),
+        (("simulate", "policy.yaml", "--html", "none/page.html"), "--html: there is no folder"),
         (("simulate", "policy.yaml", "--model", "n"), "model n is not in policy.yaml, which has m"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
