@@ -7,13 +7,15 @@ shows, the gRPC face every token as it comes), so a piece carries both.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from frontend.detokenizer import Detokenizer, StopStrings
 from frontend.generation import TokenDelta
 from slipstream.v1.sampling_pb2 import FinishReason, TokenLogprobs
+
+# Enumerations of protobuf look their members up by name, each time.
+_STOP = FinishReason.FINISH_REASON_STOP
 
 
 class PlacedToken(msgspec.Struct, frozen=True, gc=False):
@@ -27,8 +29,7 @@ class PlacedToken(msgspec.Struct, frozen=True, gc=False):
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerPiece:
+class AnswerPiece(msgspec.Struct, frozen=True):
     """What a delta adds to the answer.
 
     Attributes:
@@ -48,7 +49,7 @@ class AnswerPiece:
 
     @property
     def finished(self) -> bool:
-        return self.finish_reason != FinishReason.FINISH_REASON_UNSPECIFIED
+        return bool(self.finish_reason)  # unspecified is 0
 
 
 class AnswerText:
@@ -80,7 +81,7 @@ class AnswerText:
 
     def feed(self, delta: TokenDelta) -> AnswerPiece:
         """Add tokens. Those after the one that completes a stop string are as if never generated."""
-        stopped = delta.finish_reason == FinishReason.FINISH_REASON_STOP
+        stopped = delta.finish_reason == _STOP
         arrived: list[PlacedToken] = []
         texts: list[str] = []
         for position, token_id in enumerate(delta.token_ids):
@@ -96,7 +97,7 @@ class AnswerText:
             texts.append(text)
             if stop is not None:
                 return self._cut("".join(texts), arrived, stop)
-        if delta.finish_reason == FinishReason.FINISH_REASON_UNSPECIFIED:
+        if not delta.finish_reason:
             return self._piece("".join(texts), arrived)
         return self._last(delta, texts, arrived)
 
@@ -118,7 +119,7 @@ class AnswerText:
 
     def _cut(self, text: str, arrived: list[PlacedToken], stop: str) -> AnswerPiece:
         piece = self._piece(text, arrived)
-        return AnswerPiece(text, arrived, piece.shown, FinishReason.FINISH_REASON_STOP, stop)
+        return AnswerPiece(text, arrived, piece.shown, _STOP, stop)
 
     def _piece(self, text: str, arrived: list[PlacedToken]) -> AnswerPiece:
         self._shown_characters += len(text)

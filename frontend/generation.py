@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from frontend.admission.claim import DEFAULT_CLAIM, Claim
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams, TokenLogprobs
 
@@ -33,8 +35,7 @@ class TokenRequest:
     on_computed: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(msgspec.Struct, frozen=True):
     """Tokens that arrived together. The last one has a `finish_reason` and an `account`.
 
     An earlier one may carry the account so far: an answer that a stop string ends is closed before its last delta.

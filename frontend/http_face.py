@@ -227,8 +227,8 @@ class HttpFace:
                     if not started:
                         started = True
                         await send(start_message())
-                    if chunks := list(writing.chunks(delta, answer)):
-                        await send(body_message(sse_events(chunks), more=True))
+                    if events := writing.events(delta, answer):
+                        await send(body_message(events, more=True))
                 ending = sse_events(list(writing.last_chunks(answer))) + DONE
         except Exception as error:
             if not started:

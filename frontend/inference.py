@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
+
 from frontend import access_log
 from frontend.admission.claim import DEFAULT_CLAIM, DEFAULT_TENANT, Claim
 from frontend.admission.tenants import Tenants
@@ -68,8 +70,7 @@ class InferenceRequest:
     claim: Claim = DEFAULT_CLAIM
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerDelta:
+class AnswerDelta(msgspec.Struct, frozen=True):
     """A piece of one of the answers; `index` is the prompt's place times `n` plus the choice's."""
 
     index: int

@@ -11,8 +11,13 @@ from msgspec import UNSET, UnsetType
 
 from frontend import openai_responses as shapes
 from frontend.answer_text import PlacedToken
+from frontend.http_exchange import sse_events
 from frontend.inference import Answer, AnswerDelta
 from frontend.tokenizer import TextModel
+
+_encode_text = msgspec.json.Encoder().encode
+_MARK = "text stands here"
+_ENCODED_MARK = _encode_text(_MARK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,8 @@ class Wishes:
 class Writer(Protocol):
     """One endpoint's shapes. One object an answer."""
 
-    def chunks(self, delta: AnswerDelta, answer: Answer) -> Iterator[msgspec.Struct]:
-        """What to stream for this delta; often one chunk, sometimes none."""
+    def events(self, delta: AnswerDelta, answer: Answer) -> bytes:
+        """What to stream for this delta; often one event, sometimes none."""
         ...
 
     def last_chunks(self, answer: Answer) -> Iterator[msgspec.Struct]:
@@ -83,6 +88,31 @@ class _Base:
         self._wishes = wishes
         self._text_model = text_model
         self._unfinished: set[int] | None = None
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
+
+    def events(self, delta: AnswerDelta, answer: Answer) -> bytes:
+        """See `Writer`. Of events that say nothing but text, all but the text is encoded once."""
+        if not self._is_plain(delta):
+            return sse_events(list(self.chunks(delta, answer)))
+        around = self._around_text.get(delta.index)
+        if around is None:
+            # The text is the last of what is not ours.
+            before, _mark, after = sse_events([self._plain(delta.index, _MARK)]).rpartition(_ENCODED_MARK)
+            around = self._around_text[delta.index] = before, after
+        return around[0] + _encode_text(delta.piece.text) + around[1]
+
+    def chunks(self, delta: AnswerDelta, answer: Answer) -> Iterator[msgspec.Struct]:
+        """The objects of a delta."""
+        raise NotImplementedError
+
+    def _plain(self, index: int, text: str) -> msgspec.Struct:
+        """The object that says nothing but text."""
+        raise NotImplementedError
+
+    def _is_plain(self, delta: AnswerDelta) -> bool:
+        """Whether it is the only one of this delta."""
+        piece = delta.piece
+        return bool(piece.text) and not piece.finish_reason and not self._wishes.logprobs
 
     def _usage_field(self) -> UnsetType | None:
         # With include_usage every chunk has the field, null until the last; without it none has.
@@ -108,6 +138,12 @@ class ChatWriter(_Base):
         super().__init__(head, wishes, text_model)
         self._id = f"chatcmpl-{head.request_id}"
         self._begun: set[int] = set()
+
+    def _plain(self, index: int, text: str) -> msgspec.Struct:
+        return self._chunk(shapes.ChatChunkChoice(index, shapes.ChatDelta(content=text)))
+
+    def _is_plain(self, delta: AnswerDelta) -> bool:
+        return super()._is_plain(delta) and delta.index in self._begun
 
     def chunks(self, delta: AnswerDelta, answer: Answer) -> Iterator[msgspec.Struct]:
         piece = delta.piece
@@ -167,6 +203,9 @@ class ChatWriter(_Base):
 
 class CompletionWriter(_Base):
     """/v1/completions."""
+
+    def _plain(self, index: int, text: str) -> msgspec.Struct:
+        return self._completion([shapes.CompletionChoice(text, index)], self._usage_field())
 
     def chunks(self, delta: AnswerDelta, answer: Answer) -> Iterator[msgspec.Struct]:
         piece = delta.piece

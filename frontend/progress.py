@@ -17,6 +17,8 @@ from slipstream.v1.registry_pb2 import Role
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
 from slipstream.v1.worker_pb2 import DecodeEvent
 
+_ABORT = FinishReason.FINISH_REASON_ABORT  # protobuf would look it up by its name each time
+
 
 @dataclass(slots=True)
 class Progress:
@@ -63,7 +65,7 @@ class Progress:
 
     def accept(self, event: DecodeEvent, attempt: Attempt) -> TokenDelta:
         """An event of the decode worker becomes what the face gets."""
-        if event.finish_reason == FinishReason.FINISH_REASON_ABORT:
+        if event.finish_reason == _ABORT:
             worker = attempt.route.decode
             aborted = WorkerLostError(f"decode worker {worker.worker_id} aborted the request")
             raise WorkerFailure(worker, FailureKind.FAILED, aborted)
