@@ -126,6 +126,7 @@ class ScalerService(ScalerServicer):
     async def DrainWorker(self, request: DrainWorkerRequest, context: Context) -> DrainWorkerReply:  # noqa: N802
         try:
             self._check_holder(request.holder)
+            self._check_ready()
             if request.worker_id in (CONTROL_PLANE, FRONTEND):
                 raise InvalidRequestError(f"worker_id: {request.worker_id} is no worker", param="worker_id")
             self._supervisor.retire(request.worker_id)
@@ -137,7 +138,8 @@ class ScalerService(ScalerServicer):
         if not 1 <= len(request.holder) <= MAX_HOLDER_CHARS or not 0 < request.lease_s <= LONGEST_LEASE_S:
             wrong = f"holder: 1 to {MAX_HOLDER_CHARS} characters; lease_s: above 0, at most {LONGEST_LEASE_S:g}"
             await grpc_errors.abort(context, InvalidRequestError(wrong, param="holder"))
-        held = self._lease.hold(request.holder, request.lease_s, self._clock())
+        # Nobody acts while the cluster starts: what it was started with shall be there first.
+        held = self._supervisor.keeps and self._lease.hold(request.holder, request.lease_s, self._clock())
         return HoldLeaseReply(held=held, holder=self._lease.holder)
 
     async def ReleaseLease(self, request: ReleaseLeaseRequest, context: Context) -> ReleaseLeaseReply:  # noqa: N802
@@ -149,13 +151,16 @@ class ScalerService(ScalerServicer):
         if holder and self._lease.held_by_another(holder, self._clock()):
             raise UnavailableError(f"{self._lease.holder} holds the planner's lease by now", code="lease_lost")
 
+    def _check_ready(self) -> None:
+        if not self._supervisor.keeps:
+            raise UnavailableError("the cluster is still starting, or stopping", code="not_ready")
+
     def _start(self, model: str, role: Role.ValueType) -> str:
         if role not in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
             raise InvalidRequestError("role: ROLE_PREFILL or ROLE_DECODE is needed", param="role")
         if model != self.model:
             raise InvalidRequestError(f"model: this cluster serves {self.model}, not {model[:256]}", param="model")
-        if not self._supervisor.keeps:
-            raise UnavailableError("the cluster is still starting, or stopping", code="not_ready")
+        self._check_ready()
         there, seats = self._there(), self._cluster.seats
         free = sorted(set(range(seats.count)) - {one.seat for one in there.values()})
         if not free:

@@ -45,6 +45,10 @@ class LivePolicy(ScalingPolicy, Protocol):
         """The profiles of a model's prefill and decode workers."""
         ...
 
+    def undone(self, action: Action) -> None:
+        """An action of its last decision was not done."""
+        ...
+
 
 MakePolicy = Callable[[PlannerObjectives], LivePolicy]
 """Raises ConfigError where it cannot decide by these objectives."""
@@ -157,8 +161,12 @@ class PlannerLoop:
         self.leading = await self._lead()
         made = self.history.add(decision, seen, leading=self.leading, dry_run=self.dry_run)
         self._tell(made)
-        if self.leading and seen.complete:
-            self.history.done(made.number, [await self._act(action) for action in decision.actions])
+        acts = self.leading and seen.complete
+        outcomes = [await self._act(action) for action in decision.actions] if acts else []
+        self.history.done(made.number, outcomes)
+        for place, action in enumerate(decision.actions):
+            if not acts or outcomes[place].error:
+                self._policy.undone(action)
         return made
 
     async def _look_at_scaler(self) -> None:

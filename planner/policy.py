@@ -113,6 +113,12 @@ class SloPolicy:
         considered = considered_of(asks, targets, self._objectives.gpu_budget) if self._tells_considered else ()
         return Decision(seen.at_s, targets, tuple(actions), reason_of(accounts), numbers, considered)
 
+    def undone(self, action: Action) -> None:
+        """An action of the last decision will not be done. Its cooldown holds: it is not tried again at once."""
+        for past in self._past.values():
+            if not isinstance(action, Start) or action.model == past.objectives.model:
+                past.coming.forget(action)
+
     # -- what is ------------------------------------------------------------------------------------------
 
     def _look(self, past: _Past, seen: Observation) -> Look:

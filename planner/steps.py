@@ -65,6 +65,16 @@ class Coming:
         else:
             self._asked[action.worker_id] = _Asked(at_s, None)
 
+    def forget(self, action: Action) -> None:
+        """It was decided, and will not be done: another planner acts, or it failed."""
+        if not isinstance(action, Start):
+            self._asked.pop(action.worker_id, None)
+            return
+        for place in reversed(range(len(self._starts))):
+            if self._starts[place][1] == action.role:
+                del self._starts[place]
+                return
+
     def _arrived(self, role: Role.ValueType) -> None:
         for place, (_, wanted) in enumerate(self._starts):
             if wanted == role:

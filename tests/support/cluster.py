@@ -123,6 +123,11 @@ class Cluster:
         return str(self._settings["control_plane"]["address"])
 
     @property
+    def scaler(self) -> str:
+        """The address where its planner starts and ends workers."""
+        return str(self._settings["planner"]["scaler"])
+
+    @property
     def control_plane_metrics(self) -> str:
         """The URL of the control plane's /metrics."""
         return f"http://127.0.0.1:{self._settings['control_plane']['metrics_port']}/metrics"

@@ -27,6 +27,7 @@ from tests.unit.deploy.scripts import runs, until
 # Plays every component: waits to be asked to end, and takes a moment over it.
 PROGRAM = """#!/bin/sh
 trap 'sleep 0.2; exit 0' TERM
+: > "$0.$$"
 while :; do sleep 0.05; done
 """
 
@@ -77,6 +78,7 @@ async def running(folder: Path, *, ready: bool = True) -> AsyncIterator[Running]
             return
         async with background(_keep(supervisor), name="keep"):
             await until(lambda: supervisor.keeps)
+            await until(lambda: all(Path(f"{program}.{pid}").exists() for pid in supervisor.pids().values()))
             yield found
 
 
@@ -135,11 +137,13 @@ async def test_a_worker_that_dies_is_started_again_and_one_that_was_to_end_is_no
         assert "worker-2" not in one.supervisor.pids()
 
 
-async def test_nothing_is_started_before_the_cluster_is_ready(folder: Path) -> None:
+async def test_nobody_acts_before_the_cluster_is_ready(folder: Path) -> None:
     async with running(folder, ready=False) as one:
-        with pytest.raises(UnavailableError) as caught:
-            await one.scaler.start("m", ROLE_DECODE)
-        assert caught.value.code == "not_ready"
+        assert not await one.scaler.hold_lease("one", 5.0)
+        for refused in (one.scaler.start("m", ROLE_DECODE), one.scaler.drain("worker-1")):
+            with pytest.raises(UnavailableError) as caught:
+                await refused
+            assert caught.value.code == "not_ready"
 
 
 @pytest.mark.parametrize(

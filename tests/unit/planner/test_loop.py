@@ -88,6 +88,7 @@ class Scripted:
     actions: tuple[Action, ...] = ACTIONS
     seen: list[Observation] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
+    not_done: list[Action] = field(default_factory=list)
     broken: bool = False
 
     def decide(self, seen: Observation) -> Decision:
@@ -98,6 +99,9 @@ class Scripted:
 
     def know(self, model: str, prefill: Profile, decode: Profile) -> None:
         self.known.append(prefill.name)
+
+    def undone(self, action: Action) -> None:
+        self.not_done.append(action)
 
 
 @dataclass(slots=True)
@@ -155,6 +159,7 @@ async def test_of_two_planners_one_acts_and_the_other_goes_on_when_it_is_silent(
     assert (first.leading, second.leading) == (True, False)
     assert len(world.scaler.done) == len(ACTIONS)
     assert len(world.policies[1].seen) == 1, "it looks and decides all the same"
+    assert (world.policies[0].not_done, world.policies[1].not_done) == ([], list(ACTIONS))
     world.time.now_s += first.lease_s
     await second.step()
     assert second.leading
@@ -187,6 +192,7 @@ async def test_an_action_that_fails_is_told_with_its_reason_and_the_others_are_d
     assert loop.history.latest is not None
     assert loop.history.latest.outcomes == (Outcome(error="no room"), Outcome("w0"), Outcome("w1"))
     assert (loop.acted["start", "failed"], loop.acted["drain", "done"]) == (1, 1)
+    assert world.policies[0].not_done == [ACTIONS[0]], "the policy does not wait for what will not come"
 
 
 async def test_without_its_scaler_a_planner_decides_and_waits(world: World) -> None:

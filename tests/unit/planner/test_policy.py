@@ -86,6 +86,17 @@ def test_a_start_of_which_nothing_is_ever_seen_is_tried_again() -> None:
     assert len(starts) == 4
 
 
+def test_what_was_not_done_is_not_waited_for() -> None:
+    brain = policy()
+    starts = []
+    for at_s in range(5, 120, 5):
+        decided = brain.decide(idle(float(at_s), pool(1, 0))).actions
+        starts += [at_s] * len(decided)
+        for action in decided:
+            brain.undone(action)
+    assert len(starts) > 6, "each interval in which the cooldown allows it"
+
+
 def test_the_worker_with_the_least_to_lose_is_taken() -> None:
     workers = (
         *pool(1, 0),
