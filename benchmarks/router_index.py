@@ -217,7 +217,7 @@ def _fleet(workers: int) -> Fleet:
         fleet.note_profile(record.worker_id, profile)
         running = rng.randrange(30)
         busy = Load(running=running, waiting_tokens=rng.choice((0, 0, 3000, 20_000)), context_tokens=3000 * running)
-        fleet.note_load(record.worker_id, busy, Load())
+        fleet.note_load(record.worker_id, busy, Load(), 0.0)
     return fleet
 
 

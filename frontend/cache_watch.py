@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -45,9 +46,18 @@ class CacheWatch:
 
     Args:
         frontend_id: the name that this frontend's requests carry.
+        clock: of the routes that are chosen by what is heard.
     """
 
-    def __init__(self, caches: KnownCaches, channels: WorkerChannels, *, frontend_id: str) -> None:
+    def __init__(
+        self,
+        caches: KnownCaches,
+        channels: WorkerChannels,
+        *,
+        frontend_id: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._caches = caches
         self._channels = channels
         self._frontend_id = frontend_id
@@ -111,7 +121,7 @@ class CacheWatch:
                 if not isinstance(update, CacheUpdate) or update.sequence != heard or update.epoch != epoch:
                     return heard > 0
                 heard += 1
-                self._caches.apply(worker_id, update)
+                self._caches.apply(worker_id, update, self._clock())
         finally:
             call.cancel()
             self._channels.release(address)

@@ -28,8 +28,8 @@ log = telemetry.get_logger(__name__)
 class LoadListener(Protocol):
     """Who wants to know of loads and profiles as they come; `frontend.router.Fleet` does."""
 
-    def note_load(self, worker_id: str, load: Load, own: Load) -> None:
-        """What a worker does, and what of that is for this frontend."""
+    def note_load(self, worker_id: str, load: Load, own: Load, now_s: float) -> None:
+        """What a worker does now, and what of that is for this frontend."""
 
     def note_profile(self, worker_id: str, profile: Profile | None) -> None:
         """How fast a worker is, by its own word."""
@@ -96,7 +96,7 @@ class KnownCaches:
         match = self.index.match(keys)
         return match.spread(slots, self._places) if match.parts else None
 
-    def apply(self, worker_id: str, update: CacheUpdate) -> None:
+    def apply(self, worker_id: str, update: CacheUpdate, now_s: float) -> None:
         """A worker's next update."""
         worker = self._workers.get(worker_id)
         if worker is None or worker.epoch != update.epoch:
@@ -114,7 +114,7 @@ class KnownCaches:
         if update.HasField("load"):
             worker.load, worker.own = update.load, update.own
             if self._listener is not None:
-                self._listener.note_load(worker_id, update.load, update.own)
+                self._listener.note_load(worker_id, update.load, update.own, now_s)
 
     def lost(self, worker_id: str) -> None:
         """A worker's feed broke. Its blocks are kept until it tells anew: most of them will still be there."""

@@ -74,9 +74,9 @@ class SimulatedFrontend:
         if stored:
             self.index.store(owner, np.array(stored, np.uint64))
 
-    def hear_load(self, worker_id: str, load: Load, own: Load) -> None:
+    def hear_load(self, worker_id: str, load: Load, own: Load, now_s: float) -> None:
         """What a worker says that it does, and what of that is this frontend's."""
-        self.fleet.note_load(worker_id, load, own)
+        self.fleet.note_load(worker_id, load, own, now_s)
 
     def ask(self, arrival: Arrival, tokens: int, block_tokens: int) -> Ask:
         """For the router; `tokens`: of the prompt, and what was generated already."""

@@ -191,7 +191,7 @@ class SimulatedCluster:
         )
         for frontend in frontends:
             own = said if len(frontends) == 1 else self._own(worker, frontend)
-            frontend.hear_load(worker.worker_id, said, own)
+            frontend.hear_load(worker.worker_id, said, own, now_s)
 
     def _own(self, worker: SimulatedWorker, frontend: SimulatedFrontend) -> Load:
         mine = [

@@ -61,6 +61,7 @@ class Candidate:
         ways: measured ways to this worker by sender and epoch of its transfer agent; None where none works.
         pending_s, jobs: predicted seconds of this frontend's prompts that it has yet to compute, and their number.
         since_s: when the last of them was done, or the first was sent.
+        heard: its feed speaks; free_at_s: when it will have computed all prompts, by what that said and was sent since.
         counted: in its pool's totals.
         fresh_requests, fresh_s, fresh_blocks: sent since the worker's last word, which cannot know of them.
     """
@@ -94,11 +95,17 @@ class Candidate:
     fresh_s: float = 0.0
     fresh_blocks: int = 0
     heard: bool = False
+    free_at_s: float = 0.0
     counted: Counted = field(default_factory=Counted)
 
     @property
     def takes_requests(self) -> bool:
         return self.record.state == WorkerState.READY
+
+    @property
+    def foreign_s(self) -> float:
+        """Seconds of others' prompts, when it last spoke."""
+        return self.foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
 
     def take_record(self, record: WorkerRecord) -> None:
         """What it says of itself now."""
@@ -143,16 +150,18 @@ class Candidate:
         foreign = self.foreign
         requests = self.requests + foreign.requests
         jobs = self.jobs + (foreign.requests if foreign.waiting_tokens else 0)
-        foreign_s = foreign.waiting_tokens * self.curve.s_per_token * self.prefill.factor
-        behind_s = self.pending_s - self.pending_s / self.jobs + foreign_s if self.jobs else foreign_s
+        foreign_s = self.foreign_s
+        behind_s = self.pending_s - self.pending_s / self.jobs if self.jobs else 0.0
         pool.requests[row] = requests
         pool.own_requests[row] = self.requests
         pool.jobs[row] = jobs
         pool.pending_s[row] = self.pending_s
         pool.foreign_s[row] = foreign_s
         # The prompt in work is taken to be through for as long as it has been computed for, but never for more than it.
-        pool.through_at_s[row] = self.since_s + self.pending_s + foreign_s if self.jobs else foreign_s
-        pool.behind_s[row] = behind_s
+        # A worker that speaks does so at a known time, since when it has computed others' prompts too.
+        through_at_s = self.since_s + self.pending_s + foreign_s if self.jobs else foreign_s
+        pool.through_at_s[row] = self.free_at_s if self.heard else through_at_s
+        pool.behind_s[row] = behind_s if self.heard else behind_s + foreign_s
         pool.fresh_requests[row] = self.fresh_requests
         pool.fresh_s[row] = self.fresh_s
         pool.prefill_factor[row] = prefill_factor = self.prefill.factor
@@ -215,6 +224,9 @@ class Share:
         one.jobs -= 1
         one.pending_s = max(0.0, one.pending_s - self.prompt_s) if one.jobs else 0.0
         one.since_s = now_s
+        # All that is left of this frontend's has yet to begin; of others' there may be anything between none and all.
+        least_s = now_s + one.pending_s
+        one.free_at_s = min(max(one.free_at_s, least_s), least_s + one.foreign_s)
         one.refresh()
 
     def end(self, now_s: float) -> None:

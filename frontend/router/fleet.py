@@ -95,7 +95,7 @@ class Fleet:
             one.take_profile(profile)
             one.pool.write(one)
 
-    def note_load(self, worker_id: str, load: Load, own: Load) -> None:
+    def note_load(self, worker_id: str, load: Load, own: Load, now_s: float) -> None:
         """A worker's feed says what it does, and what of that is for this frontend. From then on its record does not
         count: it is older."""
         one = self._members.get(worker_id)
@@ -109,6 +109,8 @@ class Fleet:
         )
         one.blocks_used = load.blocks_used
         one.fresh_requests, one.fresh_s, one.fresh_blocks = 0, 0.0, 0
+        done_s = min(now_s - one.since_s, one.pending_s / one.jobs) if one.jobs else 0.0
+        one.free_at_s = now_s + one.pending_s - done_s + one.foreign_s
         one.refresh()
 
     def lose_feed(self, worker_id: str) -> None:
@@ -116,6 +118,7 @@ class Fleet:
         one = self._members.get(worker_id)
         if one is not None:
             one.heard = False
+            one.refresh()
 
     def begin(self, worker_id: str, prompt_tokens: int, new_tokens: int, now_s: float) -> Share | None:
         """This frontend sends a request to a worker; end what is returned. None when the worker is gone.
@@ -133,6 +136,7 @@ class Fleet:
                 one.since_s = now_s
             one.jobs += 1
             one.pending_s += prompt_s
+            one.free_at_s = max(one.free_at_s, now_s) + prompt_s
             one.fresh_s += prompt_s
         one.requests += 1
         one.context_tokens += context_tokens

@@ -35,7 +35,7 @@ class Listener:
     profiles: dict[str, Profile | None] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
-    def note_load(self, worker_id: str, load: Load, own: Load) -> None:
+    def note_load(self, worker_id: str, load: Load, own: Load, now_s: float) -> None:
         self.loads[worker_id] = load, own
 
     def note_profile(self, worker_id: str, profile: Profile | None) -> None:
@@ -207,12 +207,12 @@ async def test_of_a_worker_without_events_only_the_load_is_known(watch: CacheWat
 
 
 def test_a_block_in_host_memory_counts_until_it_is_nowhere(caches: KnownCaches) -> None:
-    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2], blocks_known=True))
-    caches.apply("w", CacheUpdate(epoch=1, sequence=1, stored=[1, 2, 3], tier=Tier.TIER_HOST, blocks_known=True))
+    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2], blocks_known=True), 0.0)
+    caches.apply("w", CacheUpdate(epoch=1, sequence=1, stored=[1, 2, 3], tier=Tier.TIER_HOST, blocks_known=True), 0.0)
     assert caches.blocks([1, 2, 3]) == {"w": 3}
-    caches.apply("w", CacheUpdate(epoch=1, sequence=2, removed=[1, 2], blocks_known=True))
+    caches.apply("w", CacheUpdate(epoch=1, sequence=2, removed=[1, 2], blocks_known=True), 0.0)
     assert caches.blocks([1, 2, 3]) == {"w": 3}
-    caches.apply("w", CacheUpdate(epoch=1, sequence=3, removed=[2, 3], tier=Tier.TIER_HOST, blocks_known=True))
+    caches.apply("w", CacheUpdate(epoch=1, sequence=3, removed=[2, 3], tier=Tier.TIER_HOST, blocks_known=True), 0.0)
     assert caches.blocks([1, 2, 3]) == {"w": 1}
 
 
@@ -220,19 +220,19 @@ def test_a_snapshot_replaces_everything_and_a_profile_that_is_none_is_left_out(
     caches: KnownCaches, listener: Listener
 ) -> None:
     first = np.arange(1, 50).tolist()
-    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=first, blocks_known=True, profile=b"not json"))
+    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=first, blocks_known=True, profile=b"not json"), 0.0)
     assert caches.blocks(first) == {"w": 49}
     assert listener.profiles == {}
-    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2], blocks_known=True))
+    caches.apply("w", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2], blocks_known=True), 0.0)
     assert caches.blocks(first) == {"w": 2}
 
 
 def test_the_router_reads_a_vector_by_its_own_places(caches: KnownCaches) -> None:
-    caches.apply("early", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2, 3], blocks_known=True))
+    caches.apply("early", CacheUpdate(epoch=1, snapshot=True, stored=[1, 2, 3], blocks_known=True), 0.0)
     assert caches.blocks_by_slot([1, 2, 3], 2) is not None, "it has no place yet"
     caches.place({"late": 0, "early": 1})
-    caches.apply("late", CacheUpdate(epoch=1, snapshot=True, stored=[1], blocks_known=True))
-    caches.apply("late", CacheUpdate(epoch=1, sequence=1, stored=[1, 2], tier=Tier.TIER_HOST, blocks_known=True))
+    caches.apply("late", CacheUpdate(epoch=1, snapshot=True, stored=[1], blocks_known=True), 0.0)
+    caches.apply("late", CacheUpdate(epoch=1, sequence=1, stored=[1, 2], tier=Tier.TIER_HOST, blocks_known=True), 0.0)
     found = caches.blocks_by_slot([1, 2, 3], 2)
     assert found is not None
     assert [found.at(slot) for slot in range(2)] == [2, 3]

@@ -72,7 +72,7 @@ class Loop:
             last_s = max(last_s, arrival.at_s)
             self._at(arrival.at_s, self._arrival(arrival, fleets[arrival.frontend], routers[arrival.frontend]))
         for index in range(int(last_s / self.feed_s) + 1):
-            self._at(index * self.feed_s, lambda now_s: self._feed(fleets))
+            self._at(index * self.feed_s, lambda now_s: self._feed(fleets, now_s))
         while self._events:
             now_s, _, what = heapq.heappop(self._events)
             what(now_s)
@@ -138,13 +138,13 @@ class Loop:
         if own is not None:
             own.end(now_s)
 
-    def _feed(self, fleets: list[Fleet]) -> None:
+    def _feed(self, fleets: list[Fleet], now_s: float) -> None:
         for one in self.workers:
             name = one.record.worker_id
             for index, fleet in enumerate(fleets):
                 own = index, name
                 load = _load(self._open[name], self._waiting[name])
-                fleet.note_load(name, load, _load(self._open_of[own], self._waiting_of[own]))
+                fleet.note_load(name, load, _load(self._open_of[own], self._waiting_of[own]), now_s)
 
 
 def _load(requests: int, waiting_tokens: int) -> Load:

@@ -101,8 +101,11 @@ class Plain:
         return jobs / len(prefills)
 
     def queue_s(self, one: Candidate, echo: float) -> float:
+        job_s = one.pending_s / one.jobs if one.jobs else 0.0
+        if one.heard:
+            return max(one.free_at_s - self.now_s, one.pending_s - job_s) + one.fresh_s * echo
         foreign_s = one.foreign.waiting_tokens * one.curve.s_per_token * one.prefill.factor
-        done_s = min(self.now_s - one.since_s, one.pending_s / one.jobs) if one.jobs else 0.0
+        done_s = min(self.now_s - one.since_s, job_s)
         return one.pending_s - done_s + foreign_s + one.fresh_s * echo
 
     def alone_s(self, one: Candidate) -> float:

@@ -42,12 +42,12 @@ def test_a_prefix_is_followed_while_its_worker_has_time() -> None:
     assert sum(followed.ttft_s) < 0.5 * sum(scattered.ttft_s)
 
 
-@pytest.mark.parametrize("frontends", [2, 8])
-def test_several_routers_do_not_run_after_the_same_worker(frontends: int) -> None:
+@pytest.mark.parametrize(("frontends", "feed_s"), [(2, 0.1), (8, 0.1), (8, 0.5), (8, 1.0)])
+def test_several_routers_do_not_run_after_the_same_worker(frontends: int, feed_s: float) -> None:
     """Dynamo 589: all see the same worker become free, and nobody what the others send there."""
     arrivals = poisson(2000, 60.0, tokens=1000)
     spread = [Arrival(one.at_s, one.tokens, frontend=index % frontends) for index, one in enumerate(arrivals)]
-    alone, many = Loop(cluster(8, 8)).run(arrivals), Loop(cluster(8, 8), frontends=frontends).run(spread)
+    alone, many = Loop(cluster(8, 8)).run(arrivals), Loop(cluster(8, 8), frontends, feed_s).run(spread)
     assert max(many.peak[f"d{index}"] for index in range(8)) <= 2 * max(alone.peak[f"d{index}"] for index in range(8))
     by_worker = [many.prefills[f"p{index}"] for index in range(8)]
     assert max(by_worker) < 1.5 * sum(by_worker) / 8

@@ -98,7 +98,7 @@ def fleet_of(prefills: list[Life], decodes: list[Life]) -> tuple[Fleet, dict[str
             own = Load(running=len(life.sent), context_tokens=10)
             load = Load(running=len(life.sent) + running, context_tokens=10 + context_tokens)
             load.waiting_tokens = waiting_tokens
-            fleet.note_load(name, load, own)
+            fleet.note_load(name, load, own, 5.0)
             fleet.begin(name, 100, 0, 5.0)
     return fleet, known
 

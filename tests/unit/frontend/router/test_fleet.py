@@ -58,7 +58,7 @@ def test_figures_that_still_show_finished_requests_are_not_taken_for_others() ->
 def test_a_feed_says_exactly_what_others_do_and_is_believed_over_the_record() -> None:
     fleet = fleet_of([worker("w", PREFILL)])
     begin(fleet)
-    fleet.note_load("w", Load(running=3, waiting_tokens=900), Load(running=1, waiting_tokens=100))
+    fleet.note_load("w", Load(running=3, waiting_tokens=900), Load(running=1, waiting_tokens=100), 0.0)
     assert load_of(fleet) == (3, 800)
     fleet.put(said("w", 1, running=50))
     assert load_of(fleet) == (3, 800), "the record is older"
@@ -124,6 +124,30 @@ def test_a_worker_that_changes_its_role_keeps_its_place_its_work_and_what_was_le
         assert (of.slots[one.row], of.own_requests[one.row], of.pending_s[one.row]) == (slot, 1, share.prompt_s)
     share.end(1.0)
     assert (prefills.own_requests[one.row], prefills.pending_s[one.row]) == (0, 0)
+
+
+def test_others_prompts_are_computed_too_while_a_worker_says_nothing() -> None:
+    fleet = fleet_of([worker("w", PREFILL, profile=PROFILE)])
+    pool, one = fleet.pool("m", PREFILL), fleet.get("w")
+    assert pool is not None
+    assert one is not None
+
+    def queue_s(now_s: float) -> float:
+        return float(prompt_queue_s(pool, now_s, 0.0)[0])
+
+    fleet.note_load("w", Load(running=2, waiting_tokens=2048), Load(), 1.0)
+    foreign_s = one.foreign_s
+    assert queue_s(1.0) == pytest.approx(foreign_s)
+    assert queue_s(1.1) == pytest.approx(foreign_s - 0.1)
+    share = begin(fleet, tokens=1000, now_s=1.1)
+    assert queue_s(1.1) == pytest.approx(foreign_s - 0.1 + 0.101)
+    assert queue_s(9.0) == 0.0, "the one in work takes longer than was predicted"
+    share.prompt_done(9.0)
+    assert queue_s(9.0) == 0.0
+    begin(fleet, tokens=1000, now_s=9.5)
+    assert queue_s(9.5) == pytest.approx(0.101), "idle time is not made up for"
+    fleet.note_load("w", Load(running=1), Load(running=1), 9.55)
+    assert queue_s(9.55) == pytest.approx(0.051)
 
 
 @settings(deadline=None)
