@@ -56,6 +56,11 @@ class Pair:
         return cls(first, Predictor(decode) if decode is not None else first)
 
     @property
+    def profiles(self) -> tuple[Profile, Profile]:
+        """Of prefill and of decode."""
+        return self.prefill.profile, self.decode.profile
+
+    @property
     def prefill_gpus(self) -> int:
         return max(1, self.prefill.profile.gpus)
 

@@ -81,9 +81,12 @@ class SloPolicy:
             self.know(model, *(profile if isinstance(profile, tuple) else (profile, profile)))
 
     def know(self, model: str, prefill: Profile, decode: Profile) -> None:
-        """The profiles of a model's workers; what was learned of others' is forgotten."""
+        """The profiles of a model's workers; what was learned of others is forgotten."""
         past = self._past.get(model)
-        if past is not None:
+        if past is None:
+            return
+        before = past.learner
+        if before is None or before.pair.profiles != (prefill, decode):
             past.learner = Learner(Pair.of(prefill, decode))
 
     def decide(self, seen: Observation) -> Decision:
@@ -125,7 +128,7 @@ class SloPolicy:
         model = past.objectives.model
         own = [one for one in seen.workers if one.model == model]
         workers = past.coming.seen(own, seen.at_s)
-        horizon_s = max(self._objectives.horizon_s, self._objectives.start_s)
+        horizon_s = self._horizon_s(past)
         traffic = {name: part for (one, name), part in seen.traffic.items() if one == model}
         for name in past.objectives.objectives:
             past.classes.setdefault(name, DemandSeen(horizon_s))
@@ -150,6 +153,10 @@ class SloPolicy:
             past.learner.corrections if past.learner is not None else Corrections(),
             past.objectives.objectives,
         )
+
+    def _horizon_s(self, past: _Past) -> float:
+        """At least what a start takes, as seen, or as set before one was."""
+        return max(self._objectives.horizon_s, past.coming.start_s or self._objectives.start_s)
 
     def _learn(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic], seen: Observation) -> None:
         if past.learner is None:
@@ -187,7 +194,7 @@ class SloPolicy:
         elif bounds.allow_aggregated:
             floor = Counts(0, max(1, floor.decode))
         for window in past.objectives.schedule:
-            if active(window, seen.unix_s, self._objectives.horizon_s):
+            if active(window, seen.unix_s, self._horizon_s(past)):
                 floor = _at_least(floor, window.floor)
         return Counts(min(floor.prefill, bounds.max_prefill), min(floor.decode, bounds.max_decode))
 

@@ -26,11 +26,17 @@ class _Asked:
 
 
 class Coming:
-    """One model's actions that were decided and are not seen yet."""
+    """One model's actions that were decided and are not seen yet.
 
-    __slots__ = ("_asked", "_known", "_starts")
+    Attributes:
+        start_s: what the workers that were seen to start took until they were ready; 0 before the first.
+    """
+
+    __slots__ = ("_asked", "_known", "_starting", "_starts", "start_s")
 
     def __init__(self) -> None:
+        self.start_s = 0.0
+        self._starting: dict[str, float] = {}
         self._asked: dict[str, _Asked] = {}
         self._starts: list[tuple[float, Role.ValueType]] = []
         self._known: set[str] = set()
@@ -42,6 +48,7 @@ class Coming:
             if one.worker_id not in self._known:
                 self._arrived(one.role)
         self._known = ids
+        self._time_starts(workers, at_s)
         self._starts = [start for start in self._starts if at_s - start[0] < UNSEEN_S]
         self._asked = {
             worker_id: asked
@@ -80,6 +87,16 @@ class Coming:
             if wanted == role:
                 del self._starts[place]
                 return
+
+    def _time_starts(self, workers: Sequence[WorkerSeen], at_s: float) -> None:
+        before, self._starting = self._starting, {}
+        for one in workers:
+            if one.state == WorkerState.STARTING:
+                self._starting[one.worker_id] = before.get(one.worker_id, min(one.since_s, at_s))
+            elif one.state == WorkerState.READY and one.worker_id in before:
+                took_s = max(0.0, one.since_s - before[one.worker_id])
+                # Plans must last for the slow ones: what takes longer is believed at once, what does not by degrees.
+                self.start_s = max(took_s, self.start_s + 0.2 * (took_s - self.start_s))
 
     def _as_asked(self, one: WorkerSeen) -> WorkerSeen:
         asked = self._asked.get(one.worker_id)
