@@ -24,7 +24,9 @@ class Look:
         backlog_s: prompts that wait, as seconds of one worker's time.
         demands: by class with an objective: what is prepared for.
         batch: work without an objective; None: none.
+        load: prompt and answer tokens per second that are expected.
         calm_rates: requests per second by class, over the longest window.
+        caution: see `planner.caution`.
     """
 
     model: str
@@ -34,9 +36,11 @@ class Look:
     backlog_s: float
     demands: Mapping[str, Demand]
     batch: Demand | None
+    load: tuple[float, float]
     calm_rates: Mapping[str, float]
     corrections: Corrections
     objectives: Mapping[str, Objective]
+    caution: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Account:
     """One model's part of a decision.
 
     Attributes:
-        needed: the cheapest counts for what may come; kept: those that would bear a tenth more.
+        needed: the cheapest counts for what may come; kept: those that would do without the others.
         prediction: of the counts that are there.
         held: what limits keep from being done now.
     """
@@ -73,6 +77,7 @@ def _of_model(account: Account) -> dict[str, float]:
     look, prediction = account.look, account.prediction
     numbers = {
         "backlog_s": look.backlog_s,
+        "caution": look.caution,
         "prefill_correction": look.corrections.prefill,
         "decode_correction": look.corrections.decode,
         "batch.requests_per_s": look.batch.requests_per_s if look.batch is not None else 0.0,

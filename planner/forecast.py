@@ -46,12 +46,18 @@ MAX_SEASON_RATIO = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The mean rate over a horizon's most loaded moment, and what it stays below with the asked probability."""
+    """The mean rate in a horizon's most loaded moment, and what it stays below most of the time.
+
+    Attributes:
+        level, slope: now, and per second.
+        excess: by what share forecasts are exceeded, as learned.
+    """
 
     mean: float
     upper: float
     level: float
     slope: float = 0.0
+    excess: float = 0.0
 
 
 class WindowMean:
@@ -239,7 +245,7 @@ class Forecaster:
         # Of the mean, not of one interval's sum, whose chance the queueing model knows.
         doubt = BOUND_DEVIATIONS * math.sqrt(variance * window.noise_share)
         upper = mean + math.hypot(doubt, mean * self._excess.share if horizon_s > 0.0 else 0.0)
-        return Forecast(mean, upper, level, slope)
+        return Forecast(mean, upper, level, slope, self._excess.share)
 
     def _believed(self, variance: float) -> int:
         windows = self._windows

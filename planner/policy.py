@@ -1,19 +1,21 @@
 """Our scaling policy: observe, forecast, choose, act. `docs/planner-model.md` tells it with formulas.
 
-Upwards it goes by the forecast's upper bound, at once. Downwards only when the workers that stay would have met every
-objective under a tenth more load, at every moment of a window: what is needed now and then is needed.
+Upwards it goes at once, by the forecast with as much of its bound as requests that were late have taught (`caution`).
+Downwards only when the workers that stay would have met every objective at every moment of a window: what is needed now
+and then is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.account import Account, Look, numbers_of, reason_of
 from planner.bars import Bars
 from planner.capacity import Corrections, Pair, PrefillQueue
+from planner.caution import Caution
 from planner.choose import PoolAsk, choose
 from planner.considered import considered_of
 from planner.corrections import Learner
@@ -27,14 +29,10 @@ from planner.steps import Coming, Limits, counts_of, room, steps
 from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import Role, WorkerState
 
-DOWN_MARGIN = 1.1
-"""Survivors must bear so much more than is expected before any worker is let go."""
 FIRST_LOOK_S = 60.0
 """Before so much was seen, nothing is taken away."""
-CLEAR_S = 30.0
-"""A backlog shall be worked off within so long."""
-BACKLOG_SHARE = 0.5
-"""Of the TTFT limit, what may wait at each worker without being called a backlog."""
+CLEAR_LIMITS, LEAST_CLEAR_S, MOST_CLEAR_S = 3.0, 15.0, 60.0
+"""A backlog shall be worked off within so many times the TTFT limit: what comes until then is late."""
 IDLE_S = 300.0
 """Without a request for so long, a pool that may go to zero does."""
 DRAIN_SHARE = 0.5
@@ -54,6 +52,7 @@ class _Past:
     coming: Coming = field(default_factory=Coming)
     needs: deque[tuple[float, Counts]] = field(default_factory=deque)
     bars: Bars = field(default_factory=Bars)
+    caution: Caution = field(default_factory=Caution)
     up_s: float = -math.inf
     down_s: float = -math.inf
     flip_s: float = -math.inf
@@ -97,7 +96,10 @@ class SloPolicy:
         looks = {model: self._look(past, seen) for model, past in self._past.items()}
         known = {model: past.learner for model, past in self._past.items() if past.learner is not None}
         asks = [self._ask(self._past[model], looks[model], learner, 1.0) for model, learner in known.items()]
-        careful = [self._ask(self._past[model], looks[model], learner, DOWN_MARGIN) for model, learner in known.items()]
+        careful = [
+            self._ask(self._past[model], looks[model], learner, self._past[model].caution.margin)
+            for model, learner in known.items()
+        ]
         wanted = choose(asks, self._objectives.gpu_budget)
         kept = choose(careful, self._objectives.gpu_budget)
         targets = {}
@@ -138,9 +140,10 @@ class SloPolicy:
             known.add(traffic.get(name), seen.interval_s, seen.unix_s)
         served = [name for name in past.classes if name != BATCH]
         self._learn(past, own, traffic, seen)
-        demands = {
-            name: past.classes[name].demand(past.classes[name].requests.forecast(horizon_s).upper) for name in served
-        }
+        past.caution.add(traffic, past.objectives.objectives)
+        forecasts = {name: past.classes[name].requests.forecast(horizon_s) for name in served}
+        expected = {name: past.classes[name].demand(forecast.mean) for name, forecast in forecasts.items()}
+        demands = {name: past.caution.prepared(one, forecasts[name]) for name, one in expected.items()}
         return Look(
             model,
             workers,
@@ -149,9 +152,11 @@ class SloPolicy:
             self._backlog_s(past, own, traffic),
             demands,
             self._batch(past, traffic),
+            _load(expected.values()),
             {name: past.classes[name].requests.calm for name in served},
             past.learner.corrections if past.learner is not None else Corrections(),
             past.objectives.objectives,
+            past.caution.level,
         )
 
     def _horizon_s(self, past: _Past) -> float:
@@ -202,13 +207,13 @@ class SloPolicy:
 
     def _ask(self, past: _Past, look: Look, learner: Learner, margin: float) -> PoolAsk:
         objectives = past.objectives.objectives
-        ready = sum(1 for one in look.workers if one.role == Role.ROLE_PREFILL and one.state == WorkerState.READY)
+        ready = sum(one.role == Role.ROLE_PREFILL and one.state == WorkerState.READY for one in look.workers)
         asked = []
         for name, demand in look.demands.items():
             objective = objectives.get(name) or next(iter(objectives.values()), None)
             if objective is not None:
                 asked.append(Asked(demand.scaled(margin), objective))
-        clearing = _clearing(asked, look.backlog_s, ready)
+        clearing = _clearing(asked, look.backlog_s, max(1, ready) * past.caution.backlog_share)
         batch = None
         if look.batch is not None:
             both = [*asked, Asked(look.batch, BATCH_OBJECTIVE)]
@@ -236,7 +241,7 @@ class SloPolicy:
             window = look.have
         recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
-        load = _load(look)
+        load = look.load
         past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)
         tried = past.bars.least(load, seen.at_s)
         prefill_down = max(wanted.prefill, tried.prefill, (recent if decode_short else window).prefill)
@@ -311,17 +316,17 @@ class SloPolicy:
         return (learner.pair.prefill_gpus, learner.pair.decode_gpus) if learner is not None else (1, 1)
 
 
-def _clearing(asked: list[Asked], backlog_s: float, ready: int) -> float:
-    """Prefill workers that work off within `CLEAR_S` what waits beyond the usual."""
+def _clearing(asked: list[Asked], backlog_s: float, usual: float) -> float:
+    """Prefill workers that work off in time what waits beyond the usual."""
     if not asked:
         return 0.0
-    usual_s = BACKLOG_SHARE * min(one.objective.ttft_s for one in asked) * max(1, ready)
-    return max(0.0, backlog_s - usual_s) / CLEAR_S
+    limit_s = min(one.objective.ttft_s for one in asked)
+    clear_s = min(max(CLEAR_LIMITS * limit_s, LEAST_CLEAR_S), MOST_CLEAR_S)
+    return max(0.0, backlog_s - usual * limit_s) / clear_s
 
 
-def _load(look: Look) -> tuple[float, float]:
-    """Prompt and answer tokens per second that are prepared for."""
-    demands = look.demands.values()
+def _load(demands: Collection[Demand]) -> tuple[float, float]:
+    """Prompt and answer tokens per second."""
     return (
         sum(one.requests_per_s * one.input_tokens * (1.0 - one.hit_rate) for one in demands),
         sum(one.requests_per_s * one.output_tokens for one in demands),

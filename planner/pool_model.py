@@ -86,9 +86,7 @@ class PoolModel:
             demand = together([each.demand for each in self.asked[: place + 1]])
             step_s = min(one.objective.itl_s, batch.step_s(batch.most_running))
             fixed_s = profile.overhead_s + travel_s + step_s
-            queue = PrefillQueue(demand, pair.prefill, correction=corrections.prefill, fixed_s=fixed_s)
-            queue.offered += self._clearing
-            self._queues.append(queue)
+            self._queues.append(PrefillQueue(demand, pair.prefill, correction=corrections.prefill, fixed_s=fixed_s))
             # A limit that one sequence alone breaks cannot be met: then as few as possible run together.
             self._fitting.append(batch.fitting(max(one.objective.itl_s, 1.2 * batch.step_s(1.0))))
 
@@ -99,9 +97,18 @@ class PoolModel:
         for queue, one in zip(self._queues, self.asked, strict=True):
             objective = one.objective
             goal = min(objective.percentile / 100.0, ATTAINABLE * queue.most(objective.ttft_s))
-            if workers * MOST_USE <= queue.offered or queue.within(workers, objective.ttft_s) < goal:
+            if (
+                workers * MOST_USE <= queue.offered
+                or self._cleared(workers) < 1.0
+                or queue.within(workers, objective.ttft_s) < goal
+            ):
                 return False
         return True
+
+    def _cleared(self, workers: int) -> float:
+        """Of what comes and what waits, the share that these can do."""
+        whole = self._queues[-1].offered + self._clearing
+        return min(1.0, workers / whole) if whole > 0.0 else 1.0
 
     def decode_meets(self, workers: int) -> bool:
         """Whether every class' tokens come in time and no request waits for blocks."""
@@ -134,7 +141,7 @@ class PoolModel:
             return Prediction(counts, NEVER_S, NEVER_S, 0.0, 0.0, 0.0, 1.0, 1.0)
         first = self.asked[0].objective
         running = batch.running(counts.decode)
-        fits = batch.within(counts.decode, batch.most_running)
+        fits = batch.within(counts.decode, batch.most_running) * self._cleared(counts.prefill)
         ttft = [
             fits * queue.within(counts.prefill, one.objective.ttft_s)
             for queue, one in zip(self._queues, self.asked, strict=True)
@@ -160,7 +167,7 @@ class PoolModel:
         batch = self._batch
         if batch is None or counts.decode == 0:
             return 0.0
-        fits = batch.within(counts.decode, batch.most_running)
+        fits = batch.within(counts.decode, batch.most_running) * self._cleared(counts.prefill)
         return self._goodput(
             [
                 fits * q.within(counts.prefill, a.objective.ttft_s)

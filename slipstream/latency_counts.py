@@ -45,7 +45,8 @@ class LatencyCounts:
     @property
     def mean_s(self) -> float:
         """0 of nothing."""
-        return self.total_s / len(self) if self._counts else 0.0
+        whole = len(self)
+        return self.total_s / whole if whole else 0.0
 
     def percentile_s(self, percent: float) -> float:
         """The middle of the bucket in which it lies; 0 of nothing."""
@@ -59,10 +60,11 @@ class LatencyCounts:
 
     def share_within(self, limit_s: float) -> float:
         """Of all, those that took no longer; 1 of nothing. A bucket that the limit cuts counts by its middle."""
-        if not self._counts:
+        whole = len(self)
+        if not whole:
             return 1.0
         within = sum(count for bucket, count in self._counts.items() if middle_s(bucket) <= limit_s)
-        return within / len(self)
+        return within / whole
 
     def pairs(self) -> Iterable[tuple[int, int]]:
         """Bucket and count, by rising bucket."""
