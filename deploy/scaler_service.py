@@ -18,10 +18,11 @@ import grpc.aio
 
 from deploy.plan import CONTROL_PLANE, FRONTEND, LocalCluster, seat_name
 from deploy.supervisor import Supervisor
-from slipstream import grpc_errors
+from slipstream import grpc_errors, registry_watch
+from slipstream.background import background
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
 from slipstream.grpc_channels import server_options
-from slipstream.v1.registry_pb2 import Role
+from slipstream.v1.registry_pb2 import Role, WorkerSet, WorkerState
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
     DrainWorkerRequest,
@@ -101,6 +102,22 @@ class ScalerService(ScalerServicer):
         self._seated = {seat_name(number): _Seated(number, role, unix_clock()) for number, role in enumerate(roles)}
         self._numbers = itertools.count(len(roles))
         self.model = cluster.settings.served_model_name or ""
+
+    async def follow_registry(self) -> None:
+        """Tell people of each worker that a planner had started, once it is ready. Runs until cancelled."""
+        told: set[tuple[str, int]] = set()
+        initial = set(self._seated)
+
+        async def take(workers: WorkerSet) -> None:
+            for record in workers.workers:
+                incarnation = (record.worker_id, record.epoch)
+                later = record.worker_id in self._seated and record.worker_id not in initial
+                if later and record.state == WorkerState.READY and incarnation not in told:
+                    told.add(incarnation)
+                    self._supervisor.tell(record.worker_id, "ready")
+
+        address = self._cluster.settings.control_plane.address
+        await registry_watch.follow(address, take=take, lost=lambda reason: None, identities=True)
 
     async def ListWorkers(self, request: ListWorkersRequest, context: Context) -> ListWorkersReply:  # noqa: N802
         retiring = self._supervisor.retiring
@@ -192,13 +209,15 @@ async def serving(cluster: LocalCluster, supervisor: Supervisor) -> AsyncIterato
     """
     address = cluster.settings.planner.scaler
     server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
-    add_ScalerServicer_to_server(ScalerService(cluster, supervisor), server)
+    service = ScalerService(cluster, supervisor)
+    add_ScalerServicer_to_server(service, server)
     try:
         server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartupError(f"planner.scaler: cannot listen on {address}: {error}") from error
     await server.start()
     try:
-        yield
+        async with background(service.follow_registry(), name="scaled-workers"):
+            yield
     finally:
         await server.stop(None)

@@ -102,6 +102,11 @@ class Supervisor:
         """The processes that run now."""
         return {name: process.pid for name, process in self._running.items()}
 
+    def tell(self, name: str, state: State, detail: str = "") -> None:
+        """Report what somebody else has found out of a component; of one that is not there (any more): nothing."""
+        if name in self._running and name not in self._retiring:
+            self._report(name, state, detail)
+
     @property
     def components(self) -> tuple[Component, ...]:
         """All that are kept running, or are on their way to their end."""

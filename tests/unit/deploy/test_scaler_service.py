@@ -18,10 +18,12 @@ from deploy.progress import Progress
 from deploy.scaler_service import PlannerLease, serving
 from deploy.supervisor import RestartPolicy, Supervisor
 from planner.remote_scaler import RemoteScaler
+from planner.server import open_control_plane
 from slipstream import config
 from slipstream.background import background
 from slipstream.errors import InvalidRequestError, UnavailableError
 from slipstream.v1.registry_pb2 import READY, ROLE_DECODE, ROLE_PREFILL, Role, WorkerRecord
+from tests.support.scripted_worker import ScriptedWorker
 from tests.unit.deploy.scripts import runs, until
 
 # Plays every component: waits to be asked to end, and takes a moment over it.
@@ -107,6 +109,19 @@ async def test_workers_come_and_go_within_the_room_there_is(folder: Path) -> Non
     for line in ("worker-0: stopping", "worker-0: retired", "worker-3: starting"):
         assert line in one.output.getvalue()
     assert "restarted" not in one.output.getvalue()
+
+
+async def test_people_are_told_when_a_worker_that_was_started_is_ready(folder: Path) -> None:
+    async with running(folder) as one:
+        settings = one.cluster.settings.control_plane
+        async with open_control_plane(settings):
+            await one.scaler.start("m", ROLE_DECODE)
+            async with (
+                ScriptedWorker(settings.address, ROLE_DECODE, "worker-2"),
+                ScriptedWorker(settings.address, ROLE_DECODE, "worker-1"),
+            ):
+                await until(lambda: "worker-2: ready" in one.output.getvalue())
+                assert one.output.getvalue().count("ready") == 1, "of the first ones it was said by who waited for them"
 
 
 async def test_a_seat_is_one_workers_and_then_the_nexts(folder: Path) -> None:
