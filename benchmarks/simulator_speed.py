@@ -111,7 +111,7 @@ def main(
     profile: str = typer.Option("qwen3-32b-h200-tp1", help="of every worker: a name from engine/simulated/profiles"),
     prefill: int = typer.Option(20, min=1, help="prefill workers"),
     decode: int = typer.Option(44, min=1, help="decode workers"),
-    speed: float = typer.Option(36.0, min=0.01, help="times the trace's rate"),
+    speed: float = typer.Option(30.0, min=0.01, help="times the trace's rate"),
 ) -> None:
     """How fast the simulator simulates, and that its memory does not grow with the load."""
     setting, facts = Setting(requests, profile, prefill, decode, speed), machine()

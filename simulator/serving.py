@@ -7,7 +7,6 @@ that dies takes its requests' places with it: they are dispatched again with wha
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,23 +18,23 @@ from frontend.admission.in_flight import ClusterRoom
 from frontend.router.ask import Ask
 from frontend.router.route import Route
 from frontend.write_back import plan
+from simulator.deadlines import Deadlines
 from simulator.event_loop import EventLoop
+from simulator.feeds import Feeds
 from simulator.frontend import Policy, SimulatedFrontend
 from simulator.gate import SimulatedGate
 from simulator.journey import Journey, KeptJourneys
 from simulator.members import Members, Pool
 from simulator.traces import Arrival
+from simulator.transfers import Transfers
 from simulator.underway import Underway, claim_of
 from simulator.worker import SimulatedWorker
 from slipstream.errors import DeadlineError, ModelNotFoundError, NoWorkerError, SlipstreamError, WorkerLostError
 from slipstream.performance import Predictor, Profile
 from slipstream.settings import AdmissionSettings
-from slipstream.v1.registry_pb2 import Load, Role
+from slipstream.v1.registry_pb2 import Role
 
 MODEL = "simulated"
-FEED_INTERVAL_S = 0.1
-"""How often a frontend hears a worker's load; its own requests it knows at once."""
-
 MAX_ATTEMPTS = 3
 """Dispatches of one request at most, as `frontend.max_attempts` has it by default."""
 
@@ -93,8 +92,7 @@ class SimulatedCluster:
         self._timeout_s = request_timeout_s
         self._under: dict[str, Underway] = {}
         self._open = 0
-        self._deadlines: deque[Underway] = deque()
-        self._deadline_set = False
+        self._deadlines = Deadlines(self.loop, self._late)
         self._turns = dict.fromkeys((one.name for one in models), 0)
         self._more = True
         self._block_tokens = models[0].decode.block_tokens
@@ -108,10 +106,13 @@ class SimulatedCluster:
             for one in models
         }
         self.members = Members(self.loop, self.pools, self._build)
+        self._feeds = Feeds(self.loop, self.members, self._under)
+        self._transfers = Transfers(self.loop, self._block_tokens, self._received)
         self._default = models[0].name
         if admission is not None:
             for frontend in self.frontends:
-                others = partial(others_of, frontend.fleet, len(self.frontends)) if len(self.frontends) > 1 else None
+                beside = len(self.pools[frontend.model].frontends)
+                others = partial(others_of, frontend.fleet, beside) if beside > 1 else None
                 room = _room_of(self.members, frontend.model)
                 frontend.gate = SimulatedGate(admission, self.loop, self, room, others)
 
@@ -166,43 +167,6 @@ class SimulatedCluster:
             step_by_step=self._step_by_step,
         )
 
-    def _feed(self, worker: SimulatedWorker) -> None:
-        """What the worker tells the frontends after a step."""
-        member = self.members.present.get(worker.worker_id)
-        if member is None:
-            return
-        frontends = member.pool.frontends
-        worker.catch_up()
-        stored, removed = worker.scheduler.drain_cache_events()
-        if stored or removed:
-            for frontend in frontends:
-                frontend.hear_cache(worker.worker_id, stored, removed)
-        now_s = self.loop.now_s
-        if now_s - worker.fed_s < FEED_INTERVAL_S:
-            return
-        worker.fed_s = now_s
-        load = worker.scheduler.load()
-        said = Load(
-            running=load.running,
-            waiting=load.waiting,
-            blocks_used=load.blocks_used,
-            waiting_tokens=load.waiting_tokens,
-            context_tokens=load.context_tokens,
-        )
-        for frontend in frontends:
-            own = said if len(frontends) == 1 else self._own(worker, frontend)
-            frontend.hear_load(worker.worker_id, said, own, now_s)
-
-    def _own(self, worker: SimulatedWorker, frontend: SimulatedFrontend) -> Load:
-        mine = [
-            one
-            for one in self._under.values()
-            if one.frontend is frontend and worker in (one.prefill, one.decode) and one.journey.ended_s < 0
-        ]
-        waiting = sum(one.journey.arrival.input_tokens for one in mine if one.journey.computed_s < 0)
-        context = sum(one.journey.arrival.input_tokens for one in mine if one.decode is worker)
-        return Load(running=len(mine), waiting_tokens=waiting, context_tokens=context)
-
     # -- a request's way ----------------------------------------------------------------------------------
 
     def _expect(self, stream: Iterator[Arrival]) -> None:
@@ -226,7 +190,7 @@ class SimulatedCluster:
         under = Underway(claim, 0.0, 0.0, 0.0, now_s, deadline_s, journey=Journey(arrival), frontend=frontend)
         self._open += 1
         if self._timeout_s is not None:
-            self._watch_deadline(under)
+            self._deadlines.watch(under)
         for watcher in self.watchers:
             watcher.arrived(under)
         if frontend.gate is None:
@@ -300,15 +264,15 @@ class SimulatedCluster:
         if event.kind is EventKind.PREEMPTED:
             under.journey.preemptions += 1
         elif event.kind is EventKind.RECEIVING and worker is under.prefill:
-            self._fetch(under, worker, event.request)
+            self._transfers.fetch(under, worker, event.request)
         elif event.kind is EventKind.RECEIVING:
             under.receiving = True
-            self._send_blocks(under)
+            self._transfers.hand_over(under)
         elif event.kind is EventKind.PROMPT_COMPUTED:
             self._computed(under, worker, event.request)
         elif event.kind is EventKind.FINISHED:
             self._finished(under, worker)
-        self._feed(worker)
+        self._feeds.tell(worker)
 
     def _computed(self, under: Underway, worker: SimulatedWorker, request: Request) -> None:
         journey, now_s = under.journey, self.loop.now_s
@@ -319,7 +283,7 @@ class SimulatedCluster:
             if under.prefill_share is not None:
                 under.prefill_share.prompt_done(now_s)
             self._prompt_computed(under)
-            self._send_blocks(under)
+            self._transfers.hand_over(under)
             return
         if journey.computed_s < 0:
             journey.cached_tokens = request.cached_tokens
@@ -340,41 +304,6 @@ class SimulatedCluster:
         if under.frontend.gate is not None:
             under.frontend.gate.computed(under)
 
-    def _fetch(self, under: Underway, prefill: SimulatedWorker, request: Request) -> None:
-        """The prompt's beginning comes from a worker that has it, as far as it still does."""
-        source, now_s = under.source, self.loop.now_s
-        assert source is not None, "prefill receives from a source only"
-        source.catch_up()
-        pool, profile = source.scheduler.pool, source.scheduler.profile
-        blocks = pool.match(request.keys, under.source_tokens // self._block_tokens) if source.alive else []
-        pool.hold(blocks)
-        pool.give_back(blocks)  # used just now: they go last
-        tokens = max(0, len(blocks) * self._block_tokens - request.done)
-        moved_bytes = tokens // self._block_tokens * profile.block_bytes
-        source.nic_free_s = max(now_s, source.nic_free_s) + moved_bytes / profile.transfer_bytes_per_s
-        self.loop.at(source.nic_free_s + profile.transfer_latency_s, self._fetched, prefill, request, source, tokens)
-
-    def _fetched(self, prefill: SimulatedWorker, request: Request, source: SimulatedWorker, tokens: int) -> None:
-        prefill.received(request.request_id, tokens if source.alive else 0)
-
-    def _send_blocks(self, under: Underway) -> None:
-        """Once decode has blocks and the prompt is computed it is known when the last block will have come."""
-        journey, prefill = under.journey, under.prefill
-        if not under.receiving or journey.computed_s < 0 or prefill is None or under.received:
-            return
-        assert under.decode is not None
-        under.received = True
-        request = under.decode.scheduler.get(under.request_id)
-        missing = under.prompt_tokens - (request.done if request is not None else 0)
-        profile = prefill.scheduler.profile
-        travel_s = missing / self._block_tokens * profile.block_bytes / profile.transfer_bytes_per_s
-        # While the prompt was computed its blocks were under way already, as far as the others' left room for them.
-        left_s = max(journey.begun_s, prefill.nic_free_s) + travel_s
-        prefill.nic_free_s = max(prefill.nic_free_s, left_s)
-        last_chunk_s = min(travel_s, profile.step_tokens / max(1, missing) * travel_s)
-        here_s = max(left_s, self.loop.now_s + last_chunk_s) + profile.transfer_latency_s
-        self.loop.at(here_s, self._received, under, under.request_id, missing)
-
     def _received(self, under: Underway, request_id: str, tokens: int) -> None:
         if under.request_id != request_id or under.prefill is None or under.decode is None:
             return
@@ -387,7 +316,7 @@ class SimulatedCluster:
         if under.prefill_share is not None:
             under.prefill_share.end(self.loop.now_s)
         under.prefill = under.prefill_share = None
-        self._feed(prefill)
+        self._feeds.tell(prefill)
         prefill.wake()
         self.members.end_if_drained(prefill)
 
@@ -468,6 +397,9 @@ class SimulatedCluster:
         self._leave_workers(under)
         self._over(under, 0)
 
+    def _late(self, under: Underway) -> None:
+        self._fail(under, DeadlineError.default_code)
+
     def _over(self, under: Underway, answer_tokens: int) -> None:
         self._under.pop(under.request_id, None)
         for share in (under.prefill_share, under.decode_share):
@@ -479,26 +411,6 @@ class SimulatedCluster:
         for watcher in self.watchers:
             watcher.ended(under)
 
-    def _watch_deadline(self, under: Underway) -> None:
-        deadlines = self._deadlines
-        while deadlines and _is_over(deadlines[0]):
-            deadlines.popleft()  # what is over need not be remembered for as long
-        deadlines.append(under)
-        if not self._deadline_set:
-            self._deadline_set = True
-            self.loop.at(under.deadline_s, self._deadline)
-
-    def _deadline(self) -> None:
-        """All have the same time: the first one's comes first. One event waits for all of them."""
-        deadlines, now_s = self._deadlines, self.loop.now_s
-        while deadlines and (_is_over(deadlines[0]) or deadlines[0].deadline_s <= now_s):
-            under = deadlines.popleft()
-            if not _is_over(under):
-                self._fail(under, DeadlineError.default_code)
-        self._deadline_set = bool(deadlines)
-        if deadlines:
-            self.loop.at(deadlines[0].deadline_s, self._deadline)
-
 
 def fixed_cluster(
     profiles: tuple[Profile, Profile], counts: tuple[int, int], policies: Sequence[Policy], *, write_back: bool = True
@@ -509,10 +421,6 @@ def fixed_cluster(
     kept = KeptJourneys()
     cluster.watchers.append(kept)
     return cluster, kept
-
-
-def _is_over(under: Underway) -> bool:
-    return under.journey.ended_s >= 0 or bool(under.journey.error)
 
 
 def _room_of(members: Members, model: str) -> Callable[[], ClusterRoom]:

@@ -198,3 +198,15 @@ def test_two_runs_of_one_setup_give_the_same_bytes() -> None:
     )
     assert first == second
     assert msgspec.json.decode(first)["outcome"]["all"]["requests"] > 0
+
+
+def test_a_model_is_served_beside_another_as_it_is_alone() -> None:
+    models = {name: ModelSetup(name, PROFILE, Counts(1, 1), LIMITS) for name in ("a", "b")}
+    loads = {"a": steady(30.0, 10.0, model="a"), "b": steady(20.0, 10.0, model="b", service_class="batch")}
+    both, _ = ran(merged(*loads.values()), models=tuple(models.values()))
+    for name, model in models.items():
+        alone, _ = ran(loads[name], models=(model,))
+        beside = [one for one in both.journeys if one.arrival.model == name]
+        assert [(one.first_token_s, one.ended_s) for one in beside] == [
+            (one.first_token_s, one.ended_s) for one in alone.journeys
+        ]
