@@ -26,7 +26,7 @@ class Look:
         batch: work without an objective; None: none.
         load: prompt and answer tokens per second that are expected.
         calm_rates: requests per second by class, over the longest window.
-        caution: see `planner.caution`.
+        caution, patience: see `planner.caution`.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Look:
     corrections: Corrections
     objectives: Mapping[str, Objective]
     caution: float
+    patience: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ TRUST = 0.1
 """By how much at most less is prepared for than is expected, after some hundred requests in time."""
 SAVED = 4.0
 """What was in time beyond the objective can be lost again before anything changes: so many steps at most."""
+PATIENCE = 0.07
 MARGIN = 0.1
 """What survivors must bear beyond it, at full caution, before any worker is let go."""
 
@@ -62,6 +63,14 @@ class Caution:
     def backlog_share(self) -> float:
         """Of the TTFT limit, what may wait at each worker without being called a backlog."""
         return 0.6 - 0.3 * max(self.level, -1.0)
+
+    def patience(self, excess: float) -> float:
+        """Factor on the load under which one more worker is wanted.
+
+        What was let go because all went well is not called back by the model's word, but by requests that are late or
+        by a load that is clearly more: else an estimate between two counts would go back and forth.
+        """
+        return 1.0 if excess > FIRST_EXCESS else 1.0 - PATIENCE * min(max(-self.level, 0.0), 1.0)
 
     @property
     def margin(self) -> float:

@@ -3,7 +3,7 @@
 Three things are kept apart. *Noise*, arrivals that bunch as they always do, is no reason to act: the queueing model
 accounts for it. A *change of level* must be followed at once. A *trend* or the *hour of the day* says what comes next.
 
-- Level: exponentially weighted means over three windows. The longest that does not contradict a shorter one by more
+- Level: exponentially weighted means over four windows. The longest that does not contradict a shorter one by more
   than noise explains is believed (Lepski's rule: O. Lepski, Theory of Probability and its Applications 35, 1990).
   At steady load that is the calm one, after a jump the quick one.
 - Trend: the means lag behind a ramp by their windows, so that their distances are slopes (Brown's double exponential
@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import NormalDist
 
-WINDOWS_S = (15.0, 60.0, 240.0)
+WINDOWS_S = (15.0, 60.0, 240.0, 960.0)
 NORMAL = NormalDist()
 NOISE_WINDOW_S = 900.0
 SURPRISE = 3.5

@@ -95,7 +95,10 @@ class SloPolicy:
             return Decision(seen.at_s, {}, (), "not every frontend and worker has been heard yet: nothing is done")
         looks = {model: self._look(past, seen) for model, past in self._past.items()}
         known = {model: past.learner for model, past in self._past.items() if past.learner is not None}
-        asks = [self._ask(self._past[model], looks[model], learner, 1.0) for model, learner in known.items()]
+        asks = [
+            self._ask(self._past[model], looks[model], learner, looks[model].patience)
+            for model, learner in known.items()
+        ]
         careful = [
             self._ask(self._past[model], looks[model], learner, self._past[model].caution.margin)
             for model, learner in known.items()
@@ -157,6 +160,7 @@ class SloPolicy:
             past.learner.corrections if past.learner is not None else Corrections(),
             past.objectives.objectives,
             past.caution.level,
+            past.caution.patience(max((one.excess for one in forecasts.values()), default=0.0)),
         )
 
     def _horizon_s(self, past: _Past) -> float:
