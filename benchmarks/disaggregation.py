@@ -11,6 +11,7 @@ import asyncio
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import typer
 from rich.console import Console
@@ -46,6 +47,9 @@ class Setting:
     busy_gpus: float
     hit_rate: float
     requests: int
+    itl_limits_s: tuple[float, ...] = ITL_LIMITS_S
+    inputs: tuple[int, ...] = INPUTS
+    outputs: tuple[int, ...] = OUTPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +86,20 @@ def main(
     busy_gpus: float = typer.Option(6.0, min=0.1, help="size of the load, in GPUs of the smallest worker"),
     hit_rate: float = typer.Option(0.0, min=0, max=0.95, help="of the prompts' tokens"),
     requests: int = typer.Option(1500, min=100, help="of each load"),
+    itl_s: list[float] = typer.Option(list(ITL_LIMITS_S), help="limits of the mean time between tokens"),  # noqa: B008
+    inputs: list[int] = typer.Option(list(INPUTS), help="mean lengths of prompts"),  # noqa: B008
+    outputs: list[int] = typer.Option(list(OUTPUTS), help="mean lengths of answers"),  # noqa: B008
 ) -> None:
     """Search the smallest pools with and without prefill workers for a grid of lengths."""
-    setting = Setting(profile, ttft_s, percentile, busy_gpus, hit_rate, requests)
+    grid = (tuple(itl_s), tuple(inputs), tuple(outputs))
+    setting = Setting(profile, ttft_s, percentile, busy_gpus, hit_rate, requests, *grid)
     facts = machine()
     command.show(command.run(lambda logs, say: _measure(setting, facts, say), _TIMEOUT_S), as_json, print_tables)
 
 
 async def _measure(setting: Setting, facts: Machine, say: Say) -> Report:
     loop = asyncio.get_running_loop()
-    grid = [(limit, inputs, outputs) for limit in ITL_LIMITS_S for inputs in INPUTS for outputs in OUTPUTS]
+    grid = product(setting.itl_limits_s, setting.inputs, setting.outputs)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         tasks = [loop.run_in_executor(pool, answer, setting, *each) for each in grid]
         for number, task in enumerate(asyncio.as_completed(tasks), start=1):

@@ -170,8 +170,9 @@ def numbers_table(decision: PlannerDecision) -> Table:
 
     table = Table("from", "", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
+    only = f"{decision.targets[0].model}." if len(decision.targets) == 1 else ""
     for name in sorted(decision.numbers):
-        table.add_row(Text(name), figure(decision.numbers[name]))
+        table.add_row(Text(name.removeprefix(only)), figure(decision.numbers[name]))
     return table
 
 

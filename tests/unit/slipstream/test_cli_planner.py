@@ -80,8 +80,8 @@ async def test_explain_shows_who_acts_what_is_wanted_and_why(planner: Command, l
     assert "prompts wait 3.1 s, the limit is 2 s" in lines
     assert "start prefill for m: prefill-1" in lines
     assert "flip d0 to prefill failed: it is ending" in lines
-    assert "m.arrivals_per_s 3.25" in lines
-    assert "m.prefill_queue_tokens 81,920" in lines
+    assert "arrivals_per_s 3.25" in lines
+    assert "prefill_queue_tokens 81,920" in lines
     assert "m 1P1D 4 3.50 s 41.0 ms TTFT beyond 2 s" in lines
     assert "m 2P1D 6 1.10 s 42.0 ms chosen" in lines
 
