@@ -24,6 +24,7 @@ MODEL = "m"
 CLASS = "realtime"
 START_S = 60.0
 OURS = "slipstream"
+PROBE_SLACK = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +175,12 @@ def border(workers: int, wanted: float, measure: Callable[[Counts], Measured]) -
 def oracle(workload: Workload, wanted: float) -> tuple[Measured, list[Measured]]:
     """The best static split, chosen with all of the load known, and all runs that were made for it.
 
-    Splits are searched on the hardest part; the whole is then tried with the cheapest ones until one reaches `wanted`.
+    Splits are searched on the hardest part; the whole, which is easier, is then tried with those that come near
+    `wanted` there, the cheapest first, until one reaches it.
     """
     probes = border(workload.workers, wanted, lambda counts: run(workload, counts, probe=True))
-    reaching = [one for one in probes if one.attainment >= wanted]
-    ranked = sorted(reaching or [best_of(probes, wanted)], key=lambda one: one.gpu_hours)
+    near = [one for one in probes if one.attainment >= wanted - PROBE_SLACK]
+    ranked = sorted(near or [best_of(probes, wanted)], key=lambda one: one.gpu_hours)
     whole: list[Measured] = []
     for one in ranked:
         whole.append(run(workload, split_named(one.counts)))
