@@ -49,10 +49,16 @@ class DynamoLoad:
         if seen.at_s < self._due_s or starting or not self._seen.arrivals:
             return Decision(seen.at_s, {model: now}, reason="a worker starts" if starting else "")
         self._due_s = seen.at_s + LOAD_INTERVAL_S
-        # What waits in our frontends would wait at its workers.
-        apart = traffic.queued_tokens / len(prefill) if prefill else 0.0
-        queued = [one.waiting_tokens + apart for one in prefill]
-        contexts = [(one.running, float(one.context_tokens), one.blocks) for one in decode]
+        # What waits in our frontends, for either role, would wait at its workers, and count as their queues.
+        queued = [one.waiting_tokens + traffic.queued_tokens / len(prefill) for one in prefill]
+        contexts = [
+            (
+                one.running + one.waiting + traffic.queued // len(decode),
+                one.context_tokens + one.waiting_tokens + traffic.queued_tokens / len(decode),
+                one.blocks,
+            )
+            for one in decode
+        ]
         wanted = Counts(self._prefill(queued, now.prefill), self._decode(contexts, now.decode))
         decision = towards(seen, self._pool, wanted, "load")
         if self._seen.arrivals > 1000:

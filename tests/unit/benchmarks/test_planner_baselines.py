@@ -134,6 +134,12 @@ def test_dynamo_removes_a_worker_only_when_the_survivors_would_hold() -> None:
     assert wanted(policy, observation(10.0, [{}], [{"blocks": 20_000}] * 2, busy())).decode == 1
 
 
+def test_dynamo_sees_what_waits_for_room_at_decode() -> None:
+    policy = DynamoLoad(POOL, PREDICTOR, SLA)
+    waiting = {"running": 60, "context_tokens": 150_000, "waiting": 150, "waiting_tokens": 900_000, "blocks": 20_000}
+    assert wanted(policy, observation(5.0, [{}], [waiting], busy())).decode == 2
+
+
 def test_dynamo_only_looks_on_while_a_worker_starts() -> None:
     policy = DynamoLoad(POOL, PREDICTOR, SLA)
     starting = {"state": WorkerState.STARTING}
