@@ -73,6 +73,11 @@ class Caution:
         return 1.0 if excess > FIRST_EXCESS else 1.0 - PATIENCE * min(max(-self.level, 0.0), 1.0)
 
     @property
+    def alarmed(self) -> bool:
+        """Whether more requests have been late than an objective allows."""
+        return self.level >= 1.0
+
+    @property
     def margin(self) -> float:
         """Factor on the load under which survivors are checked."""
         return 1.0 + MARGIN * max(0.0, self.level)

@@ -30,7 +30,7 @@ from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import Role, WorkerState
 
 FIRST_LOOK_S = 60.0
-"""Before so much was seen, nothing is taken away."""
+"""Before so much was seen, nothing is taken away, and nothing is done at all while few requests are late."""
 CLEAR_LIMITS, LEAST_CLEAR_S, MOST_CLEAR_S = 3.0, 15.0, 60.0
 """A backlog shall be worked off within so many times the TTFT limit: what comes until then is late."""
 IDLE_S = 300.0
@@ -241,9 +241,12 @@ class SloPolicy:
         age_s = max((one.requests.age_s for one in past.classes.values()), default=seen.at_s)
         recent_s = seen.at_s - self._objectives.flip_cooldown_s
         window = _most(counts for _, counts in past.needs)
+        recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
         if age_s < min(FIRST_LOOK_S, window_s):
             window = look.have
-        recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
+            if not past.caution.alarmed:
+                # What is known of the first requests is mostly assumed: nothing is done for that alone.
+                return _at_least(look.have, look.floor)
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
         load = look.load
         past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)

@@ -65,6 +65,14 @@ def test_flips_come_before_new_workers() -> None:
     assert plant.now.prefill >= 3
 
 
+@pytest.mark.parametrize(("prefill", "rate"), [(3, 8.0), (3, 12.0), (5, 8.0)])
+def test_the_first_requests_alone_change_nothing_while_they_are_in_time(prefill: int, rate: float) -> None:
+    # What is not known yet is assumed: a planner that was just restarted has no better reason to turn things over.
+    plant = Plant(PROFILE, lambda _: rate, Counts(prefill, 1))
+    plant.run(policy(gpus=prefill + 1), 55.0)
+    assert plant.changes == 0, [one.reason for one in plant.decisions if one.actions]
+
+
 def test_nothing_is_done_before_all_have_been_heard() -> None:
     brain = policy()
     assert not brain.decide(replace(idle(0.0, ()), complete=False)).actions
