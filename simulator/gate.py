@@ -46,10 +46,12 @@ class SimulatedGate:
     """
 
     __slots__ = (
+        "_again",
         "_behind",
         "_demand",
         "_loop",
         "_others",
+        "_pumping",
         "_room",
         "_room_at_s",
         "_ticking",
@@ -71,7 +73,7 @@ class SimulatedGate:
         self._others = others
         self._room_at_s = -float("inf")
         self._demand = MeanDemand()
-        self._ticking = False
+        self._again = self._pumping = self._ticking = False
         self.queued_tokens: Counter[Priority] = Counter()
         """Prompt tokens that wait here, by class."""
         self.scheduler: Scheduler[Underway] = Scheduler(policy_of(settings), loop.now_s)
@@ -131,8 +133,20 @@ class SimulatedGate:
         return len(queue), self.queued_tokens[priority], oldest_s
 
     def _pump(self) -> None:
-        """Do what the scheduler says."""
-        now_s = self._loop.now_s
+        """Do what the scheduler says, until nothing of it changes that any more.
+
+        A request that cannot be sent leaves at once and calls this again: in turn, not ever deeper.
+        """
+        self._again = True
+        if self._pumping:
+            return
+        self._pumping = True
+        while self._again:
+            self._again = False
+            self._step(self._loop.now_s)
+        self._pumping = False
+
+    def _step(self, now_s: float) -> None:
         self._look_at_room(now_s)
         step = self.scheduler.step(now_s)
         for under in step.preempted:
