@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from copy import copy
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -32,6 +33,8 @@ LENGTH_QUANTILES = tuple(
 KV_FILL = 0.95
 """Of the KV blocks, what requests can hold before they wait: the rest is rounding and answers that grow."""
 NEVER_S = 86400.0
+OVERLOAD_S = 120.0
+"""Beyond saturation a queue grows steadily: how long such a load is taken to last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,13 @@ class PrefillQueue:
                 share += weight * (1.0 - chance * math.exp(-left_s / mean_s)) if mean_s > 0.0 else weight
         return share
 
+    def lasting(self, workers: int, limit_s: float) -> float:
+        """As `within`, of a load near or beyond saturation that lasts `OVERLOAD_S`: its queue grows from nothing."""
+        growth = max(0.0, self.offered / workers - 1.0)
+        left_s = max(0.0, limit_s - self.fixed_s - self.mean_s)
+        early = 1.0 if growth * OVERLOAD_S <= left_s else left_s / (growth * OVERLOAD_S)
+        return max(self.within(workers, limit_s), self.most(limit_s) * early)
+
     def most(self, limit_s: float) -> float:
         """The share that any number of workers reaches: a long prompt may take longer alone."""
         return sum(
@@ -171,6 +181,13 @@ class DecodeBatch:
         self.held_s = held_s
         fits = KV_FILL * profile.blocks * profile.block_tokens / max(1.0, self.context)
         self.most_running = max(1.0, min(float(profile.max_running), fits))
+
+    def under(self, factor: float) -> DecodeBatch:
+        """The same requests, so many times as often."""
+        other = copy(self)
+        other._demand = self._demand.scaled(factor)
+        other._found = {}
+        return other
 
     def step_s(self, running: float) -> float:
         """One step of so many on one worker."""
@@ -230,6 +247,18 @@ class DecodeBatch:
         if running <= 0.0:
             return 1.0 if fitting > 0.0 else 0.0
         return NORMAL.cdf((fitting - running) / self._deviation(running, workers))
+
+    def fits(self, workers: int) -> float:
+        """The chance that what runs has room: long prompts hold more blocks than their number tells."""
+        running = self.running(workers)
+        if running is None:
+            return self.within(workers, self.most_running)
+        if running <= 0.0:
+            return 1.0
+        demand = self._demand
+        inputs, outputs = demand.input_tokens / self.context, demand.output_tokens / self.context
+        spread = math.sqrt(1.0 + (demand.input_variation * inputs) ** 2 + 0.5 * outputs**2)
+        return NORMAL.cdf((self.most_running - running) / (spread * self._deviation(running, workers)))
 
     def percentile_s(self, workers: int, percent: float) -> float:
         """The time between tokens that so many percent of the answers keep."""

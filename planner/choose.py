@@ -17,6 +17,14 @@ from planner.scaling import Counts
 NONE = Counts(0, 0)
 AGGREGATED_GAIN = 0.9
 """An aggregated pool is chosen where it costs at most this share of the disaggregated one."""
+FLIP_GAIN = 1.1
+"""Of a budget that does not suffice: what another split must promise over the one that is there."""
+
+BARRED_GAIN = 2.0
+"""The same, of one that was left before because it had too few of a role."""
+
+FULL_GAIN = 1.01
+"""The same, of one that is predicted to suffice for a budget that is used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,7 @@ def cheapest(ask: PoolAsk, gpu_budget: int) -> Counts:
 def best_within(ask: PoolAsk, gpus: int) -> Counts:
     """The split of so many GPUs with the highest predicted goodput."""
     pair, floor, ceiling = ask.pool.pair, ask.floor, ask.ceiling
-    best, best_goodput = floor, -1.0
+    best, best_goodput, stay = floor, -1.0, -1.0
     for prefill in range(floor.prefill, ceiling.prefill + 1):
         left = gpus - prefill * pair.prefill_gpus
         decode = min(ceiling.decode, left // pair.decode_gpus)
@@ -114,9 +122,32 @@ def best_within(ask: PoolAsk, gpus: int) -> Counts:
         if prefill == 0 and not ask.bounds.allow_aggregated:
             continue
         goodput = ask.pool.goodput(counts)
+        if counts == ask.now:
+            stay = goodput
         if goodput > best_goodput * (1.0 + 1e-9):
             best, best_goodput = counts, goodput
-    return best
+    return ask.now if stay * FLIP_GAIN >= best_goodput else best
+
+
+def unbarred(ask: PoolAsk, wanted: Counts, least_counts: Counts, gpu_budget: int) -> Counts:
+    """What is wanted, unless it takes workers from one role for the other for too little.
+
+    Where the budget is used up, no start makes good what a flip took. What was too few before is hardly enough now.
+
+    Args:
+        least_counts: the fewest that may be tried.
+    """
+    now = ask.now
+    exchange = (wanted.prefill - now.prefill) * (wanted.decode - now.decode) < 0
+    barred = wanted.prefill < min(now.prefill, least_counts.prefill) or wanted.decode < min(
+        now.decode, least_counts.decode
+    )
+    full = ask.gpus(now) >= gpu_budget
+    below = now.prefill < max(1, ask.floor.prefill) or now.decode < max(1, ask.floor.decode)
+    if not exchange or not (barred or full) or below or wanted.prefill == 0:
+        return wanted
+    gain = BARRED_GAIN if barred else FULL_GAIN
+    return wanted if ask.pool.goodput(wanted) > gain * ask.pool.goodput(now) else now
 
 
 def _floors(ranked: Sequence[PoolAsk], gpu_budget: int) -> dict[str, Counts]:

@@ -16,7 +16,7 @@ from planner.account import Account, Look, numbers_of, reason_of
 from planner.bars import Bars
 from planner.capacity import Corrections, Pair, PrefillQueue
 from planner.caution import Caution
-from planner.choose import PoolAsk, choose
+from planner.choose import PoolAsk, choose, unbarred
 from planner.considered import considered_of
 from planner.corrections import Learner
 from planner.demand import Demand, DemandSeen, together
@@ -37,6 +37,8 @@ IDLE_S = 300.0
 """Without a request for so long, a pool that may go to zero does."""
 DRAIN_SHARE = 0.5
 """Of a pool, what one decision may take away: what a whole window did not need."""
+WAITS_SHARE = 0.25
+"""Of the TTFT limit: while more waits at each prefill worker, none is drained."""
 BATCH = "batch"
 BATCH_OBJECTIVE = Objective(ttft_s=3600.0, itl_s=10.0, percentile=50.0)
 BATCH_CLEAR_S = 600.0
@@ -104,6 +106,9 @@ class SloPolicy:
             for model, learner in known.items()
         ]
         wanted = choose(asks, self._objectives.gpu_budget)
+        for ask in asks:
+            tried = self._past[ask.model].bars.least(looks[ask.model].load, seen.at_s)
+            wanted[ask.model] = unbarred(ask, wanted[ask.model], tried, self._objectives.gpu_budget)
         kept = choose(careful, self._objectives.gpu_budget)
         targets = {}
         for model in self._past:
@@ -244,19 +249,30 @@ class SloPolicy:
         recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
         if age_s < min(FIRST_LOOK_S, window_s):
             window = look.have
-            if not past.caution.alarmed:
+            if not past.caution.alarmed and not self._waits(past, look):
                 # What is known of the first requests is mostly assumed: nothing is done for that alone.
                 return _at_least(look.have, look.floor)
+        if self._waits(past, look):
+            window = look.have
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
         load = look.load
         past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)
         tried = past.bars.least(load, seen.at_s)
-        prefill_down = max(wanted.prefill, tried.prefill, (recent if decode_short else window).prefill)
-        decode_down = max(wanted.decode, tried.decode, (recent if prefill_short else window).decode)
+        # What was not needed lately may be flipped where the other role is short; the rest stays for the whole window.
+        to_decode, to_prefill = max(0, wanted.decode - look.have.decode), max(0, wanted.prefill - look.have.prefill)
+        prefill_spare = max(recent.prefill, min(window.prefill, look.have.prefill - to_decode))
+        decode_spare = max(recent.decode, min(window.decode, look.have.decode - to_prefill))
+        prefill_down = max(wanted.prefill, tried.prefill, prefill_spare)
+        decode_down = max(wanted.decode, tried.decode, decode_spare)
         return Counts(
             wanted.prefill if prefill_short else min(look.have.prefill, prefill_down),
             wanted.decode if decode_short else min(look.have.decode, decode_down),
         )
+
+    def _waits(self, past: _Past, look: Look) -> bool:
+        """Whether prompts wait so long that nobody can be spared, whatever is expected."""
+        limit_s = min((one.ttft_s for one in past.objectives.objectives.values()), default=math.inf)
+        return look.backlog_s > WAITS_SHARE * limit_s * max(1, look.have.prefill)
 
     def _fit_budget(
         self, targets: dict[str, Counts], wanted: Mapping[str, Counts], asks: Sequence[PoolAsk]

@@ -6,6 +6,7 @@ after. Decode batches hold all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ from planner.scaling import Counts
 ATTAINABLE = 0.995
 """Where long prompts miss the TTFT limit on any number of workers, the goal is this share of what can be had."""
 KV_SHARE = 0.99
+FLIP_KV_SHARE = 0.999
+"""Where the budget is used up: what finds no block is computed again among the answers, which makes all of them longer.
+That does not end by itself, and no new worker comes to help."""
+OVERFLOWING = 0.1
+"""Of what would be in time, what is left where the blocks do not suffice."""
 MOST_USE = 0.92
 """Of prefill's time: closer to its end every formula for queues says less than the next burst does."""
 
@@ -115,7 +121,8 @@ class PoolModel:
         batch = self._batch
         if batch is None:
             return True
-        if batch.running(workers) is None or batch.within(workers, batch.most_running) < KV_SHARE:
+        fed = self._fed(math.inf, batch)
+        if fed.running(workers) is None or fed.within(workers, batch.most_running) < KV_SHARE:
             return False
         return all(
             batch.within(workers, fitting) >= one.objective.percentile / 100.0
@@ -167,14 +174,23 @@ class PoolModel:
         batch = self._batch
         if batch is None or counts.decode == 0:
             return 0.0
-        fits = batch.within(counts.decode, batch.most_running) * self._cleared(counts.prefill)
+        batch = self._fed(counts.prefill, batch)
+        fits = batch.fits(counts.decode)
+        done = self._cleared(counts.prefill) * (fits if fits >= FLIP_KV_SHARE else OVERFLOWING * fits)
+        near = counts.prefill * MOST_USE <= self._queues[-1].offered
         return self._goodput(
             [
-                fits * q.within(counts.prefill, a.objective.ttft_s)
+                done * (q.lasting if near else q.within)(counts.prefill, a.objective.ttft_s)
                 for q, a in zip(self._queues, self.asked, strict=True)
             ],
             [batch.within(counts.decode, fitting) for fitting in self._fitting],
         )
+
+    def _fed(self, workers: float, batch: DecodeBatch) -> DecodeBatch:
+        """Decode under what these prefill workers send: not more than they compute, and what has waited, too."""
+        queue = self._queues[-1]
+        use = min(workers, queue.offered + self._clearing) / queue.offered if queue.offered > 0.0 else 1.0
+        return batch if use == 1.0 else batch.under(use)
 
     def _goodput(self, ttft: list[float], itl: list[float]) -> float:
         return sum(

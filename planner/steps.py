@@ -141,6 +141,8 @@ def steps(
     flips, gpus = limits.flips, limits.gpus
     room = {PREFILL: limits.room.prefill, DECODE: limits.room.decode}
     for role, other in ((PREFILL, DECODE), (DECODE, PREFILL)):
+        # Those that stay take over at once what came to all: not more than half of them go in one step.
+        flips = min(flips, max(1, len(pools[other]) // 2)) if short[role] > 0 else flips
         while short[role] > 0 and short[other] < 0:
             ready = [one for one in pools[other] if one.state == WorkerState.READY]
             if not ready or flips == 0 or room[role] <= 0 or len(actions) >= limits.actions:
