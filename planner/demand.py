@@ -21,6 +21,7 @@ FIRST_INPUT_TOKENS = 1000.0
 FIRST_WEIGHT = 10.0
 MAX_HIT_RATE = 0.95
 FIRST_OUTPUT_TOKENS = 200.0
+FIRST_OUTPUT_WEIGHT = 2.0
 FIRST_VARIATION = 1.0
 MAX_VARIATION = 4.0
 MAX_BURSTINESS = 12.0
@@ -165,7 +166,8 @@ class _Sums:
     @property
     def output_tokens(self) -> float:
         """Short answers finish first: the first few are held against what is usual."""
-        return (self._outputs + FIRST_OUTPUT_TOKENS * FIRST_WEIGHT) / (self._finished + FIRST_WEIGHT)
+        known, weight = self._outputs + FIRST_OUTPUT_TOKENS * FIRST_OUTPUT_WEIGHT, self._finished + FIRST_OUTPUT_WEIGHT
+        return known / weight
 
     @property
     def input_variation(self) -> float:

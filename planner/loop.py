@@ -158,7 +158,7 @@ class PlannerLoop:
             self.errors["decide"] += 1
             log.exception("policy_failed")
             return None
-        self.leading = await self._lead()
+        self.leading = await self._lead(now_s)
         made = self.history.add(decision, seen, leading=self.leading, dry_run=self.dry_run)
         self._tell(made)
         acts = self.leading and seen.complete
@@ -177,9 +177,10 @@ class PlannerLoop:
         else:
             self._failing.discard("workers")
 
-    async def _lead(self) -> bool:
+    async def _lead(self, now_s: float) -> bool:
         """Whether this planner is to act now."""
-        if self.dry_run:
+        # One that has just begun has not heard all frontends yet, and one that stood by and has may be there.
+        if self.dry_run or not self._book.whole(now_s):
             return False
         try:
             held = await self._scaler.hold_lease(self.holder, self.lease_s)

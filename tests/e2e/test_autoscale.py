@@ -94,9 +94,9 @@ def cluster(tiny_model: Path, policy: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def ready(cluster: Cluster) -> Counter[Role.ValueType]:
-    """None while the control plane is away."""
+    """None while the control plane is away, or does not know all yet."""
     try:
-        return Counter(one.role for one in cluster.workers() if one.state == WorkerState.READY)
+        return Counter(one.role for one in cluster.workers(settled=True) if one.state == WorkerState.READY)
     except grpc.RpcError:
         return Counter()
 

@@ -132,13 +132,17 @@ class Cluster:
         """The URL of the control plane's /metrics."""
         return f"http://127.0.0.1:{self._settings['control_plane']['metrics_port']}/metrics"
 
-    def workers(self) -> list[WorkerRecord]:
-        """The registry's view now."""
+    def workers(self, *, settled: bool = False) -> list[WorkerRecord]:
+        """The registry's view now.
+
+        Args:
+            settled: none at all while a registry that was just started may not have heard of all of them.
+        """
         with grpc.insecure_channel(self.control_plane) as channel:
             watch = registry_pb2_grpc.RegistryStub(channel).Watch(registry_pb2.WatchRequest(), timeout=10)
             found = next(iter(watch))
             watch.cancel()
-            return list(found.workers)
+            return list(found.workers) if found.settled or not settled else []
 
     def worker(self, role: Role.ValueType) -> WorkerRecord:
         """The one ready worker of a role; waits for it."""

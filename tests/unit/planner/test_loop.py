@@ -168,6 +168,22 @@ async def test_of_two_planners_one_acts_and_the_other_goes_on_when_it_is_silent(
     assert len(world.scaler.done) == 2 * len(ACTIONS)
 
 
+async def test_one_that_has_just_begun_leaves_the_lease_to_one_that_stood_by(world: World) -> None:
+    first, second = world.planner("one"), world.planner("two")
+    await first.step()
+    await second.step()
+    world.time.now_s += first.lease_s
+    restarted = world.planner("restarted")
+    world.time.now_s -= 1.0
+    await restarted.step()
+    assert not restarted.leading, "nobody holds the lease, and it has not heard everybody"
+    await second.step()
+    assert second.leading
+    world.time.now_s += 1.0
+    await restarted.step()
+    assert not restarted.leading
+
+
 async def test_a_planner_that_ends_gives_its_lease_back(world: World) -> None:
     loop = world.planner()
     following = asyncio.create_task(loop.follow())
