@@ -18,6 +18,8 @@ from planner.observation import Traffic
 FIRST = 0.2
 STEP = 0.2
 """Five late requests beyond what the objective allows are a whole step."""
+UNSURE = 0.3
+"""The least level where forecasts have gone wrong lately: a load that has jumped jumps again."""
 TRUST = 0.1
 """By how much at most less is prepared for than is expected, after some hundred requests in time."""
 SAVED = 4.0
@@ -54,7 +56,7 @@ class Caution:
     def prepared(self, demand: Demand, forecast: Forecast) -> Demand:
         """The demand at the rate that is prepared for."""
         # Where forecasts go wrong, what went well says little about what comes.
-        level = max(self.level, 0.0) if forecast.excess > FIRST_EXCESS else self.level
+        level = max(self.level, UNSURE) if forecast.excess > FIRST_EXCESS else self.level
         if level >= 0.0:
             return demand.at(forecast.mean + level * (forecast.upper - forecast.mean))
         return demand.at(forecast.mean * (1.0 + TRUST * max(level, -1.0)))

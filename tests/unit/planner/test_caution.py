@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from planner.caution import Caution
 from planner.demand import Demand
 from planner.forecast import Forecast
@@ -47,7 +49,7 @@ def test_after_many_in_time_less_is_prepared_for_but_only_where_forecasts_hold()
         caution.add(answered(100), SLO)
     assert caution.level == -4.0, "some is saved"
     assert 8.9 < prepared(caution, STEADY) < 9.1
-    assert prepared(caution, RESTLESS) == 10.0
+    assert prepared(caution, RESTLESS) == pytest.approx(10.9), "three tenths of the bound stay"
     assert caution.margin == 1.0
 
 
