@@ -175,6 +175,7 @@ class SimulatedWorker:
 
     def kill(self) -> None:
         """It stops in the middle of whatever it does."""
+        self.catch_up()
         self.alive = False
         self._step = None
 

@@ -47,8 +47,8 @@ def test_the_measured_way_is_a_metric_of_its_receiver(cluster: Cluster) -> None:
     prefill = cluster.worker(Role.ROLE_PREFILL).worker_id
     name = "slipstream_kv_path_bandwidth_bytes_per_second"
     ways = {key: value for key, value in cluster.metrics(Role.ROLE_DECODE).items() if key.startswith(name)}
-    ((key, bytes_per_s),) = ways.items()
-    assert key.split(":")[2:] == [prefill, "shm"]
+    # Ways from workers that had the other role for a time are told too.
+    (bytes_per_s,) = [value for key, value in ways.items() if key.split(":")[2:] == [prefill, "shm"]]
     assert bytes_per_s > 0
 
 
