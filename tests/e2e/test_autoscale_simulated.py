@@ -30,7 +30,7 @@ from tests.support.text_model_folder import write_model_folder
 
 # A prefill worker takes 0.39 s for such a prompt: 2.5 of them a second.
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 8
-LOW_PER_S, HIGH_PER_S = 0.5, 5.0
+LOW_PER_S, HIGH_PER_S, HIGH_AT_ONCE = 0.5, 5.0, 16
 TTFT_LIMIT_S = 1.5
 WAIT_S = 40.0
 MOST_WORKERS = 4
@@ -101,9 +101,10 @@ async def test_load_rises_workers_flip_and_start_a_planner_dies_the_other_drains
         async with AsyncClient(cluster.grpc_target) as client:
             load = RisingLoad(client, PROMPT_TOKENS, ANSWER_TOKENS, range(10, 200))
             async with load.running():
-                load.rate_per_s = HIGH_PER_S
+                load.at_once = HIGH_AT_ONCE
                 await until("prompts wait", lambda: load.recent_ttft_s() > TTFT_LIMIT_S)
                 await until("more workers compute prompts", lambda: ready(cluster)[Role.ROLE_PREFILL] >= 2)
+                load.at_once, load.rate_per_s = 0, HIGH_PER_S
                 assert not second_leads()
                 acting = wait_for("the control plane's process", lambda: control_plane(cluster), timeout_s=5)
                 acting.kill()
