@@ -55,7 +55,9 @@ async def test_an_answer_says_in_a_word_why_and_the_command_says_the_rest(tmp_pa
     assert (best["prefill_worker"], best["decode_worker"]) == workers
     assert all(other["cost_s"] >= best["cost_s"] * 0.99 for other in others if other["prefill_worker"])
     assert decision["actual"]["tokens"] == 12
-    assert 0 < decision["actual"]["prefill_s"] <= decision["actual"]["ttft_s"]
+    # Scripted workers do not wait for each other: the first token may come before the prompt is said to be computed.
+    assert decision["actual"]["prefill_s"] > 0
+    assert decision["actual"]["ttft_s"] > 0
     for fact in (*workers, "because: least_time", "first token", "predicted", "12 tokens generated"):
         assert fact in shown
 
