@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
+from slipstream.background import first_error
+
 T = TypeVar("T")
 # Items that may wait for a slow reader, for each stream; beyond that the streams themselves wait.
 _QUEUED_ITEMS = 4
@@ -24,16 +26,14 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncIterator[As
             yield only
         return
     queue: asyncio.Queue[T | None] = asyncio.Queue(_QUEUED_ITEMS * len(streams))
-    try:
+    with first_error():
         async with asyncio.TaskGroup() as tasks:
             pumps = [tasks.create_task(_pump(stream, queue)) for stream in streams]
             try:
                 yield _drain(queue, len(streams))
             finally:
-                for pump in pumps:
-                    pump.cancel()
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+                while pumps:  # see `first_error`
+                    pumps.pop().cancel()
 
 
 async def _pump(stream: AsyncGenerator[T, None], queue: asyncio.Queue[T | None]) -> None:

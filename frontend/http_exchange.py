@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from slipstream.background import first_error
 from slipstream.errors import CancelledByClientError, DeadlineError, RequestTooLargeError
 
 # Longest wait for the whole of a request's body.
@@ -90,23 +91,15 @@ class ConnectedResponse(Response):
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Names are let go, and the error is raised outside of the group's handler: whatever of these made a cycle would
-        # keep all of an exchange whose client has left until the next full garbage collection, which is minutes away.
         watch: asyncio.Task[None] | None = None
-        error: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                watch = tasks.create_task(_raise_on_disconnect(receive))
-                await self._work(send)
-                watch.cancel()
-        except BaseExceptionGroup as group:
-            error = group.exceptions[0]
-            group.__traceback__ = None
-        try:
-            if error is not None:
-                raise error
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    watch = tasks.create_task(_raise_on_disconnect(receive))
+                    await self._work(send)
+                    watch.cancel()
         finally:
-            watch = error = None
+            watch = None  # see `first_error`
 
 
 async def _raise_on_disconnect(receive: Receive) -> None:

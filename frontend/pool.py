@@ -25,6 +25,7 @@ from prometheus_client import multiprocess
 from frontend.pool_processes import note_ended
 from frontend.process import bound_socket, port_error, stop_signals
 from slipstream import model_folder, telemetry
+from slipstream.background import first_error
 from slipstream.child_python import module_path
 from slipstream.errors import StartupError
 from slipstream.settings import FrontendSettings, Settings
@@ -63,12 +64,10 @@ async def supervise(settings: Settings) -> None:
         log.info(
             "frontend_pool", processes=frontend.workers, http_port=frontend.http_port, grpc_port=frontend.grpc_port
         )
-        try:
+        with first_error():
             async with asyncio.TaskGroup() as tasks:
                 for index in range(frontend.workers):
                     tasks.create_task(_keep(folder, stop, frontend.drain_timeout_s), name=f"frontend member {index}")
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
 
 
 @contextlib.contextmanager
