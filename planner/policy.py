@@ -247,12 +247,11 @@ class SloPolicy:
         recent_s = seen.at_s - self._objectives.flip_cooldown_s
         window = _most(counts for _, counts in past.needs)
         recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
-        if age_s < min(FIRST_LOOK_S, window_s):
-            window = look.have
-            if not past.caution.alarmed and not self._waits(past, look):
-                # What is known of the first requests is mostly assumed: nothing is done for that alone.
-                return _at_least(look.have, look.floor)
-        if self._waits(past, look):
+        young, waits = age_s < min(FIRST_LOOK_S, window_s), self._waits(past, look)
+        if young and not waits and not past.caution.alarmed:
+            # What is known of the first requests is mostly assumed: nothing is done for that alone.
+            return _at_least(look.have, look.floor)
+        if young or waits:
             window = look.have
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
         load = look.load
