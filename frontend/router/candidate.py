@@ -142,6 +142,23 @@ class Candidate:
         self.step.start_from([one.step for one in like])
         self.handoff.start_from([one.handoff for one in like])
 
+    def teach(self) -> None:
+        """Those of its kind that have not shown themselves yet are taken to be as fast as this one."""
+        for one in self.pool.members:
+            if one.curve is self.curve:
+                heard = (
+                    one.prefill.hear_of(self.prefill),
+                    one.step.hear_of(self.step),
+                    one.handoff.hear_of(self.handoff),
+                )
+                if any(heard):
+                    one.refresh()
+
+    @property
+    def experience(self) -> int:
+        """Samples of all that it was seen to do."""
+        return self.prefill.samples + self.step.samples + self.handoff.samples
+
     def refresh(self) -> None:
         """Write what changes with each request into the pool's row."""
         row, pool = self.row, self.pool

@@ -149,7 +149,9 @@ class Fleet:
     def _move(self, one: Candidate, record: WorkerRecord) -> None:
         """A worker has taken the other role: the same worker with the same cache, work and speed in another pool."""
         one.pool.remove(one)
-        self._pool_of(record).add(one)
+        pool = self._pool_of(record)
+        one.learn_from(pool.members)
+        pool.add(one)
 
     def _pool_of(self, record: WorkerRecord) -> Pool:
         pool = self.pools.get((record.model, record.role))

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 
 from frontend.router.fleet import Fleet
 from frontend.router.route import Route
+from frontend.router.speeds import COLD_SAMPLES
 
 FEW_TOKENS = 8
 """Answers shorter than this say little of the time between tokens."""
+
+TEACHING_SAMPLES = 3 * COLD_SAMPLES + 8
+"""After so many samples the others of its kind have heard what a worker is like; looking for them costs time."""
 
 LENGTH_WEIGHT = 0.02
 """Of a new answer in the mean length of answers."""
@@ -59,6 +63,10 @@ def learn(fleet: Fleet, route: Route, outcome: Outcome) -> None:
     _learn_prompt(fleet, route, outcome)
     _learn_handoff(fleet, route, outcome)
     _learn_step(fleet, route, outcome)
+    for role in (route.prefill, route.decode):
+        one = fleet.get(role.worker_id) if role is not None else None
+        if one is not None and one.experience <= TEACHING_SAMPLES:
+            one.teach()
 
 
 def _learn_prompt(fleet: Fleet, route: Route, outcome: Outcome) -> None:

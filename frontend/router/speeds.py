@@ -135,11 +135,27 @@ class Correction:
         """What a prediction of the profile is multiplied with."""
         return math.exp(self.log_factor)
 
+    @property
+    def known(self) -> bool:
+        """By samples of its own."""
+        return self.samples > COLD_SAMPLES
+
     def start_from(self, others: Sequence[Correction]) -> None:
         """Begin with what others like this one have come to."""
-        known = [one.log_factor for one in others if one.samples > COLD_SAMPLES]
-        if known:
+        known = [one.log_factor for one in others if one.known]
+        if known and not self.known:
             self.log_factor = median(known)
+
+    def hear_of(self, other: Correction) -> bool:
+        """Another like this one has shown itself; taken as true of this one only where it is faster than expected.
+
+        An unproven worker that is thought too slow would never be chosen, and so never prove itself; one that is
+        thought too fast is tried and found out. (Optimism in the face of uncertainty: Lai and Robbins, 1985.)
+        """
+        faster = other.known and not self.known and other.log_factor < self.log_factor
+        if faster:
+            self.log_factor = other.log_factor
+        return faster
 
     def note(self, observed_s: float, predicted_s: float) -> None:
         """A sample: `predicted_s` is what the profile said without this correction."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,18 +16,18 @@ from slipstream.client import AsyncClient
 from slipstream.performance import DecodePoint, PrefillPoint, Profile, encode_profile
 from slipstream.v1.planner_pb2 import ApplyRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
-from slipstream.v1.registry_pb2 import Role, WorkerState
+from slipstream.v1.registry_pb2 import Role
 from tests.support.cluster import START_TIMEOUT_S, Cluster, wait_for
 from tests.support.rising_load import RisingLoad
 from tests.support.tiny_model import SPECIAL_TOKENS, VOCAB_SIZE
 
 PREFILL, DECODE = Role.ROLE_PREFILL, Role.ROLE_DECODE
-# In steps of 64 tokens, each of which costs vLLM 11 ms: half a second of CPU time, whatever the model's size.
+# In steps of 64 tokens, each of which costs vLLM some milliseconds of CPU time, whatever the model's size.
 PROMPT_TOKENS, STEP_TOKENS, ANSWER_TOKENS = 3000, 64, 8
 PROMPT_S = 0.52
-LOW_PER_S, HIGH_AT_ONCE = 0.3, 16
+LOW_PER_S, FIRST_AT_ONCE = 0.3, 16
 TTFT_LIMIT_S = 4.0
-"""Between what one prompt takes and what sixteen take at one worker, also where other programs compute."""
+"""Far above what one prompt takes, also where other programs compute."""
 WAIT_S = START_TIMEOUT_S
 
 
@@ -93,19 +92,16 @@ def cluster(tiny_model: Path, policy: Path, tmp_path_factory: pytest.TempPathFac
         yield running
 
 
-def ready(cluster: Cluster) -> Counter[Role.ValueType]:
-    """None while the control plane is away, or does not know all yet."""
-    try:
-        return Counter(one.role for one in cluster.workers(settled=True) if one.state == WorkerState.READY)
-    except grpc.RpcError:
-        return Counter()
-
-
 def apply(cluster: Cluster, objectives: PlannerObjectives) -> None:
     """Put a policy in force."""
     with grpc.insecure_channel(cluster.control_plane) as channel:
         request = ApplyRequest(policy_yaml=dump_policy(objectives), name="test")
         assert PlannerStub(channel).Apply(request, timeout=10).applied
+
+
+def prompts_at(cluster: Cluster) -> int:
+    """Prefill workers that have prompts."""
+    return sum(one.role == PREFILL and one.load.running > 0 for one in cluster.workers())
 
 
 async def until(what: str, probe: Callable[[], object]) -> None:
@@ -117,22 +113,22 @@ async def until(what: str, probe: Callable[[], object]) -> None:
 async def test_real_workers_are_started_flipped_and_drained_as_the_load_rises_and_falls(
     cluster: Cluster, profile: Path, policy: Path
 ) -> None:
-    await until("the policy's floor is there", lambda: ready(cluster) == {PREFILL: 1, DECODE: 2})
+    await until("the policy's floor is there", lambda: cluster.ready_roles() == {PREFILL: 1, DECODE: 2})
     fewer = policy_for(profile, min_decode=1)
     async with AsyncClient(cluster.grpc_target, timeout_s=120) as client:
         load = RisingLoad(client, PROMPT_TOKENS, ANSWER_TOKENS, range(len(SPECIAL_TOKENS), VOCAB_SIZE))
         async with load.running():
-            load.at_once = HIGH_AT_ONCE
-            await until("prompts wait", lambda: load.recent_ttft_s() > TTFT_LIMIT_S)
+            load.at_once = FIRST_AT_ONCE
+            await load.rise_until(TTFT_LIMIT_S, deadline_s=WAIT_S)
             apply(cluster, fewer)
-            await until("a decode worker computes prompts", lambda: ready(cluster) == {PREFILL: 2, DECODE: 1})
+            await until("a decode worker computes prompts", lambda: cluster.ready_roles() == {PREFILL: 2, DECODE: 1})
+            await until("both compute prompts", lambda: prompts_at(cluster) == 2)
             write_policy(fewer, policy)
             planner = next(one for one in cluster.processes() if one.cmdline()[4:6] == ["planner", "serve"])
             planner.kill()
-            worst_s = load.recent_ttft_s()
-            await until("first tokens come sooner", lambda: load.recent_ttft_s() < 0.8 * worst_s)
+            await until("first tokens come sooner", lambda: load.recent_ttft_s() < 0.9 * load.worst_ttft_s)
             load.at_once, load.rate_per_s = 0, LOW_PER_S
-            await until("a worker is let go", lambda: ready(cluster) == {PREFILL: 1, DECODE: 1})
+            await until("a worker is let go", lambda: cluster.ready_roles() == {PREFILL: 1, DECODE: 1})
         assert load.failed() == []
         assert await load.wrong(sample=8) == []
     assert len(load.asked) > 20

@@ -11,26 +11,24 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 
 from planner.objectives import ModelObjectives, Objective, PlannerObjectives
 from planner.policy_file import write_policy
 from slipstream.client import AsyncClient
-from slipstream.v1.registry_pb2 import Role, WorkerState
+from slipstream.v1.registry_pb2 import Role
 from tests.support.cluster import Cluster, scrape, wait_for
 from tests.support.rising_load import RisingLoad
 from tests.support.text_model_folder import write_model_folder
 
 # A prefill worker takes 0.39 s for such a prompt: 2.5 of them a second.
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 8
-LOW_PER_S, HIGH_PER_S, HIGH_AT_ONCE = 0.5, 5.0, 16
+LOW_PER_S, HIGH_PER_S, FIRST_AT_ONCE = 0.5, 5.0, 16
 TTFT_LIMIT_S = 1.5
 WAIT_S = 40.0
 MOST_WORKERS = 4
@@ -81,14 +79,6 @@ def standing_by(cluster: Cluster, policy: Path, log: Path) -> Iterator[Callable[
             process.terminate()
 
 
-def ready(cluster: Cluster) -> Counter[Role.ValueType]:
-    """None while the control plane is away, or does not know all yet."""
-    try:
-        return Counter(one.role for one in cluster.workers(settled=True) if one.state == WorkerState.READY)
-    except grpc.RpcError:
-        return Counter()
-
-
 async def until(what: str, probe: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     await asyncio.to_thread(wait_for, what, probe, timeout_s=timeout_s, every_s=0.2)
 
@@ -96,14 +86,14 @@ async def until(what: str, probe: Callable[[], object], timeout_s: float = WAIT_
 async def test_load_rises_workers_flip_and_start_a_planner_dies_the_other_drains_and_no_request_notices(
     cluster: Cluster, policy: Path, tmp_path: Path
 ) -> None:
-    await until("all are known", lambda: ready(cluster) == {Role.ROLE_PREFILL: 1, Role.ROLE_DECODE: 2})
+    await until("all are known", lambda: cluster.ready_roles() == {Role.ROLE_PREFILL: 1, Role.ROLE_DECODE: 2})
     with standing_by(cluster, policy, tmp_path / "second.log") as second_leads:
         async with AsyncClient(cluster.grpc_target) as client:
             load = RisingLoad(client, PROMPT_TOKENS, ANSWER_TOKENS, range(10, 200))
             async with load.running():
-                load.at_once = HIGH_AT_ONCE
-                await until("prompts wait", lambda: load.recent_ttft_s() > TTFT_LIMIT_S)
-                await until("more workers compute prompts", lambda: ready(cluster)[Role.ROLE_PREFILL] >= 2)
+                load.at_once = FIRST_AT_ONCE
+                await load.rise_until(TTFT_LIMIT_S, deadline_s=WAIT_S)
+                await until("more workers compute prompts", lambda: cluster.ready_roles()[Role.ROLE_PREFILL] >= 2)
                 load.at_once, load.rate_per_s = 0, HIGH_PER_S
                 assert not second_leads()
                 acting = wait_for("the control plane's process", lambda: control_plane(cluster), timeout_s=5)
@@ -111,7 +101,7 @@ async def test_load_rises_workers_flip_and_start_a_planner_dies_the_other_drains
                 await until("the second planner acts", second_leads)
                 await until("first tokens come in time", lambda: load.recent_ttft_s() < TTFT_LIMIT_S)
                 load.rate_per_s = LOW_PER_S
-                await until("workers are let go", lambda: 0 < sum(ready(cluster).values()) < MOST_WORKERS)
+                await until("workers are let go", lambda: 0 < sum(cluster.ready_roles().values()) < MOST_WORKERS)
             assert load.failed() == []
             assert await load.wrong(sample=10) == []
         assert second_leads()

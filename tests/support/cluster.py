@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -143,6 +144,13 @@ class Cluster:
             found = next(iter(watch))
             watch.cancel()
             return list(found.workers) if found.settled or not settled else []
+
+    def ready_roles(self) -> Counter[Role.ValueType]:
+        """Ready workers of each role; none while the control plane is away, or does not know all yet."""
+        try:
+            return Counter(one.role for one in self.workers(settled=True) if one.state == WorkerState.READY)
+        except grpc.RpcError:
+            return Counter()
 
     def worker(self, role: Role.ValueType) -> WorkerRecord:
         """The one ready worker of a role; waits for it."""

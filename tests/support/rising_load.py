@@ -40,6 +40,7 @@ class RisingLoad:
     at_once: int = 0
     asked: list[Asked] = field(default_factory=list)
     _ttft_s: list[float] = field(default_factory=list)
+    _worst_ttft_s: float = 0.0
     _open: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(5))
 
@@ -57,6 +58,26 @@ class RisingLoad:
     def recent_ttft_s(self, count: int = 8) -> float:
         """The median of the newest first tokens; 0 before there are so many."""
         return statistics.median(self._ttft_s[-count:]) if len(self._ttft_s) >= count else 0.0
+
+    async def rise_until(self, limit_s: float, *, deadline_s: float) -> None:
+        """Keep more requests open until first tokens take longer than `limit_s`, however fast the machine is.
+
+        More come only when as many as are open have been answered, so that a slow machine is not flooded.
+
+        Raises:
+            AssertionError: first tokens still come sooner after `deadline_s` seconds.
+        """
+        answered, ends_s = len(self._ttft_s), time.monotonic() + deadline_s
+        while self.recent_ttft_s() <= limit_s:
+            assert time.monotonic() < ends_s, f"TTFT {self.recent_ttft_s():.2f} s with {self.at_once} at once"
+            if len(self._ttft_s) >= answered + self.at_once:
+                answered, self.at_once = len(self._ttft_s), 2 * self.at_once
+            await asyncio.sleep(0.1)
+
+    @property
+    def worst_ttft_s(self) -> float:
+        """The longest that `recent_ttft_s` has been."""
+        return self._worst_ttft_s
 
     def failed(self) -> list[str]:
         return [one.error for one in self.asked if one.error]
@@ -91,6 +112,7 @@ class RisingLoad:
                 if one.ttft_s is None:
                     one.ttft_s = time.monotonic() - one.sent_s
                     self._ttft_s.append(one.ttft_s)
+                    self._worst_ttft_s = max(self._worst_ttft_s, self.recent_ttft_s())
                 one.token_ids.extend(chunk.token_ids)
         except Exception as error:  # whatever it is, the test tells of it
             one.error = repr(error)

@@ -107,6 +107,36 @@ def test_a_new_worker_begins_with_what_its_like_have_shown() -> None:
     assert second.prefill.log_factor == pytest.approx(math.log(5))
 
 
+def test_a_worker_that_has_shown_nothing_is_taken_to_be_as_fast_as_the_others_of_its_kind() -> None:
+    """Else the first that proves faster than expected keeps all prompts, however many wait there."""
+    fleet = fleet_of(
+        [*(worker(f"p{index}", PREFILL, max_model_len=100_000) for index in range(2)), worker("d", DECODE)]
+    )
+    for _ in range(10):
+        route = Router(always_hand_off=True).choose(ASK, fleet, 0.0)
+        learn(fleet, route, Outcome(1000, prefill_s=0.02, computed_tokens=1000, ttft_s=0.03, tokens=1))
+    chosen = []
+    for _ in range(8):
+        route = Router(always_hand_off=True).choose(ASK, fleet, 0.0)
+        assert route.prefill is not None
+        chosen.append(route.prefill.worker_id)
+        fleet.begin(chosen[-1], 1000, 1000, 0.0)
+    assert chosen.count("p0") == chosen.count("p1") == 4
+
+
+def test_a_worker_that_takes_another_role_is_taken_to_be_as_fast_there_as_the_others() -> None:
+    fleet = fleet_of([worker("p", PREFILL), worker("w", DECODE)])
+    first, flipped = fleet.get("p"), fleet.get("w")
+    assert first is not None
+    assert flipped is not None
+    for _ in range(10):
+        first.prefill.note(0.1, 1.0)
+        flipped.step.note(0.5, 1.0)
+    fleet.put(worker("w", PREFILL).record)
+    assert flipped.prefill.log_factor == pytest.approx(math.log(0.1))
+    assert flipped.step.log_factor == pytest.approx(math.log(0.5))
+
+
 def test_answers_are_as_long_as_they_have_been() -> None:
     lengths = AnswerLengths()
     assert lengths.of("m") == 0
