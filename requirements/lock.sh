@@ -23,7 +23,7 @@ compile() {
 # One resolution of everything first; the two locks are cut out of it, so that they never disagree. What
 # is locked now stays, unless an upgrade is asked for.
 cp full.lock "$scratch/all.lock" 2>/dev/null || true
-compile ../pyproject.toml companions.in --extra engine --extra ucx --extra nixl --extra dev "$@" --output-file "$scratch/all.lock"
+compile ../pyproject.toml companions.in --extra engine --extra ucx --extra nixl --extra ray --extra kubernetes --extra dev "$@" --output-file "$scratch/all.lock"
 
 # torch comes from another index than the rest, and a machine's own copy of it may be another build of the
 # same version: its hash stays out. uv checks every hash that is there.
@@ -39,8 +39,8 @@ lock() {
     } >"$name.lock"
 }
 
-lock light --universal --extra dev
-lock full --python-platform x86_64-manylinux_2_28 --extra dev --extra engine --extra ucx --extra nixl
+lock light --universal --extra kubernetes --extra dev
+lock full --python-platform x86_64-manylinux_2_28 --extra dev --extra engine --extra ucx --extra nixl --extra ray --extra kubernetes
 echo "uv==$("$uv" --version | cut -d' ' -f2)" |
     "$uv" pip compile --quiet - --universal --python-version 3.11 --generate-hashes \
         --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file installer.lock
