@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from frontend.router.speeds import PROFILED_BOUND, TYPICAL, UNPROFILED_BOUND, Correction, Curve, curve_of
+from frontend.router.speeds import PROFILED_BOUND, TYPICAL, UNPROFILED_BOUND, Correction, Curve, curve_of, pass_on
 from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerState
 
@@ -143,15 +143,16 @@ class Candidate:
         self.handoff.start_from([one.handoff for one in like])
 
     def teach(self) -> None:
-        """Those of its kind that have not shown themselves yet are taken to be as fast as this one."""
-        for one in self.pool.members:
-            if one.curve is self.curve:
-                heard = (
-                    one.prefill.hear_of(self.prefill),
-                    one.step.hear_of(self.step),
-                    one.handoff.hear_of(self.handoff),
-                )
-                if any(heard):
+        """Those of its kind that have not shown themselves yet are taken to be as fast as those that have."""
+        like = [one for one in self.pool.members if one.curve is self.curve]
+        changed = [
+            pass_on([one.prefill for one in like]),
+            pass_on([one.step for one in like]),
+            pass_on([one.handoff for one in like]),
+        ]
+        if any(changed):
+            for one in like:
+                if not (one.prefill.known and one.step.known and one.handoff.known):
                     one.refresh()
 
     @property

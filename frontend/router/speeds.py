@@ -112,6 +112,9 @@ EARLY_SAMPLES = 3
 MAX_SURPRISE = math.log(4.0)
 """Later a single sample counts as at most four times slower, or faster, than what was expected."""
 
+SAME = math.log(1.02)
+"""Corrections that differ by less say the same."""
+
 PROFILED_BOUND = math.log(8.0)
 UNPROFILED_BOUND = math.log(1000.0)
 """How far experience may lead away from a profile, and from what a worker without one is taken for."""
@@ -146,17 +149,6 @@ class Correction:
         if known and not self.known:
             self.log_factor = median(known)
 
-    def hear_of(self, other: Correction) -> bool:
-        """Another like this one has shown itself; taken as true of this one only where it is faster than expected.
-
-        An unproven worker that is thought too slow would never be chosen, and so never prove itself; one that is
-        thought too fast is tried and found out. (Optimism in the face of uncertainty: Lai and Robbins, 1985.)
-        """
-        faster = other.known and not self.known and other.log_factor < self.log_factor
-        if faster:
-            self.log_factor = other.log_factor
-        return faster
-
     def note(self, observed_s: float, predicted_s: float) -> None:
         """A sample: `predicted_s` is what the profile said without this correction."""
         if observed_s <= 0 or predicted_s <= 0:
@@ -168,3 +160,23 @@ class Correction:
         weight, limit = max(SETTLED_WEIGHT, 1.0 / warm), self.bound if warm <= EARLY_SAMPLES else MAX_SURPRISE
         surprise = min(max(math.log(observed_s / predicted_s) - self.log_factor, -limit), limit)
         self.log_factor = min(max(self.log_factor + weight * surprise, -self.bound), self.bound)
+
+
+def pass_on(corrections: Sequence[Correction]) -> bool:
+    """Those of one kind that have not shown themselves follow those that have, where these beat the profile.
+
+    An unproven worker that is thought too slow would never be chosen, and so never prove itself; one that is thought
+    too fast is tried and found out. (Optimism in the face of uncertainty: Lai and Robbins, 1985.)
+
+    Returns:
+        Whether that says of one anything new.
+    """
+    known, unknown = [one.log_factor for one in corrections if one.known], [one for one in corrections if not one.known]
+    if not known or not unknown:
+        return False
+    log_factor = min(0.0, median(known))
+    changed = any(abs(one.log_factor - log_factor) > SAME for one in unknown)
+    if changed:
+        for one in unknown:
+            one.log_factor = log_factor
+    return changed
