@@ -7,9 +7,11 @@ Beside a registry it looks at that one's set, and frontends report to it. One th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import grpc.aio
@@ -21,7 +23,6 @@ from planner.policy import SloPolicy
 from planner.policy_file import read_policy
 from planner.profile_watch import ProfileWatch
 from planner.remote_scaler import RemoteScaler
-from planner.scaler import Scaler
 from slipstream import registry_watch, telemetry
 from slipstream.background import background
 from slipstream.errors import ConfigError, SlipstreamError
@@ -29,10 +30,11 @@ from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.performance import Profile, read_profile
 from slipstream.registry_watch import RegistryView
+from slipstream.scaler import Scaler
 from slipstream.settings import PlannerSettings
 from slipstream.v1.planner_pb2 import TrafficReport, WatchTrafficRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
-from slipstream.v1.registry_pb2 import WorkerSet
+from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
 
 log = telemetry.get_logger(__name__)
 
@@ -42,15 +44,25 @@ RECONNECT_BACKOFF_S = 0.5
 FindProfile = Callable[[str], Path]
 """Where the profile is that a policy names; packaged ones go by their names."""
 
+Records = Callable[[], Iterable[WorkerRecord]]
+"""The workers as the registry has them."""
+
+OpenScaler = Callable[[Records], AbstractAsyncContextManager[Scaler]]
+"""Makes the scaler of what runs workers; entered while the planner plans."""
+
 
 @asynccontextmanager
 async def open_planner(
-    settings: PlannerSettings, posted: Callable[[], WorkerSet], find_profile: FindProfile
+    settings: PlannerSettings,
+    posted: Callable[[], WorkerSet],
+    find_profile: FindProfile,
+    scalers: Mapping[str, OpenScaler] = MappingProxyType({}),
 ) -> AsyncIterator[PlannerLoop]:
     """A planner by the settings' policy file, which plans while the body runs.
 
     Args:
         posted: the set of the registry beside it.
+        scalers: by what `planner.scaler` may name instead of an address.
 
     Raises:
         ConfigError: the policy or a profile cannot be read, or nobody is there to act.
@@ -59,8 +71,8 @@ async def open_planner(
     objectives = read_policy(settings.policy)
     if not settings.scaler and not settings.dry_run:
         raise ConfigError(
-            "planner.scaler: no address of a scaler is set, so that nothing could be done; start the cluster with "
-            "`slipstream up --autoscale`, or set planner.dry_run",
+            "planner.scaler: none is set, so that nothing could be done; start the cluster with `slipstream up "
+            "--autoscale`, set planner.scaler to kubernetes inside of one, or set planner.dry_run",
             param="planner.scaler",
         )
 
@@ -73,7 +85,8 @@ async def open_planner(
             posted = followed.posted
         scaler: Scaler = NoScaler()
         if settings.scaler:
-            scaler = await stack.enter_async_context(RemoteScaler(settings.scaler, lambda: posted().workers))
+            opened = scalers.get(settings.scaler, partial(RemoteScaler, settings.scaler))
+            scaler = await stack.enter_async_context(opened(lambda: posted().workers))
         loop = PlannerLoop(objectives, make_policy, scaler, posted, dry_run=settings.dry_run)
         if settings.follow is not None:
             for work in (followed.follow_registry(), followed.follow_traffic(loop.take_report)):

@@ -20,12 +20,12 @@ from planner.history import History, Made, Outcome
 from planner.objectives import PlannerObjectives
 from planner.observation import Observation
 from planner.observer import Observer
-from planner.scaler import ScaledWorker, Scaler
 from planner.scaling import Action, Decision, Drain, ScalingPolicy, Start
 from planner.traffic import REPORT_EVERY_S, TrafficBook
 from slipstream import telemetry
 from slipstream.errors import SlipstreamError
 from slipstream.performance import Profile
+from slipstream.scaler import ScaledWorker, Scaler
 from slipstream.v1.planner_pb2 import TrafficReport
 from slipstream.v1.registry_pb2 import Role, WorkerSet
 
@@ -165,7 +165,7 @@ class PlannerLoop:
         outcomes = [await self._act(action) for action in decision.actions] if acts else []
         self.history.done(made.number, outcomes)
         for place, action in enumerate(decision.actions):
-            if not acts or outcomes[place].error:
+            if not acts or outcomes[place].error or _was_another(action, outcomes[place]):
                 self._policy.undone(action)
         return made
 
@@ -208,9 +208,8 @@ class PlannerLoop:
         if isinstance(action, Start):
             return await self._scaler.start(action.model, action.role)
         if isinstance(action, Drain):
-            await self._scaler.drain(action.worker_id)
-        else:
-            await self._scaler.flip(action.worker_id, action.role)
+            return await self._scaler.drain(action.worker_id)
+        await self._scaler.flip(action.worker_id, action.role)
         return action.worker_id
 
     async def _release(self) -> None:
@@ -239,6 +238,11 @@ class PlannerLoop:
             actions=[text_of(action) for action in made.decision.actions],
             reason=made.decision.reason,
         )
+
+
+def _was_another(action: Action, outcome: Outcome) -> bool:
+    """Whether a worker ends that was not meant: it will be seen to, and the one that was meant stays."""
+    return isinstance(action, Drain) and outcome.worker_id != action.worker_id
 
 
 def text_of(action: Action) -> str:

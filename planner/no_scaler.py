@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.scaler import ScaledWorker
 from slipstream.errors import UnavailableError
+from slipstream.scaler import ScaledWorker
 from slipstream.v1.registry_pb2 import Role
 
 _MESSAGE = "this planner has no scaler (planner.scaler): it can do nothing"
 
 
 class NoScaler:
-    """A `planner.scaler.Scaler` that runs nothing."""
+    """A `slipstream.scaler.Scaler` that runs nothing."""
 
     async def workers(self) -> Sequence[ScaledWorker]:
         return ()
@@ -20,7 +20,7 @@ class NoScaler:
     async def start(self, model: str, role: Role.ValueType) -> str:
         raise UnavailableError(_MESSAGE)
 
-    async def drain(self, worker_id: str) -> None:
+    async def drain(self, worker_id: str) -> str:
         raise UnavailableError(_MESSAGE)
 
     async def flip(self, worker_id: str, role: Role.ValueType) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.observation import Observation, Traffic, WorkerSeen
-from planner.scaler import ScaledWorker
+from slipstream.scaler import ScaledWorker
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet, WorkerState
 
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc.aio
 
-from planner.scaler import ScaledWorker
-from slipstream.errors import UnavailableError
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
-from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.scaler import ScaledWorker
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerRequest,
     HoldLeaseRequest,
@@ -26,8 +25,7 @@ from slipstream.v1.scaler_pb2 import (
     StartWorkerRequest,
 )
 from slipstream.v1.scaler_pb2_grpc import ScalerStub
-from slipstream.v1.worker_pb2 import SetRoleRequest
-from slipstream.v1.worker_pb2_grpc import WorkerStub
+from slipstream.worker_roles import change_role
 
 if TYPE_CHECKING:
     from slipstream.v1.scaler_pb2_grpc import ScalerAsyncStub
@@ -40,7 +38,7 @@ RECONNECT_BACKOFF_S = 0.5
 
 
 class RemoteScaler:
-    """A `planner.scaler.Scaler`; owns its channel while it is entered.
+    """A `slipstream.scaler.Scaler`; owns its channel while it is entered.
 
     Args:
         address: of the service.
@@ -79,19 +77,15 @@ class RemoteScaler:
         request = StartWorkerRequest(model=model, role=role, holder=self._holder)
         return (await _answer(self._open.StartWorker(request, timeout=START_TIMEOUT_S))).worker_id
 
-    async def drain(self, worker_id: str) -> None:
+    async def drain(self, worker_id: str) -> str:
         """See `Scaler.drain`."""
         request = DrainWorkerRequest(worker_id=worker_id, holder=self._holder)
         await _answer(self._open.DrainWorker(request, timeout=CALL_TIMEOUT_S))
+        return worker_id
 
     async def flip(self, worker_id: str, role: Role.ValueType) -> None:
         """See `Scaler.flip`: the worker itself is asked."""
-        record = next((one for one in self._records() if one.worker_id == worker_id), None)
-        if record is None or record.state != WorkerState.READY:
-            raise UnavailableError(f"{worker_id} is not there, or not ready: its role cannot be changed")
-        async with grpc.aio.insecure_channel(record.address, options=client_options()) as channel:
-            request = SetRoleRequest(role=role, epoch=record.epoch)
-            await _answer(WorkerStub(channel).SetRole(request, timeout=CALL_TIMEOUT_S))
+        await change_role(self._records(), worker_id, role, timeout_s=CALL_TIMEOUT_S)
 
     async def hold_lease(self, holder: str, lease_s: float) -> bool:
         """See `Scaler.hold_lease`."""

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
-from planner.live import FindProfile, open_planner
+from planner.live import FindProfile, OpenScaler, open_planner
 from planner.loop_metrics import PlannerCollector
 from planner.metrics import serving_metrics
 from planner.planner_service import LivePlanner, PlannerService
@@ -56,12 +57,19 @@ class ControlPlane:
     publishing: asyncio.Task[None]
 
 
-async def serve(settings: Settings, find_profile: FindProfile = Path, *, simulator: Sequence[str] = ()) -> None:
+async def serve(
+    settings: Settings,
+    find_profile: FindProfile = Path,
+    *,
+    simulator: Sequence[str] = (),
+    scalers: Mapping[str, OpenScaler] = MappingProxyType({}),
+) -> None:
     """Run the control plane until SIGTERM or SIGINT, with the planner where the settings have a policy.
 
     Args:
         find_profile: where the profiles are that policies name.
         simulator: the command that answers `planner.what_if`.
+        scalers: by what `planner.scaler` may name instead of an address.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -77,7 +85,7 @@ async def serve(settings: Settings, find_profile: FindProfile = Path, *, simulat
             service, live, metrics = RegistryService(settings.control_plane.lease_s), None, list[Collector]()
             if settings.planner.policy is not None:
                 live = await stack.enter_async_context(
-                    open_planner(settings.planner, lambda: service.posted, find_profile)
+                    open_planner(settings.planner, lambda: service.posted, find_profile, scalers)
                 )
                 metrics.append(PlannerCollector(live))
             plane = await stack.enter_async_context(

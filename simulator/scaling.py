@@ -1,7 +1,7 @@
 """The control loop in virtual time: a scaling policy looks every few seconds, and what it decides happens here.
 
 `SimulatedScaler` is what a live scaler is to the planner, with the time that starts and flips take. It is no
-`planner.scaler.Scaler`: nothing of it waits.
+`slipstream.scaler.Scaler`: nothing of it waits.
 """
 
 from __future__ import annotations

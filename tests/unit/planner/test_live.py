@@ -12,8 +12,9 @@ import grpc.aio
 import pytest
 
 from planner import live, profile_watch
-from planner.live import open_planner
+from planner.live import Records, open_planner
 from planner.loop import PlannerLoop
+from planner.no_scaler import NoScaler
 from planner.objectives import ModelObjectives, Objective, PlannerObjectives
 from planner.planner_service import UNREAD_REPORT_EVERY_S
 from planner.policy_file import write_policy
@@ -22,10 +23,11 @@ from planner.traffic import REPORT_EVERY_S
 from planner.traffic_relay import MAX_WATCHERS, MOST_WAITING, TrafficRelay
 from slipstream.errors import ConfigError, UnavailableError
 from slipstream.performance import encode_profile
+from slipstream.scaler import Scaler
 from slipstream.settings import ControlPlaneSettings, PlannerSettings
 from slipstream.v1.planner_pb2 import TrafficPart, TrafficReport
 from slipstream.v1.planner_pb2_grpc import PlannerStub
-from slipstream.v1.registry_pb2 import Role, WorkerSet
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerSet
 from tests.support.scripted_worker import MODEL, ScriptedWorker, until
 from tests.unit.frontend.router.workers import PROFILE
 
@@ -60,6 +62,22 @@ async def test_a_planner_that_could_do_nothing_is_not_started(policy: Path) -> N
     async with open_planner(settings(policy, dry_run=True), WorkerSet, Path) as loop:
         await until(lambda: loop.history.latest is not None)
         assert (loop.dry_run, loop.leading) == (True, False)
+
+
+async def test_a_scaler_of_another_kind_goes_by_its_name_and_is_open_while_the_planner_plans(policy: Path) -> None:
+    posted = WorkerSet(workers=[WorkerRecord(worker_id="w")])
+    opened: list[str] = []
+
+    @asynccontextmanager
+    async def open_scaler(records: Records) -> AsyncIterator[Scaler]:
+        opened.extend(one.worker_id for one in records())
+        yield NoScaler()
+        opened.append("closed")
+
+    async with open_planner(settings(policy, scaler="other"), lambda: posted, Path, {"other": open_scaler}) as loop:
+        await until(lambda: loop.history.latest is not None)
+        assert opened == ["w"]
+    assert opened == ["w", "closed"]
 
 
 async def test_a_profile_that_is_named_must_be_there_also_in_a_policy_that_comes_later(policy: Path) -> None:

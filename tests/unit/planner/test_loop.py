@@ -14,11 +14,11 @@ from planner.loop import PlannerLoop
 from planner.loop_metrics import PlannerCollector
 from planner.objectives import ModelObjectives, Objective, PlannerObjectives
 from planner.observation import Observation
-from planner.scaler import ScaledWorker
 from planner.scaling import Action, Counts, Decision, Drain, Flip, Start
 from planner.traffic import SILENT_AFTER_S
 from slipstream.errors import ConfigError, UnavailableError
 from slipstream.performance import Profile
+from slipstream.scaler import ScaledWorker
 from slipstream.v1.planner_pb2 import TrafficPart, TrafficReport
 from slipstream.v1.registry_pb2 import READY, ROLE_DECODE, ROLE_PREFILL, STARTING, Role, WorkerRecord, WorkerSet
 from tests.support.scripted_worker import until
@@ -45,6 +45,7 @@ class MemoryScaler:
     done: list[tuple[str, ...]] = field(default_factory=list)
     down: bool = False
     full: bool = False
+    drains_instead: str = ""
     holder: str = ""
     until_s: float = 0.0
 
@@ -62,8 +63,9 @@ class MemoryScaler:
         self.done.append(("start", model))
         return "new"
 
-    async def drain(self, worker_id: str) -> None:
+    async def drain(self, worker_id: str) -> str:
         self.done.append(("drain", worker_id))
+        return self.drains_instead or worker_id
 
     async def flip(self, worker_id: str, role: Role.ValueType) -> None:
         self.done.append(("flip", worker_id))
@@ -209,6 +211,14 @@ async def test_an_action_that_fails_is_told_with_its_reason_and_the_others_are_d
     assert loop.history.latest.outcomes == (Outcome(error="no room"), Outcome("w0"), Outcome("w1"))
     assert (loop.acted["start", "failed"], loop.acted["drain", "done"]) == (1, 1)
     assert world.policies[0].not_done == [ACTIONS[0]], "the policy does not wait for what will not come"
+
+
+async def test_where_another_worker_ends_than_was_meant_the_policy_goes_on_counting_on_the_first(world: World) -> None:
+    loop, world.scaler.drains_instead = world.planner(), "last-of-its-pool"
+    await loop.step()
+    assert loop.history.latest is not None
+    assert loop.history.latest.outcomes[1] == Outcome("last-of-its-pool")
+    assert world.policies[0].not_done == [ACTIONS[1]]
 
 
 async def test_without_its_scaler_a_planner_decides_and_waits(world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.observation import Observation, Traffic, WorkerSeen
 from planner.observer import Observer
-from planner.scaler import ScaledWorker
+from slipstream.scaler import ScaledWorker
 from slipstream.v1.registry_pb2 import (
     DRAINING,
     READY,

@@ -1,6 +1,7 @@
 """Where workers come from: the few things a planner asks of what runs them.
 
-Local processes, Ray and Kubernetes fit behind it. A scaler keeps no state that matters: what it runs, it finds again.
+Local processes, Ray and Kubernetes fit behind it: the planner knows nothing of them, and they nothing of the planner. A
+scaler keeps no state that matters: what it runs, it finds again.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ class Scaler(Protocol):
         """
         ...
 
-    async def drain(self, worker_id: str) -> None:
-        """Ask a worker to finish what it has and end; returns at once. Asked again, or of one that is gone: nothing."""
+    async def drain(self, worker_id: str) -> str:
+        """Ask a worker to finish what it has and end; returns at once. Asked again, or of one that is gone: nothing.
+
+        Returns:
+            The worker that ends: another of the same pool where what runs them decides which one goes.
+        """
         ...
 
     async def flip(self, worker_id: str, role: Role.ValueType) -> None:
