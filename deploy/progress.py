@@ -20,6 +20,7 @@ _STYLES: dict[State, str] = {
     "restarted": "yellow",
     "died": "bold red",
     "given up": "bold red",
+    "sick": "bold red",
 }
 
 

@@ -32,6 +32,8 @@ from slipstream.v1.scaler_pb2 import (
     ListWorkersRequest,
     ReleaseLeaseReply,
     ReleaseLeaseRequest,
+    ReportSickReply,
+    ReportSickRequest,
     ScaledWorker,
     StartWorkerReply,
     StartWorkerRequest,
@@ -40,6 +42,7 @@ from slipstream.v1.scaler_pb2_grpc import ScalerServicer, add_ScalerServicer_to_
 
 MAX_REQUEST_BYTES = 64 << 10
 MAX_HOLDER_CHARS = 256
+MAX_REASON_CHARS = 512
 LONGEST_LEASE_S = 3600.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -100,6 +103,8 @@ class ScalerService(ScalerServicer):
         settings = cluster.settings.cluster
         roles = [Role.ROLE_PREFILL] * settings.prefill + [Role.ROLE_DECODE] * settings.decode
         self._seated = {seat_name(number): _Seated(number, role, unix_clock()) for number, role in enumerate(roles)}
+        self._barred: dict[int, str] = {}
+        self._reported: set[str] = set()
         self._numbers = itertools.count(len(roles))
         self.model = cluster.settings.served_model_name or ""
 
@@ -163,6 +168,16 @@ class ScalerService(ScalerServicer):
         self._lease.release(request.holder)
         return ReleaseLeaseReply()
 
+    async def ReportSick(self, request: ReportSickRequest, context: Context) -> ReportSickReply:  # noqa: N802
+        """A worker whose device is sick leaves a seat on which none is put any more, until the cluster is restarted."""
+        one, why = self._there().get(request.worker_id), ", ".join(request.reasons)[:MAX_REASON_CHARS]
+        if one is not None and request.worker_id not in self._reported:
+            self._reported.add(request.worker_id)
+            self._supervisor.tell(request.worker_id, "sick", why)
+            if request.device:
+                self._barred[one.seat] = why
+        return ReportSickReply()
+
     def _check_holder(self, holder: str) -> None:
         """Refuse a planner that lost the lease and has not noticed yet."""
         if holder and self._lease.held_by_another(holder, self._clock()):
@@ -179,7 +194,13 @@ class ScalerService(ScalerServicer):
             raise InvalidRequestError(f"model: this cluster serves {self.model}, not {model[:256]}", param="model")
         self._check_ready()
         there, seats = self._there(), self._cluster.seats
-        free = sorted(set(range(seats.count)) - {one.seat for one in there.values()})
+        empty = set(range(seats.count)) - {one.seat for one in there.values()}
+        free = sorted(empty - self._barred.keys())
+        if empty and not free:
+            raise UnavailableError(
+                f"only places of workers whose device was sick are free ({'; '.join(set(self._barred.values()))})",
+                code="no_room",
+            )
         if not free:
             raise UnavailableError(
                 f"there are {len(there)} workers, the most that this machine shall have (cluster.max_workers)",
@@ -197,6 +218,7 @@ class ScalerService(ScalerServicer):
         """Workers that run or are about to; a seat is free once its worker has ended."""
         names = {component.name for component in self._supervisor.components}
         self._seated = {name: one for name, one in self._seated.items() if name in names}
+        self._reported &= names
         return self._seated
 
 

@@ -24,6 +24,7 @@ State = Literal[
     "stopping",
     "stopped",
     "retired",
+    "sick",
 ]
 
 # How long the end of a killed process may take: the kernel has to give back its memory.

@@ -29,6 +29,10 @@ from grpc_health.v1 import health_pb2
 from engine import environment, host_id
 from engine.admission import Admission
 from engine.cache_feed import CacheFeed
+from engine.health.metrics import HealthCollector
+from engine.health.nvml import open_devices
+from engine.health.readings import DeviceHealth, NoDevices
+from engine.health.watch import HealthWatch, cache_folder
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
@@ -45,7 +49,7 @@ from slipstream.model_folder import resolve
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings, WorkerSettings
-from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import Health, HealthState, Role, TransferPath, WorkerRecord, WorkerState
 
 log = telemetry.get_logger(__name__)
 
@@ -106,6 +110,9 @@ class _Host:
         self._path_watch: PathWatch | None = None
         self._metrics: MetricsServer | None = None
         self._registration: Registration | None = None
+        self._health: HealthWatch | None = None
+        self._fenced_unix_s = 0
+        self._fenced_because = ""
         self._admission = Admission(limit=settings.worker.max_running + settings.worker.max_waiting)
         self._stop = asyncio.Event()
         self.load_abandoned = False
@@ -116,7 +123,7 @@ class _Host:
         return WorkerRecord(
             worker_id=self._worker_id,
             role=self._role,
-            state=self._state,
+            state=self._told_state,
             model=self._model,
             address=self._address,
             metrics_url=self._metrics_url,
@@ -129,7 +136,37 @@ class _Host:
             load=self._admission.work.load(engine.load()) if engine else None,
             transfer=engine.transfer() if engine else None,
             paths=self._paths(),
+            health=self._health_message(),
+            node=self._settings.worker.node,
         )
+
+    @property
+    def _told_state(self) -> WorkerState.ValueType:
+        fenced = self._fenced_unix_s and self._state == WorkerState.READY
+        return WorkerState.FENCED if fenced else self._state
+
+    def set_fence(self, fenced: bool, because: str) -> None:
+        """Say from now on that nothing new shall be sent here, or that it may be again.
+
+        Raises:
+            WorkerDrainingError: it is not ready, or about to end.
+        """
+        if self._state != WorkerState.READY:
+            raise WorkerDrainingError("this worker is not ready: it is not fenced")
+        if fenced == bool(self._fenced_unix_s):
+            return
+        log.warning("fenced" if fenced else "unfenced", because=because)
+        self._fenced_unix_s = int(time.time()) if fenced else 0
+        self._fenced_because = because if fenced else ""
+        if self._registration is not None:
+            self._registration.push()
+
+    def _health_message(self) -> Health | None:
+        if self._health is None and not self._fenced_unix_s:
+            return None
+        health = self._health.message() if self._health is not None else Health()
+        health.fenced_unix_s, health.fenced_because = self._fenced_unix_s, self._fenced_because
+        return health
 
     def set_role(self, role: Role.ValueType) -> None:
         """Take that role: what is told of this worker from now on. Its requests do not notice.
@@ -185,12 +222,13 @@ class _Host:
                 on_change=registration.push,
             )
             metrics.watch(engine, board, admission, self._paths)
+            await owned.enter_async_context(self._watching_health(metrics, registration))
             names = add_services(server, engine, admission, board, self._model, settings)
             feed = CacheFeed(engine, admission.work, model=self._model, epoch=self._epoch, profile=profile)
             owned.callback(feed.close)
             await owned.enter_async_context(background(feed.follow(), name="cache-feed"))
             health_service = add_standard_services(
-                server, names, WorkerService(self.record, self.set_role, engine, feed)
+                server, names, WorkerService(self.record, self.set_role, engine, feed, self.set_fence)
             )
             await server.start()
             self._state = WorkerState.READY
@@ -210,6 +248,26 @@ class _Host:
                 feed.close()
                 await server.stop(grace=1.0)
         log.info("worker_stopped")
+
+    @asynccontextmanager
+    async def _watching_health(self, metrics: MetricsServer, registration: Registration) -> AsyncIterator[None]:
+        """Watch device and node while the block runs, unless `health.watch` is off."""
+        limits = self._settings.health
+        if not limits.watch:
+            yield
+            return
+
+        def devices() -> DeviceHealth:
+            if self._device != "cuda":
+                return NoDevices()
+            return open_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), limits.devices)
+
+        self._health = watch = HealthWatch(
+            limits, self._worker_id, devices, cache=cache_folder(), on_change=registration.push
+        )
+        metrics.add(HealthCollector(watch, metrics.labels))
+        async with background(watch.follow(), name="health"):
+            yield
 
     def _paths(self) -> Sequence[TransferPath]:
         return self._path_watch.paths if self._path_watch else ()
@@ -286,6 +344,9 @@ class _Host:
 
     async def _drain(self, admission: Admission, engine: Engine) -> None:
         limit_s = self._settings.worker.drain_timeout_s if engine.alive else 0.0
+        verdict = self._health.verdict if self._health is not None else None
+        if self._fenced_unix_s or (verdict is not None and verdict.state == HealthState.SICK):
+            limit_s = min(limit_s, self._settings.health.drain_timeout_s)  # others go on with what is cut off
         log.info("worker_draining", open_requests=admission.open_count, limit_s=limit_s)
         try:
             async with asyncio.timeout(limit_s):

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from engine.admission import Admission
 from engine.observed_call import STAGE_S
@@ -268,6 +269,14 @@ class MetricsServer:
     def watch(self, engine: Engine, board: Board, admission: Admission, paths: Paths) -> None:
         """Report these from now on."""
         self._registry.register(WorkerCollector(engine, board, admission, paths, self._role_name, self._worker_id))
+
+    def add(self, families: Collector) -> None:
+        """Report these too."""
+        self._registry.register(families)
+
+    def labels(self) -> tuple[str, str]:
+        """The values of `role` and `worker`."""
+        return self._role_name(), self._worker_id
 
     def _role_name(self) -> str:
         return "prefill" if self.role == Role.ROLE_PREFILL else "decode"

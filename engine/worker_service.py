@@ -19,6 +19,9 @@ from slipstream.v1.registry_pb2 import Role, TransferPath, WorkerRecord
 
 SetRole = Callable[[Role.ValueType], None]
 """Gives the worker that role; raises WorkerDrainingError."""
+SetFence = Callable[[bool, str], None]
+"""Fences the worker, or ends that, and why; raises WorkerDrainingError."""
+MAX_BECAUSE_CHARS = 240
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -28,9 +31,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         record: of this worker as it is now.
     """
 
-    def __init__(self, record: Callable[[], WorkerRecord], set_role: SetRole, engine: Engine, feed: CacheFeed) -> None:
+    def __init__(
+        self,
+        record: Callable[[], WorkerRecord],
+        set_role: SetRole,
+        engine: Engine,
+        feed: CacheFeed,
+        set_fence: SetFence,
+    ) -> None:
         self._record = record
         self._set_role = set_role
+        self._set_fence = set_fence
         self._engine = engine
         self._feed = feed
 
@@ -62,19 +73,35 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> registry_pb2.WorkerRecord:
         try:
-            epoch = self._record().epoch
             if request.role not in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
                 raise InvalidRequestError("role: ROLE_PREFILL or ROLE_DECODE is needed", param="role")
-            if request.epoch not in (0, epoch):
-                raise InvalidRequestError(
-                    f"epoch: {request.epoch} is meant, but {epoch} of this worker runs by now",
-                    param="epoch",
-                    code="stale_epoch",
-                )
+            self._check_epoch(request.epoch)
             self._set_role(request.role)
             return self._record()
         except SlipstreamError as error:
             await grpc_errors.abort(context, error)
+
+    async def SetFence(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.SetFenceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.WorkerRecord:
+        try:
+            if len(request.because) > MAX_BECAUSE_CHARS or not request.because.isprintable():
+                raise InvalidRequestError(f"because: at most {MAX_BECAUSE_CHARS} printable characters", param="because")
+            self._check_epoch(request.epoch)
+            self._set_fence(request.fenced, request.because)
+            return self._record()
+        except SlipstreamError as error:
+            await grpc_errors.abort(context, error)
+
+    def _check_epoch(self, meant: int) -> None:
+        """Refuse what was meant for another incarnation; 0 means whichever runs."""
+        epoch = self._record().epoch
+        if meant not in (0, epoch):
+            raise InvalidRequestError(
+                f"epoch: {meant} is meant, but {epoch} of this worker runs by now",
+                param="epoch",
+                code="stale_epoch",
+            )
 
 
 def add_standard_services(

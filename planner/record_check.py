@@ -10,13 +10,15 @@ import re
 
 from slipstream.errors import InvalidRequestError
 from slipstream.record_limits import MAX_PATH_NAME_CHARS, MAX_PATH_TEXT_CHARS, MAX_PATHS_BYTES, MAX_RECORD_BYTES
-from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import Health, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
 
 MAX_MODEL_CHARS = 256
 MAX_URL_CHARS = 512
 MAX_HOST_ID_CHARS = 256
+MAX_NODE_CHARS = 253
 
 MAX_TRANSPORTS = 8
+MAX_HEALTH_REASONS, MAX_HEALTH_DEVICES, MAX_HEALTH_CHARS = 16, 64, 240
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 _DEVICE = re.compile(r"[a-z0-9:_-]{0,32}")
@@ -36,8 +38,8 @@ def check_record(record: WorkerRecord) -> None:
     check_worker_id(record.worker_id)
     if record.role not in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
         raise _wrong("role", record.role, "ROLE_PREFILL or ROLE_DECODE")
-    if record.state not in (WorkerState.STARTING, WorkerState.READY, WorkerState.DRAINING):
-        raise _wrong("state", record.state, "STARTING, READY or DRAINING")
+    if record.state not in (WorkerState.STARTING, WorkerState.READY, WorkerState.DRAINING, WorkerState.FENCED):
+        raise _wrong("state", record.state, "STARTING, READY, DRAINING or FENCED")
     _check_text("model", record.model, MAX_MODEL_CHARS, required=True)
     _check_address("address", record.address)
     _check_text("host_id", record.host_id, MAX_HOST_ID_CHARS)
@@ -48,6 +50,9 @@ def check_record(record: WorkerRecord) -> None:
         raise _wrong("device", record.device, "a name like cpu or cuda:0")
     if record.epoch < 1:
         raise _wrong("epoch", record.epoch, "a number that grows with each start, from 1")
+    _check_text("node", record.node, MAX_NODE_CHARS)
+    if record.HasField("health"):
+        _check_health(record.health)
     if record.HasField("transfer"):
         _check_endpoint(record.transfer)
     for path in record.paths:
@@ -55,6 +60,18 @@ def check_record(record: WorkerRecord) -> None:
     paths_bytes = sum(path.ByteSize() for path in record.paths)
     if paths_bytes > MAX_PATHS_BYTES:
         raise _wrong("paths", f"{len(record.paths)} of {paths_bytes} bytes", f"at most {MAX_PATHS_BYTES} bytes")
+
+
+def _check_health(health: Health) -> None:
+    if len(health.reasons) > MAX_HEALTH_REASONS or len(health.device_ids) > MAX_HEALTH_DEVICES:
+        shown = f"{len(health.reasons)} reasons and {len(health.device_ids)} device_ids"
+        raise _wrong("health", shown, f"at most {MAX_HEALTH_REASONS} and {MAX_HEALTH_DEVICES}")
+    _check_text("health.fenced_because", health.fenced_because, MAX_HEALTH_CHARS)
+    for reason in health.reasons:
+        _check_text("health.reasons.code", reason.code, MAX_PATH_NAME_CHARS, required=True)
+        _check_text("health.reasons.text", reason.text, MAX_HEALTH_CHARS)
+    for device_id in health.device_ids:
+        _check_text("health.device_ids", device_id, MAX_PATH_NAME_CHARS)
 
 
 def _check_endpoint(endpoint: TransferEndpoint) -> None:

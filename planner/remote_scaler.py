@@ -15,13 +15,14 @@ import grpc.aio
 
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
-from slipstream.scaler import ScaledWorker
+from slipstream.scaler import ScaledWorker, SickWorker
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerRequest,
     HoldLeaseRequest,
     ListWorkersRequest,
     ReleaseLeaseRequest,
+    ReportSickRequest,
     StartWorkerRequest,
 )
 from slipstream.v1.scaler_pb2_grpc import ScalerStub
@@ -96,6 +97,17 @@ class RemoteScaler:
     async def release_lease(self, holder: str) -> None:
         """See `Scaler.release_lease`."""
         await _answer(self._open.ReleaseLease(ReleaseLeaseRequest(holder=holder), timeout=CALL_TIMEOUT_S))
+
+    async def report(self, sick: SickWorker) -> None:
+        """See `Reporter.report`."""
+        request = ReportSickRequest(
+            worker_id=sick.worker_id,
+            node=sick.node,
+            device_ids=sick.device_ids,
+            device=sick.device,
+            reasons=sick.reasons,
+        )
+        await _answer(self._open.ReportSick(request, timeout=CALL_TIMEOUT_S))
 
     @property
     def _open(self) -> ScalerAsyncStub:

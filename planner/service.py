@@ -199,6 +199,7 @@ def _identities(workers: WorkerSet) -> WorkerSet:
         record.ClearField("load")
         record.ClearField("renewals")
         record.ClearField("paths")
+        record.ClearField("health")
     return copy
 
 

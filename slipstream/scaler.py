@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from slipstream.v1.registry_pb2 import Role
 
@@ -27,6 +27,33 @@ class ScaledWorker:
     role: Role.ValueType
     started_s: float
     ending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SickWorker:
+    """A worker that was found to be sick, as whoever owns its machine hears of it.
+
+    Attributes:
+        node: of Kubernetes or Ray, that it runs on; empty where it was not told.
+        device_ids: NVML's UUIDs of its GPUs.
+        device: its device is what is wrong: nothing new is to be put there.
+        reasons: for people, the gravest first.
+    """
+
+    worker_id: str
+    node: str
+    device_ids: tuple[str, ...]
+    device: bool
+    reasons: tuple[str, ...]
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """What a scaler may be besides: somebody who can keep new work off a sick machine, and tell its owner."""
+
+    async def report(self, sick: SickWorker) -> None:
+        """Tell of a sick worker; told again: nothing. Has a deadline, and fails with a `SlipstreamError`."""
+        ...
 
 
 class Scaler(Protocol):

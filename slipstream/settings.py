@@ -134,6 +134,9 @@ class WorkerSettings(Section):
         "requests",
     )
     worker_id: str | None = Field(None, description="name in the registry; made from role, host and pid when absent")
+    node: str = Field(
+        "", max_length=253, description="name of its node in Kubernetes or Ray; where a sick worker is reported"
+    )
     host: str = Field("127.0.0.1", description="address the worker's gRPC and metrics listen on, as others reach it")
     port: int = Field(0, ge=0, le=65535, description="port of its gRPC services; 0 takes a free one")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of its /metrics; 0 takes a free one")
@@ -206,6 +209,87 @@ class TransferSettings(Section):
     )
     board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a worker can hold at the same time")
     probe: bool = Field(True, description="measure the path to each new peer at registration")
+
+
+class HealthSettings(Section):
+    """How a worker watches its device and node, and what becomes of a sick one."""
+
+    watch: bool = Field(True, description="watch the worker's GPUs (NVML), its node, and `health.file`")
+    devices: int = Field(
+        1, ge=0, le=64, description="GPUs that the worker computes on: the first of CUDA_VISIBLE_DEVICES"
+    )
+    interval_s: float = Field(5.0, ge=0.1, le=600, description="between two readings")
+    file: Path | None = Field(
+        None,
+        description="file in which people and programs say that workers are sick; a line each: a worker's id or `*`, "
+        "`sick` or `suspect`, and why",
+    )
+    clear_s: float = Field(
+        60.0,
+        ge=0,
+        le=86400,
+        description="time that something must not have been seen before it does not count any more",
+    )
+    throttle_suspect_s: float = Field(
+        30.0, gt=0, le=86400, description="time for which hardware slows a GPU down before it is suspect"
+    )
+    throttle_sick_s: float = Field(
+        300.0, gt=0, le=86400, description="time for which hardware slows a GPU down before it is sick"
+    )
+    corrected_errors_per_hour: int = Field(
+        1000, ge=1, description="corrected memory errors within an hour that make a GPU suspect"
+    )
+    application_xids_per_hour: int = Field(
+        3, ge=1, description="Xids within an hour that make a GPU sick although each alone is a process' fault"
+    )
+    pcie_replays_per_minute: int = Field(8, ge=1, description="PCIe replays within a minute that make a GPU suspect")
+    link_errors_per_minute: int = Field(8, ge=1, description="NVLink errors within a minute that make a GPU suspect")
+    link_suspect_s: float = Field(
+        60.0, gt=0, le=86400, description="time for which a busy GPU's PCIe link is below its best before it is suspect"
+    )
+    silence_s: float = Field(
+        60.0, gt=0, le=3600, description="time for which NVML does not answer before the worker is sick"
+    )
+    memory_pressure: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="share of time in which all of the node's work waits for memory (PSI) that is suspect",
+    )
+    disk_free_bytes: int = Field(
+        1 << 30, ge=0, description="free space of the model cache's disk below which the worker is suspect"
+    )
+    slow_factor: float = Field(
+        1.5, gt=1, le=100, description="times its peers' duration of the same work, above which a worker is slow"
+    )
+    slow_for_s: float = Field(
+        120.0, gt=0, le=86400, description="time for which it must be that slow before it is sick"
+    )
+    fence: bool = Field(True, description="send nothing new to sick workers, within the limits below")
+    most_fenced_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="most of a pool (of one model and role) that may be fenced; always one, if others are ready",
+    )
+    replacements_per_hour: int = Field(
+        4,
+        ge=0,
+        le=1000,
+        description="most workers that are fenced, and replaced, within an hour; beyond that people are told",
+    )
+    replace: bool = Field(
+        True, description="have the planner's scaler start another worker for a fenced one, and end that"
+    )
+    replacement_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        le=86400,
+        description="longest wait for a replacement to be ready before the sick worker is drained anyway",
+    )
+    drain_timeout_s: float = Field(
+        10.0, ge=0, le=3600, description="how long a sick worker's open requests may go on before others take them over"
+    )
 
 
 class LogSettings(Section):
@@ -286,6 +370,7 @@ class Settings(Section):
     worker: WorkerSettings = WorkerSettings()
     simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()
+    health: HealthSettings = HealthSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -40,13 +40,21 @@ _FLAGS = select(
     "worker.*",
     "simulated.*",
     "transfer.*",
+    "health.*",
     "control_plane.*",
     "planner.policy",
     "planner.dry_run",
     "log.*",
     "tracing.*",
     own={"cluster", "frontend", "worker"},
-    without={"worker.worker_id", "worker.port", "worker.metrics_port", "control_plane.address", "frontend.workers"},
+    without={
+        "worker.worker_id",
+        "worker.node",
+        "worker.port",
+        "worker.metrics_port",
+        "control_plane.address",
+        "frontend.workers",
+    },
 ) + select("frontend.workers")
 _PUBLIC_PORTS = (("frontend", "http_port"), ("frontend", "grpc_port"), ("control_plane", "port"))
 _ASK_TIMEOUT_S = 30.0

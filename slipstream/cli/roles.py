@@ -22,12 +22,18 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "simulated.*",
     "control_plane.address",
     "transfer.*",
+    "health.*",
     "log.*",
     "tracing.*",
     own={"worker"},
 )
 _PLANNER_FLAGS = select(
-    "control_plane.*", "planner.*", "log.*", own={"control_plane", "planner"}, without={"control_plane.address"}
+    "control_plane.*",
+    "planner.*",
+    "health.*",
+    "log.*",
+    own={"control_plane", "planner"},
+    without={"control_plane.address"},
 )
 
 

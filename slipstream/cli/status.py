@@ -77,6 +77,9 @@ class WorkerRow:
     fallbacks_total: int
     started_unix_s: int
     uptime_s: float
+    health: str
+    reasons: tuple[str, ...]
+    fenced_because: str
 
 
 def rows(worker_set: WorkerSet, now_unix_s: float) -> list[WorkerRow]:
@@ -85,6 +88,13 @@ def rows(worker_set: WorkerSet, now_unix_s: float) -> list[WorkerRow]:
         (_row(record, now_unix_s) for record in worker_set.workers),
         key=lambda row: (row.role != "prefill", row.worker_id),
     )
+
+
+def health_of(record: WorkerRecord) -> str:
+    """`healthy`, `suspect` or `sick`; empty where nothing watches."""
+    from slipstream.v1.registry_pb2 import HealthState
+
+    return HealthState.Name(record.health.state).lower() if record.health.state else ""
 
 
 def duration(seconds: float) -> str:
@@ -143,6 +153,9 @@ def _row(record: WorkerRecord, now_unix_s: float) -> WorkerRow:
         fallbacks_total=load.fallbacks_total,
         started_unix_s=record.started_unix_s,
         uptime_s=max(0.0, round(now_unix_s - record.started_unix_s, 1)),
+        health=health_of(record),
+        reasons=tuple(one.text for one in record.health.reasons),
+        fenced_because=record.health.fenced_because,
     )
 
 
@@ -157,6 +170,7 @@ def _as_json(worker_set: WorkerSet) -> dict[str, object]:
 
 
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow"}
+HEALTH_STYLES = {"healthy": "green", "suspect": "yellow", "sick": "bold red"}
 
 
 def _page(worker_set: WorkerSet, address: str) -> Group:
@@ -166,8 +180,29 @@ def _page(worker_set: WorkerSet, address: str) -> Group:
 
     prefill_ids = {record.worker_id for record in worker_set.workers if record.role == Role.ROLE_PREFILL}
     paths, left_out = worth_showing(path_rows(worker_set), prefill_ids)
-    workers = _table(worker_set, address)
-    return Group(workers, "", paths_table(paths, left_out=left_out)) if paths else Group(workers)
+    parts: list[Table | str] = [_table(worker_set, address)]
+    if any(record.health.reasons or record.health.fenced_because for record in worker_set.workers):
+        parts += ["", _health_table(worker_set)]
+    if paths:
+        parts += ["", paths_table(paths, left_out=left_out)]
+    return Group(*parts)
+
+
+def _health_table(worker_set: WorkerSet) -> Table:
+    """What is wrong with those that are not well: a row for each thing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("not well", "health", "why"):
+        table.add_column(name)
+    for row in rows(worker_set, time.time()):
+        why = [*row.reasons, *([f"fenced: {row.fenced_because}"] if row.fenced_because else [])]
+        for place, reason in enumerate(why):
+            first = place == 0
+            health = Text(row.health if first else "", style=HEALTH_STYLES.get(row.health, ""))
+            table.add_row(Text(row.worker_id if first else ""), health, Text(reason))
+    return table
 
 
 def _table(worker_set: WorkerSet, address: str) -> Table:

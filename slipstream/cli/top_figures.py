@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slipstream.cli.scrape import Page, quantile
-from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import HealthState, Role, WorkerRecord, WorkerState
 
 _FAILED = frozenset({"UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED", "UNKNOWN"})
 
@@ -69,6 +69,8 @@ class WorkerFigures:
     tokens_per_s: float
     handoffs_held: int
     fallbacks_total: int
+    health: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,8 @@ def _worker(record: WorkerRecord, before: Look, now: Look) -> WorkerFigures:
         tokens_per_s=max(0.0, tokens / max(now.at_s - before.at_s, 1e-9)) if same else 0.0,
         handoffs_held=load.handoffs_held,
         fallbacks_total=load.fallbacks_total,
+        health=HealthState.Name(record.health.state).lower() if record.health.state else "",
+        why=record.health.reasons[0].text if record.health.reasons else record.health.fenced_because,
     )
 
 

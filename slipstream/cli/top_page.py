@@ -20,6 +20,11 @@ def page(shown: Figures, registry: str, *, lines: int | None = None) -> Group:
         lines: of the terminal; rows that do not fit are counted instead. None: all of them.
     """
     cluster, problems = shown.cluster, [Text(f"! {problem}", style="bold red") for problem in shown.problems]
+    problems += [
+        Text(f"! {one.worker_id} is {one.health or one.state}: {one.why}", style="bold red", no_wrap=True)
+        for one in shown.workers
+        if one.why and (one.health == "sick" or one.state == "fenced")
+    ]
     room = len(shown.workers) if lines is None else max(1, lines - _LINES_AROUND - len(problems))
     table = _workers(shown.workers[:room])
     left_out = len(shown.workers) - room

@@ -28,6 +28,7 @@ class TrafficReport(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    SPEEDS_FIELD_NUMBER: _builtins.int
     frontend_id: _builtins.str
     """of the process"""
     sequence: _builtins.int
@@ -36,6 +37,10 @@ class TrafficReport(_message.Message):
     """what the report covers"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrafficPart]: ...
+    @_builtins.property
+    def speeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerSpeed]:
+        """of workers that have shown it since the last report"""
+
     def __init__(
         self,
         *,
@@ -43,14 +48,53 @@ class TrafficReport(_message.Message):
         sequence: _builtins.int = ...,
         interval_s: _builtins.float = ...,
         parts: _abc.Iterable[Global___TrafficPart] | None = ...,
+        speeds: _abc.Iterable[Global___WorkerSpeed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "interval_s", b"interval_s", "parts", b"parts", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "interval_s", b"interval_s", "parts", b"parts", "sequence", b"sequence", "speeds", b"speeds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrafficReport: _TypeAlias = TrafficReport  # noqa: Y015
+
+@_typing.final
+class WorkerSpeed(_message.Message):
+    """What a frontend has seen of one worker's speed, over what the worker's profile says of the same work: 1 is as
+    profiled, 2 takes twice as long. Batch, context and prompt are in the prediction, so that load is not slowness.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STEP_FACTOR_FIELD_NUMBER: _builtins.int
+    PROMPT_FACTOR_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    step_factor: _builtins.float
+    """of a decode step; 0: not seen"""
+    prompt_factor: _builtins.float
+    """of computing prompts; 0: not seen"""
+    samples: _builtins.int
+    """new ones"""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        step_factor: _builtins.float = ...,
+        prompt_factor: _builtins.float = ...,
+        samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "prompt_factor", b"prompt_factor", "samples", b"samples", "step_factor", b"step_factor", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerSpeed: _TypeAlias = WorkerSpeed  # noqa: Y015
 
 @_typing.final
 class WatchTrafficRequest(_message.Message):

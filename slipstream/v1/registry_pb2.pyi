@@ -48,6 +48,8 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     READY: _WorkerState.ValueType  # 2
     DRAINING: _WorkerState.ValueType  # 3
     """finishes what it has, takes nothing new"""
+    FENCED: _WorkerState.ValueType  # 4
+    """ready, and sick: nothing new is sent to it until it is well again, or replaced"""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper): ...
 
@@ -57,7 +59,109 @@ STARTING: WorkerState.ValueType  # 1
 READY: WorkerState.ValueType  # 2
 DRAINING: WorkerState.ValueType  # 3
 """finishes what it has, takes nothing new"""
+FENCED: WorkerState.ValueType  # 4
+"""ready, and sick: nothing new is sent to it until it is well again, or replaced"""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
+
+class _HealthState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HealthStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HealthState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HEALTH_STATE_UNSPECIFIED: _HealthState.ValueType  # 0
+    """nothing watches"""
+    HEALTHY: _HealthState.ValueType  # 1
+    SUSPECT: _HealthState.ValueType  # 2
+    """worth a look; nothing is done"""
+    SICK: _HealthState.ValueType  # 3
+    """to be fenced, drained and replaced, as far as the budget goes"""
+
+class HealthState(_HealthState, metaclass=_HealthStateEnumTypeWrapper):
+    """Of a worker's device and node, in rising order of concern."""
+
+HEALTH_STATE_UNSPECIFIED: HealthState.ValueType  # 0
+"""nothing watches"""
+HEALTHY: HealthState.ValueType  # 1
+SUSPECT: HealthState.ValueType  # 2
+"""worth a look; nothing is done"""
+SICK: HealthState.ValueType  # 3
+"""to be fenced, drained and replaced, as far as the budget goes"""
+Global___HealthState: _TypeAlias = HealthState  # noqa: Y015
+
+@_typing.final
+class HealthReason(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """xid_79, ecc_uncorrected, slow, told..."""
+    state: Global___HealthState.ValueType
+    """that it alone would make of the worker"""
+    text: _builtins.str
+    """for people, with the device and the figures"""
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        state: Global___HealthState.ValueType = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "state", b"state", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthReason: _TypeAlias = HealthReason  # noqa: Y015
+
+@_typing.final
+class Health(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_S_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    FENCED_UNIX_S_FIELD_NUMBER: _builtins.int
+    FENCED_BECAUSE_FIELD_NUMBER: _builtins.int
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    state: Global___HealthState.ValueType
+    since_unix_s: _builtins.int
+    """of the state"""
+    devices: _builtins.int
+    """that are watched; 0 on a CPU"""
+    fenced_unix_s: _builtins.int
+    """0 while it is not fenced"""
+    fenced_because: _builtins.str
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___HealthReason]:
+        """the gravest first; none while it is healthy"""
+
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NVML's UUIDs of them"""
+
+    def __init__(
+        self,
+        *,
+        state: Global___HealthState.ValueType = ...,
+        reasons: _abc.Iterable[Global___HealthReason] | None = ...,
+        since_unix_s: _builtins.int = ...,
+        devices: _builtins.int = ...,
+        fenced_unix_s: _builtins.int = ...,
+        fenced_because: _builtins.str = ...,
+        device_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ids", b"device_ids", "devices", b"devices", "fenced_because", b"fenced_because", "fenced_unix_s", b"fenced_unix_s", "reasons", b"reasons", "since_unix_s", b"since_unix_s", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Health: _TypeAlias = Health  # noqa: Y015
 
 @_typing.final
 class WorkerRecord(_message.Message):
@@ -79,6 +183,8 @@ class WorkerRecord(_message.Message):
     RENEWALS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -98,6 +204,8 @@ class WorkerRecord(_message.Message):
     """"cpu" or "cuda" """
     renewals: _builtins.int
     """registrations sent by this incarnation; a larger one proves that it lived later"""
+    node: _builtins.str
+    """of the orchestrator, that it runs on, if it was told"""
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -110,6 +218,8 @@ class WorkerRecord(_message.Message):
     def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferPath]:
         """measured ways of KV blocks from other workers to this one"""
 
+    @_builtins.property
+    def health(self) -> Global___Health: ...
     def __init__(
         self,
         *,
@@ -129,10 +239,12 @@ class WorkerRecord(_message.Message):
         renewals: _builtins.int = ...,
         transfer: Global___TransferEndpoint | None = ...,
         paths: _abc.Iterable[Global___TransferPath] | None = ...,
+        health: Global___Health | None = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "health", b"health", "load", b"load", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "paths", b"paths", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "transfer", b"transfer", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "health", b"health", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "node", b"node", "paths", b"paths", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "transfer", b"transfer", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,11 @@ class ScalerStub(object):
                 request_serializer=slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseReply.FromString,
                 _registered_method=True)
+        self.ReportSick = channel.unary_unary(
+                '/slipstream.v1.Scaler/ReportSick',
+                request_serializer=slipstream_dot_v1_dot_scaler__pb2.ReportSickRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_scaler__pb2.ReportSickReply.FromString,
+                _registered_method=True)
 
 
 class ScalerServicer(object):
@@ -102,6 +107,14 @@ class ScalerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSick(self, request, context):
+        """A worker is sick: whoever owns its machine shall hear of it, and nothing new be put on its device where that is
+        what is wrong. Told again of the same worker: nothing. UNIMPLEMENTED where nobody is to be told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScalerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_ScalerServicer_to_server(servicer, server):
                     servicer.ReleaseLease,
                     request_deserializer=slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseReply.SerializeToString,
+            ),
+            'ReportSick': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSick,
+                    request_deserializer=slipstream_dot_v1_dot_scaler__pb2.ReportSickRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_scaler__pb2.ReportSickReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +286,33 @@ class Scaler(object):
             '/slipstream.v1.Scaler/ReleaseLease',
             slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseRequest.SerializeToString,
             slipstream_dot_v1_dot_scaler__pb2.ReleaseLeaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSick(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Scaler/ReportSick',
+            slipstream_dot_v1_dot_scaler__pb2.ReportSickRequest.SerializeToString,
+            slipstream_dot_v1_dot_scaler__pb2.ReportSickReply.FromString,
             options,
             channel_credentials,
             insecure,

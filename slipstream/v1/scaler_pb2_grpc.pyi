@@ -45,6 +45,10 @@ class ScalerStub:
     HoldLease: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.HoldLeaseRequest, _scaler_pb2.HoldLeaseReply]
     """Of several planners one acts: the one that holds this. Whoever stops renewing loses it."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.ReleaseLeaseRequest, _scaler_pb2.ReleaseLeaseReply]
+    ReportSick: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.ReportSickRequest, _scaler_pb2.ReportSickReply]
+    """A worker is sick: whoever owns its machine shall hear of it, and nothing new be put on its device where that is
+    what is wrong. Told again of the same worker: nothing. UNIMPLEMENTED where nobody is to be told.
+    """
 
 @_typing.type_check_only
 class ScalerAsyncStub(ScalerStub):
@@ -63,6 +67,10 @@ class ScalerAsyncStub(ScalerStub):
     HoldLease: _aio.UnaryUnaryMultiCallable[_scaler_pb2.HoldLeaseRequest, _scaler_pb2.HoldLeaseReply]  # type: ignore[assignment]
     """Of several planners one acts: the one that holds this. Whoever stops renewing loses it."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_scaler_pb2.ReleaseLeaseRequest, _scaler_pb2.ReleaseLeaseReply]  # type: ignore[assignment]
+    ReportSick: _aio.UnaryUnaryMultiCallable[_scaler_pb2.ReportSickRequest, _scaler_pb2.ReportSickReply]  # type: ignore[assignment]
+    """A worker is sick: whoever owns its machine shall hear of it, and nothing new be put on its device where that is
+    what is wrong. Told again of the same worker: nothing. UNIMPLEMENTED where nobody is to be told.
+    """
 
 class ScalerServicer(metaclass=_abc_1.ABCMeta):
     """What runs workers, to a planner: `slipstream up` serves it, and whatever else starts workers may. It keeps no state
@@ -108,5 +116,15 @@ class ScalerServicer(metaclass=_abc_1.ABCMeta):
         request: _scaler_pb2.ReleaseLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scaler_pb2.ReleaseLeaseReply, _abc.Awaitable[_scaler_pb2.ReleaseLeaseReply]]: ...
+
+    @_abc_1.abstractmethod
+    def ReportSick(
+        self,
+        request: _scaler_pb2.ReportSickRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaler_pb2.ReportSickReply, _abc.Awaitable[_scaler_pb2.ReportSickReply]]:
+        """A worker is sick: whoever owns its machine shall hear of it, and nothing new be put on its device where that is
+        what is wrong. Told again of the same worker: nothing. UNIMPLEMENTED where nobody is to be told.
+        """
 
 def add_ScalerServicer_to_server(servicer: ScalerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

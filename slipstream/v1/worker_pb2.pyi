@@ -79,6 +79,33 @@ class SetRoleRequest(_message.Message):
 Global___SetRoleRequest: _TypeAlias = SetRoleRequest  # noqa: Y015
 
 @_typing.final
+class SetFenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FENCED_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    fenced: _builtins.bool
+    because: _builtins.str
+    """for people"""
+    epoch: _builtins.int
+    """as in SetRoleRequest"""
+    def __init__(
+        self,
+        *,
+        fenced: _builtins.bool = ...,
+        because: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "epoch", b"epoch", "fenced", b"fenced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFenceRequest: _TypeAlias = SetFenceRequest  # noqa: Y015
+
+@_typing.final
 class WatchCacheRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -227,6 +227,11 @@ class WorkerStub(object):
                 request_serializer=slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
                 _registered_method=True)
+        self.SetFence = channel.unary_unary(
+                '/slipstream.v1.Worker/SetFence',
+                request_serializer=slipstream_dot_v1_dot_worker__pb2.SetFenceRequest.SerializeToString,
+                response_deserializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -263,6 +268,14 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetFence(self, request, context):
+        """Has it say of itself that nothing new shall be sent to it (WorkerState.FENCED), or that it may be again; returns its
+        record as it is then. What it has it finishes. A worker that is not ready refuses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -284,6 +297,11 @@ def add_WorkerServicer_to_server(servicer, server):
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
                     request_deserializer=slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.SerializeToString,
+            ),
+            'SetFence': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFence,
+                    request_deserializer=slipstream_dot_v1_dot_worker__pb2.SetFenceRequest.FromString,
                     response_serializer=slipstream_dot_v1_dot_registry__pb2.WorkerRecord.SerializeToString,
             ),
     }
@@ -395,6 +413,33 @@ class Worker(object):
             target,
             '/slipstream.v1.Worker/SetRole',
             slipstream_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slipstream.v1.Worker/SetFence',
+            slipstream_dot_v1_dot_worker__pb2.SetFenceRequest.SerializeToString,
             slipstream_dot_v1_dot_registry__pb2.WorkerRecord.FromString,
             options,
             channel_credentials,

@@ -140,6 +140,10 @@ class WorkerStub:
     it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
     changes. A draining worker refuses.
     """
+    SetFence: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetFenceRequest, _registry_pb2.WorkerRecord]
+    """Has it say of itself that nothing new shall be sent to it (WorkerState.FENCED), or that it may be again; returns its
+    record as it is then. What it has it finishes. A worker that is not ready refuses.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -156,6 +160,10 @@ class WorkerAsyncStub(WorkerStub):
     """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
     it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
     changes. A draining worker refuses.
+    """
+    SetFence: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetFenceRequest, _registry_pb2.WorkerRecord]  # type: ignore[assignment]
+    """Has it say of itself that nothing new shall be sent to it (WorkerState.FENCED), or that it may be again; returns its
+    record as it is then. What it has it finishes. A worker that is not ready refuses.
     """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
@@ -194,6 +202,16 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         """Gives the worker the other role, with its model loaded and its cache warm; returns its record as it is then. What
         it has it finishes, and it still answers those who have not heard of the change. The role it has already: nothing
         changes. A draining worker refuses.
+        """
+
+    @_abc_1.abstractmethod
+    def SetFence(
+        self,
+        request: _worker_pb2.SetFenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.WorkerRecord, _abc.Awaitable[_registry_pb2.WorkerRecord]]:
+        """Has it say of itself that nothing new shall be sent to it (WorkerState.FENCED), or that it may be again; returns its
+        record as it is then. What it has it finishes. A worker that is not ready refuses.
         """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,6 +22,7 @@ from planner.server import open_control_plane
 from slipstream import config
 from slipstream.background import background
 from slipstream.errors import InvalidRequestError, UnavailableError
+from slipstream.scaler import Reporter, SickWorker
 from slipstream.v1.registry_pb2 import READY, ROLE_DECODE, ROLE_PREFILL, Role, WorkerRecord
 from tests.support.scripted_worker import ScriptedWorker
 from tests.unit.deploy.scripts import runs, until
@@ -208,3 +209,25 @@ def test_the_lease_is_the_first_ones_until_it_falls_silent_or_gives_it_back() ->
     assert not lease.hold("one", 5.0, 10.0)
     lease.release("two")
     assert lease.hold("one", 5.0, 10.0)
+
+
+def a_sick_one(worker_id: str, *, device: bool) -> SickWorker:
+    return SickWorker(worker_id, "", ("GPU-a",), device, ("GPU 0 has fallen off the bus",))
+
+
+@pytest.mark.parametrize("device", [True, False], ids=["its device is", "its process is"])
+async def test_the_place_of_a_worker_whose_device_is_sick_stays_empty(folder: Path, device: bool) -> None:
+    async with running(folder) as cluster:
+        assert isinstance(cluster.scaler, Reporter)
+        added = await cluster.scaler.start("m", ROLE_DECODE)
+        for _ in range(2):
+            await cluster.scaler.report(a_sick_one(added, device=device))
+        await cluster.scaler.report(a_sick_one("nobody", device=True))
+        await cluster.scaler.drain(added)
+        await until(lambda: added not in {one.name for one in cluster.supervisor.components})
+        assert cluster.output.getvalue().count("sick: GPU 0 has fallen off the bus") == 1
+        if device:
+            with pytest.raises(UnavailableError, match="whose device was sick"):
+                await cluster.scaler.start("m", ROLE_DECODE)
+        else:
+            assert await cluster.scaler.start("m", ROLE_DECODE)

@@ -14,8 +14,8 @@ from engine.open_work import OpenWork
 from engine.worker_service import WorkerService, add_standard_services
 from slipstream.errors import InvalidRequestError, TransferError, WorkerDrainingError
 from slipstream.grpc_errors import from_rpc_error
-from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord
-from slipstream.v1.worker_pb2 import GetStatusRequest, ProbePathRequest, SetRoleRequest
+from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.worker_pb2 import GetStatusRequest, ProbePathRequest, SetFenceRequest, SetRoleRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ class Host:
             raise WorkerDrainingError("this worker is draining")
         self.record.role = role
 
+    def set_fence(self, fenced: bool, because: str) -> None:
+        if self.draining:
+            raise WorkerDrainingError("this worker is draining")
+        self.record.state = WorkerState.FENCED if fenced else WorkerState.READY
+        self.record.health.fenced_because = because
+
 
 @pytest.fixture
 def host() -> Host:
@@ -66,7 +72,7 @@ def host() -> Host:
 async def worker(engine: ProbingEngine, host: Host) -> AsyncIterator[WorkerAsyncStub]:
     server = grpc.aio.server()
     feed = CacheFeed(engine, OpenWork(), model="m", epoch=1)  # type: ignore[arg-type]
-    service = WorkerService(lambda: host.record, host.set_role, engine, feed)  # type: ignore[arg-type]
+    service = WorkerService(lambda: host.record, host.set_role, engine, feed, host.set_fence)  # type: ignore[arg-type]
     add_standard_services(server, (), service)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -126,3 +132,26 @@ async def test_a_probe_that_fails_here_says_why(worker: WorkerAsyncStub, engine:
     with pytest.raises(grpc.aio.AioRpcError, match="no answer in 60 s") as caught:
         await worker.ProbePath(ProbePathRequest(worker_id="p", peer=PEER))
     assert from_rpc_error(caught.value).code == "timeout"
+
+
+async def test_a_worker_is_fenced_says_why_and_is_let_free_again(worker: WorkerAsyncStub, host: Host) -> None:
+    told = await worker.SetFence(SetFenceRequest(fenced=True, because="Xid 79", epoch=7))
+    assert (told.state, told.health.fenced_because) == (WorkerState.FENCED, "Xid 79")
+    assert (await worker.SetFence(SetFenceRequest())).state == WorkerState.READY
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [(SetFenceRequest(fenced=True, epoch=6), "stale_epoch"), (SetFenceRequest(because="x" * 241), "invalid_value")],
+    ids=["meant for another incarnation", "too long"],
+)
+async def test_what_is_no_fence_of_this_worker_is_refused(
+    worker: WorkerAsyncStub, host: Host, request_: SetFenceRequest, code: str
+) -> None:
+    before = host.record.state
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await worker.SetFence(request_)
+    error = from_rpc_error(raised.value)
+    assert isinstance(error, InvalidRequestError)
+    assert error.code == code
+    assert host.record.state == before

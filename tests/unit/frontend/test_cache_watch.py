@@ -72,7 +72,7 @@ class CachingWorker:
         self.feed = CacheFeed(self, self.work, model="m", epoch=self.record.epoch)  # type: ignore[arg-type]
         await self._stack.enter_async_context(background(self.feed.follow(), name="feed"))
         self.server = grpc.aio.server()
-        service = WorkerService(lambda: self.record, lambda role: None, self, self.feed)  # type: ignore[arg-type]
+        service = WorkerService(lambda: self.record, lambda role: None, self, self.feed, lambda fenced, because: None)  # type: ignore[arg-type]
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self.server)
         wanted = self.record.address or "127.0.0.1:0"
         self.record.address = f"127.0.0.1:{self.server.add_insecure_port(wanted)}"

@@ -13,7 +13,16 @@ from planner.record_check import check_record
 from planner.registry import Change, Registry
 from slipstream.errors import InvalidRequestError, UnavailableError
 from slipstream.record_limits import MAX_RECORD_BYTES
-from slipstream.v1.registry_pb2 import Load, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Health,
+    HealthReason,
+    Load,
+    Role,
+    TransferEndpoint,
+    TransferPath,
+    WorkerRecord,
+    WorkerState,
+)
 
 LEASE_S = 10.0
 
@@ -187,6 +196,11 @@ def test_addresses_as_they_are_used_are_accepted(address: str) -> None:
         ({"transfer": TransferEndpoint(address="nowhere", epoch=1)}, "transfer.address"),
         ({"transfer": TransferEndpoint(address="h:1", transports=["shm"] * 9)}, "transfer.transports"),
         ({"transfer": TransferEndpoint(address="h:1", transports=["\x1b[2J"])}, "transfer.transports"),
+        ({"node": "n" * 254}, "node"),
+        ({"health": Health(reasons=[HealthReason(code="c")] * 17)}, "health"),
+        ({"health": Health(reasons=[HealthReason(code="c", text="a\nb")])}, "health.reasons.text"),
+        ({"health": Health(fenced_because="f" * 241)}, "health.fenced_because"),
+        ({"health": Health(device_ids=["\x1b[2J"])}, "health.device_ids"),
         ({"paths": [TransferPath(peer_worker_id="a\nb")]}, "paths.peer_worker_id"),
         ({"paths": [TransferPath(peer_worker_id="p", detail="d" * 65)]}, "paths.detail"),
         ({"paths": [TransferPath(peer_worker_id="p", warning="a\x1b[2J")]}, "paths.warning"),

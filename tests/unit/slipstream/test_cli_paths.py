@@ -24,7 +24,14 @@ from slipstream.v1.registry_pb2 import (
     WorkerRecord,
     WorkerSet,
 )
-from slipstream.v1.worker_pb2 import CacheUpdate, GetStatusRequest, ProbePathRequest, SetRoleRequest, WatchCacheRequest
+from slipstream.v1.worker_pb2 import (
+    CacheUpdate,
+    GetStatusRequest,
+    ProbePathRequest,
+    SetFenceRequest,
+    SetRoleRequest,
+    WatchCacheRequest,
+)
 from slipstream.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from tests.unit.slipstream import scripted_registry
 from tests.unit.slipstream.serving import serving
@@ -177,6 +184,9 @@ class ScriptedMeasurer(WorkerServicer):
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "not asked for here")
 
     def SetRole(self, request: SetRoleRequest, context: grpc.ServicerContext) -> WorkerRecord:  # noqa: N802
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "not asked for here")
+
+    def SetFence(self, request: SetFenceRequest, context: grpc.ServicerContext) -> WorkerRecord:  # noqa: N802
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "not asked for here")
 
 
