@@ -343,12 +343,46 @@ class PlannerSettings(Section):
     )
     dry_run: bool = Field(False, description="decide, tell what would be done, and do nothing")
     scaler: str = Field(
-        "", description="where workers are started and ended: address of a scaler's gRPC service; unix:PATH works too"
+        "",
+        description="what starts and ends workers: `kubernetes`, or the address of a scaler's gRPC service; unix:PATH "
+        "works too",
     )
     follow: str | None = Field(
         None,
         description="host:port of the control plane that workers and frontends know, where that is another process: "
         "this planner stands by for it",
+    )
+
+
+class KubernetesSettings(Section):
+    """Where workers are pods (planner.scaler = kubernetes)."""
+
+    namespace: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
+        description="namespace of the pools; the planner's own, or the kubeconfig's, when absent",
+    )
+    selector: str = Field(
+        "slipstream.dev/pool",
+        min_length=1,
+        description="label selector of the pools (Deployments, LeaderWorkerSets) and of their pods",
+    )
+    lease: str = Field(
+        "slipstream-planner",
+        pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
+        description="name of the Lease that the planner which acts holds",
+    )
+    leader_worker_sets: bool = Field(False, description="look for pools among LeaderWorkerSets too")
+    kubeconfig: Path | None = Field(
+        None, description="kubeconfig file; in a pod its service account when absent, elsewhere KUBECONFIG's"
+    )
+    context: str | None = Field(None, description="context of the kubeconfig; its current one when absent")
+    timeout_s: float = Field(10.0, gt=0, le=300, description="longest one action may take, with every retry")
+    pending_s: float = Field(
+        300.0,
+        ge=0,
+        le=86400,
+        description="a pod that has found no room, or could not start, for so long is not counted on any more",
     )
 
 
@@ -375,3 +409,4 @@ class Settings(Section):
     tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()
     planner: PlannerSettings = PlannerSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()

@@ -31,6 +31,7 @@ _PLANNER_FLAGS = select(
     "control_plane.*",
     "planner.*",
     "health.*",
+    "kubernetes.*",
     "log.*",
     own={"control_plane", "planner"},
     without={"control_plane.address"},
@@ -53,6 +54,7 @@ def add_to(app: typer.Typer, planner: typer.Typer) -> None:
             ("slipstream planner serve", "on this machine alone"),
             ("slipstream planner serve --host 0.0.0.0 --port 7600", "for workers on other machines too"),
             ("slipstream planner serve --policy policy.yaml --dry-run", "decide and tell, and do nothing"),
+            ("slipstream planner serve --policy policy.yaml --scaler kubernetes", "in a pod: scale Deployments"),
         ),
     )(planner_serve)
 
@@ -95,10 +97,12 @@ def decode_worker(loaded: LoadedConfig) -> None:
 def planner_serve(loaded: LoadedConfig) -> None:
     """Run the control plane: the registry of workers, and the planner of their counts, until SIGTERM or Ctrl-C."""
     import sys
+    from functools import partial
     from pathlib import Path
 
     import uvloop
 
+    from deploy.kubernetes.scaler import open_scaler
     from engine.simulated.profile_choice import profile_path
     from slipstream import telemetry
 
@@ -106,7 +110,8 @@ def planner_serve(loaded: LoadedConfig) -> None:
     from planner.server import serve
 
     simulator = (sys.executable, "-P", "-m", "simulator.child")
-    uvloop.run(serve(loaded.settings, lambda name: profile_path(Path(name)), simulator=simulator))
+    scalers = {"kubernetes": partial(open_scaler, loaded.settings.kubernetes)}
+    uvloop.run(serve(loaded.settings, lambda name: profile_path(Path(name)), simulator=simulator, scalers=scalers))
 
 
 def _worker_examples(role: str) -> str:
