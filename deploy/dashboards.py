@@ -257,13 +257,31 @@ FRONTEND = Dashboard(
                     "ops",
                 ),
                 Panel(
-                    "Dispatched again",
-                    "Requests that went to other workers; their clients did not notice.",
+                    "Migrations",
+                    "Requests that went to other workers, by what theirs did and how far they were; their clients did "
+                    "not notice. Refused ones are errors that clients saw: alert on any.",
                     (
-                        rate(f"{_F}redispatches_total", by="role, reason"),
-                        Query(rate(f"{_F}continuations_total").expr, "streams gone on with"),
+                        rate("slipstream_migrations_total", by="stage, reason"),
+                        Query(rate("slipstream_migrations_refused_total", by="reason").expr, "refused: {{reason}}"),
                     ),
                     "ops",
+                ),
+                Panel(
+                    "Gap that clients saw",
+                    "Median and 99th percentile, from the last token before a worker was lost (or the dispatch) to "
+                    "the first after it.",
+                    quantiles("slipstream_migration_gap_seconds", "", 0.5, 0.99, by="stage"),
+                    "s",
+                ),
+                Panel(
+                    "Computed again",
+                    "Tokens that went through a model again because a worker was lost, and how answers went on: "
+                    "continued, replayed (seed, penalties), approximated.",
+                    (
+                        Query(rate("slipstream_migration_recomputed_tokens_total").expr, "tokens"),
+                        rate("slipstream_migration_resumptions_total", by="way"),
+                    ),
+                    "none",
                 ),
                 Panel(
                     "Control plane heard",

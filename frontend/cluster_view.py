@@ -73,6 +73,11 @@ class ClusterView(RegistryView):
         renewed = record.renewals >= suspicion.renewals + RENEWALS_THAT_PROVE_LIFE
         return now_s < suspicion.until_s and not (renewed and suspicion.strikes == 1)
 
+    def is_this(self, worker_id: str, epoch: int) -> bool:
+        """Whether the worker of that id is this incarnation, as far as is known."""
+        record = self._records.get(worker_id)
+        return record is None or record.epoch == epoch
+
     def suspects(self, now_s: float) -> frozenset[str]:
         """Workers that are suspect now."""
         return frozenset(worker_id for worker_id in self._suspicions if self.is_suspect(worker_id, now_s))

@@ -9,6 +9,7 @@ wait has a limit, and leaving `generate` at any point ends all calls.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,17 +22,16 @@ from frontend.cluster_view import ClusterView, ClusterWatch
 from frontend.conversation_cache import PrefixChain
 from frontend.conversations import Conversations
 from frontend.dispatch_metrics import (
-    CONTINUATIONS,
     DECODE_RECOMPUTED,
     FALLBACKS,
     OPEN_REQUESTS,
     PREFILL_SECONDS,
-    REDISPATCHES,
     WORKER_FAILURES,
 )
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
 from frontend.known_caches import KnownCaches
-from frontend.progress import Progress
+from frontend.migrations import Migrations
+from frontend.progress import Progress, ReplayDiverged
 from frontend.request_life import note_route, stage
 from frontend.request_record import current
 from frontend.router import RETRY_AFTER_S, Ask, Fleet, Route, Router
@@ -47,6 +47,9 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.worker_pb2 import DecodeEvent
 
 log = telemetry.get_logger(__name__)
+
+LOOK_AGAIN_S = 0.1
+"""How often an answer that waits for a worker looks for one; workers come seconds apart."""
 
 FALLBACK_TOLD_EVERY_S = 10.0
 """Between two log lines of the same reason; the metric, the access log and `slipstream explain` have every one."""
@@ -90,6 +93,7 @@ class ClusterDispatcher:
         self._conversations = conversations
         self._watch = watch
         self._settings: FrontendSettings = around.settings
+        self._migrations = Migrations(around.settings, around.clock)
         self._fallbacks_told: dict[str, tuple[float, int]] = {}
 
     @property
@@ -133,20 +137,26 @@ class ClusterDispatcher:
             ModelNotFoundError: no registered worker serves the model.
             NoWorkerError: some do, but none can take a request now.
             WorkerLostError: the workers that could were lost on the way.
+            MigrationLimitError, MigrationBudgetError: others could, but it may not be sent to them.
             DeadlineError: the whole took longer than `frontend.request_timeout_s`.
             InvalidRequestError: a worker refused the request itself.
         """
         deadline_s = self._around.clock() + self._settings.request_timeout_s
-        progress = Progress(request, self._settings.max_attempts, deadline_s)
+        progress = Progress(request, self._settings.max_attempts, deadline_s, self._settings.max_migrations)
         chain = self._conversations.begin(request.model, request.token_ids)
-        with OPEN_REQUESTS.track_inprogress():
+        with OPEN_REQUESTS.track_inprogress(), self._migrations.request():
             while True:
-                attempt = self._attempt(progress, chain)
+                attempt = await self._next_attempt(progress, chain)
+                ending: TokenDelta | None = None
                 try:
                     attempt.start()
                     while True:
                         event = await attempt.next_tokens()
                         delta = progress.accept(event, attempt)
+                        if delta is None:
+                            continue
+                        if progress.silent_since_s is not None:
+                            self._migrations.resumed(progress)
                         chain.extend(delta.token_ids)
                         self._note_event(event, attempt)
                         yield delta
@@ -154,13 +164,29 @@ class ClusterDispatcher:
                             return
                 except WorkerFailure as failure:
                     attempt.trace.failed(failure)
-                    ending = self._after_failure(failure, progress)
+                    ending = self._after_failure(failure, progress, attempt)
+                except ReplayDiverged:
+                    self._migrations.diverged(progress)
                 finally:
                     attempt.close()
                     self._note_attempt(attempt, progress, chain)
                 if ending is not None:
                     yield ending
                     return
+
+    async def _next_attempt(self, progress: Progress, chain: PrefixChain) -> Attempt:
+        """The next dispatch. An answer that has begun waits for a worker to come; other requests do not."""
+        while True:
+            try:
+                return self._attempt(progress, chain)
+            except NoWorkerError as error:
+                failure = progress.last_failure
+                if failure is None:
+                    raise
+                if not self._migrations.waits(progress):
+                    self._migrations.no_worker(progress)
+                    raise failure.as_error(error.message) from error
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     def _attempt(self, progress: Progress, chain: PrefixChain) -> Attempt:
         """The next dispatch, routed."""
@@ -169,7 +195,7 @@ class ClusterDispatcher:
             raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
         record = current()
         ask = replace(
-            progress.ask(),
+            progress.ask(view.is_this),
             known_by_slot=self._conversations.known(chain, self._around.fleet.slots),
             suspects=view.suspects(now_s),
             session=record.session if record is not None else "",
@@ -186,13 +212,8 @@ class ClusterDispatcher:
         return Attempt(self._around, progress.job(), route, note_computed, write_back)
 
     def _route(self, ask: Ask, progress: Progress) -> Route:
-        try:
-            with stage("route"):
-                route = progress.settle(self.routing.choose(ask, self._around.clock()))
-        except NoWorkerError as error:
-            if progress.last_failure is None:
-                raise
-            raise progress.last_failure.as_error(error.message) from error
+        with stage("route"):
+            route = progress.settle(self.routing.choose(ask, self._around.clock()))
         progress.attempts += 1
         note_route(route)
         self.routing.decided(progress.request.request_id, ask, route, time.time())
@@ -225,6 +246,8 @@ class ClusterDispatcher:
     def _note_attempt(self, attempt: Attempt, progress: Progress, chain: PrefixChain) -> None:
         """An attempt ended, in whatever way."""
         self.routing.ended(attempt)
+        if progress.lost:
+            self._migrations.attempt_ended(attempt, progress)
         lost = progress.last_failure
         if attempt.tokens_came and (lost is None or lost.worker.worker_id != attempt.route.decode.worker_id):
             self._conversations.note_answered(attempt, chain)
@@ -232,23 +255,19 @@ class ClusterDispatcher:
         if ignored is not None:
             self._note_failure(ignored, progress)
 
-    def _after_failure(self, failure: WorkerFailure, progress: Progress) -> TokenDelta | None:
+    def _after_failure(self, failure: WorkerFailure, progress: Progress, attempt: Attempt) -> TokenDelta | None:
         """Returns to dispatch again; an answer that was complete but for its end is ended here.
 
         Raises:
             SlipstreamError: the request cannot go on.
         """
-        worker = failure.worker
         self._note_failure(failure, progress)
-        if worker.role == Role.ROLE_DECODE:
+        if failure.worker.role == Role.ROLE_DECODE:
             progress.last_failure = failure
             ending = progress.finished_unsaid()
             if ending is not None:
                 return ending
-        progress.failed(failure)
-        REDISPATCHES.labels(failure.role, failure.kind.value).inc()
-        if progress.generated and worker.role == Role.ROLE_DECODE:
-            CONTINUATIONS.inc()
+        self._migrations.failed(failure, progress, attempt)
         return None
 
     def _note_failure(self, failure: WorkerFailure, progress: Progress) -> None:

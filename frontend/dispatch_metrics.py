@@ -17,20 +17,10 @@ FALLBACKS = Counter(
     "cannot travel from any prefill worker to any decode worker.",
     ["reason"],
 )
-REDISPATCHES = Counter(
-    "slipstream_frontend_redispatches",
-    "Times a request was sent to other workers after one failed, by the failed worker's role and what it did. "
-    "Clients did not notice; a steady rate points at a sick worker.",
-    ["role", "reason"],
-)
 WORKER_FAILURES = Counter(
     "slipstream_frontend_worker_failures",
     "Calls to workers that failed, by role and kind (lost, timeout, refused, failed).",
     ["role", "kind"],
-)
-CONTINUATIONS = Counter(
-    "slipstream_frontend_continuations",
-    "Streams that went on from another decode worker after theirs was lost in the middle.",
 )
 OPEN_REQUESTS = Gauge(
     "slipstream_frontend_dispatched_requests",
@@ -97,5 +87,4 @@ for _reason in (*Fallback, DECODE_RECOMPUTED):
     FALLBACKS.labels(str(_reason))
 for _role in ("prefill", "decode"):
     for _kind in FailureKind:
-        REDISPATCHES.labels(_role, _kind.value)
         WORKER_FAILURES.labels(_role, _kind.value)

@@ -23,7 +23,7 @@ from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import ROUTE_HEADER, observed
 from frontend.request_record import RequestRecord, current
 from slipstream import telemetry
-from slipstream.errors import CancelledByClientError, SlipstreamError
+from slipstream.errors import CancelledByClientError, MigrationLimitError, SlipstreamError
 
 log = telemetry.get_logger(__name__)
 
@@ -123,6 +123,8 @@ def error_response(error: SlipstreamError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, MigrationLimitError):
+        headers["x-should-retry"] = "false"  # OpenAI's clients send what failed with a 5xx again by themselves
     return Response(error_body(error), error.http_status, headers, "application/json")
 
 

@@ -35,8 +35,8 @@ from slipstream.settings import AdmissionSettings
 from slipstream.v1.registry_pb2 import Role
 
 MODEL = "simulated"
-MAX_ATTEMPTS = 3
-"""Dispatches of one request at most, as `frontend.max_attempts` has it by default."""
+MAX_MIGRATIONS = 3
+"""Workers that may be lost with a request on board, as `frontend.max_migrations` has it by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +367,7 @@ class SimulatedCluster:
     def _decode_lost(self, under: Underway) -> None:
         """The frontend asks another worker for the rest."""
         self._recall(under)
-        if under.dispatches >= MAX_ATTEMPTS:
+        if under.dispatches > MAX_MIGRATIONS:
             self._fail(under, WorkerLostError.default_code)
         else:
             self.send(under)

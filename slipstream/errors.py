@@ -132,6 +132,18 @@ class WorkerLostError(UnavailableError):
     default_code = "worker_lost"
 
 
+class MigrationLimitError(UnavailableError):
+    """Every worker that had this request was lost; it may be what kills them, and goes to no other one."""
+
+    default_code = "migration_limit"
+
+
+class MigrationBudgetError(UnavailableError):
+    """The request's worker was lost, with so many others that the cluster moves no more requests now."""
+
+    default_code = "migration_budget"
+
+
 class WorkerDrainingError(UnavailableError):
     """The worker finishes what it has and takes nothing new; another one will."""
 

@@ -58,7 +58,28 @@ class FrontendSettings(Section):
         60.0, gt=0, le=3600, description="longest wait for the next token from a decode worker"
     )
     max_attempts: int = Field(
-        3, ge=1, le=10, description="dispatches of one request before its worker's loss is reported"
+        3,
+        ge=1,
+        le=10,
+        description="dispatches of one request before a worker's refusal or failure is reported; lost workers count by "
+        "`max_migrations`",
+    )
+    max_migrations: int = Field(
+        3, ge=0, le=10, description="workers that may be lost with one request on board before it goes to no other one"
+    )
+    migration_share: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="requests that may go to other workers within 10 s because theirs were lost, as a share of all "
+        "that were with the workers in that time; 16 always may, but with 0 none",
+    )
+    migration_wait_s: float = Field(
+        10.0,
+        ge=0,
+        le=600,
+        description="longest an answer that has begun waits for a decode worker when its own was lost and no other is "
+        "there",
     )
     policy: Literal["kv", "session", "load", "round_robin", "power_of_two"] = Field(
         "kv",

@@ -68,6 +68,8 @@ class Account:
     transfer_exposed_s: float
     kv_wire_bytes: int
     kv_spans_resent: int
+    migrations: int
+    recomputed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,6 +270,8 @@ class RequestAccount(_message.Message):
     TRANSFER_EXPOSED_S_FIELD_NUMBER: _builtins.int
     KV_WIRE_BYTES_FIELD_NUMBER: _builtins.int
     KV_SPANS_RESENT_FIELD_NUMBER: _builtins.int
+    MIGRATIONS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty when decode computed the prompt alone"""
     decode_worker: _builtins.str
@@ -304,6 +306,12 @@ class RequestAccount(_message.Message):
     """that travelled: less than kv_bytes_moved when compressed"""
     kv_spans_resent: _builtins.int
     """that did not fit their digest"""
+    migrations: _builtins.int
+    """workers that were lost while they had the request"""
+    recomputed_tokens: _builtins.int
+    """Tokens of prompt and answer that went through a model again because of that. What the prompt cost (the figures
+    above) is what it cost before the answer began.
+    """
     def __init__(
         self,
         *,
@@ -325,10 +333,12 @@ class RequestAccount(_message.Message):
         transfer_exposed_s: _builtins.float = ...,
         kv_wire_bytes: _builtins.int = ...,
         kv_spans_resent: _builtins.int = ...,
+        migrations: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "kv_spans_resent", b"kv_spans_resent", "kv_wire_bytes", b"kv_wire_bytes", "partial", b"partial", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_computed_tokens", b"decode_computed_tokens", "decode_worker", b"decode_worker", "fallback", b"fallback", "kv_blocks_moved", b"kv_blocks_moved", "kv_bytes_moved", b"kv_bytes_moved", "kv_spans_resent", b"kv_spans_resent", "kv_wire_bytes", b"kv_wire_bytes", "migrations", b"migrations", "partial", b"partial", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_computed_tokens", b"prefill_computed_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "transfer_exposed_s", b"transfer_exposed_s", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from slipstream.client import AsyncClient, Client, Completion
-from slipstream.errors import SlipstreamError, UnavailableError
+from slipstream.errors import SlipstreamError
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from tests.support import plain_engine
 from tests.support.cluster import Cluster, wait_for
@@ -130,16 +131,29 @@ async def test_a_killed_engine_process_is_a_lost_worker(cluster: Cluster, right:
         assert list((await asking).token_ids) == right[1]
 
 
-async def test_a_request_that_cannot_go_on_elsewhere_ends_in_a_clear_503(cluster: Cluster) -> None:
-    async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(NO_HANG_S):
-        decoders = Decoders(cluster)
-        stream = client.generate(new_prompt(2), max_tokens=MAX_TOKENS, temperature=1.0, seed=5, ignore_eos=True)
-        await anext(stream)
-        (await asyncio.to_thread(decoders.catch)).kill()
-        with pytest.raises(UnavailableError) as caught:
-            await stream.collect()
-    assert caught.value.code == "worker_lost"
-    assert caught.value.http_status == 503
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0, "frequency_penalty": 0.5, "min_tokens": 300},
+    ],
+    ids=["seed", "frequency"],
+)
+async def test_what_a_sampler_remembers_of_an_answer_is_not_lost_with_its_worker(
+    cluster: Cluster, sampling: dict[str, Any]
+) -> None:
+    async with AsyncClient(cluster.grpc_target) as client, asyncio.timeout(2 * NO_HANG_S):
+        asked: dict[str, Any] = {"max_tokens": MAX_TOKENS, "ignore_eos": True, **sampling}
+        whole = await client.complete(new_prompt(2), **asked)
+        decoders, tokens = Decoders(cluster), list[int]()
+        async for piece in client.generate(new_prompt(2), **asked):
+            if not tokens:
+                (await asyncio.to_thread(decoders.catch)).kill()
+            tokens += piece.token_ids
+            account = piece.account
+    assert tokens == list(whole.token_ids)
+    assert account is not None
+    assert account.migrations == 1
 
 
 async def test_decode_computes_the_prompt_when_the_prefill_worker_is_killed_before(

@@ -19,6 +19,8 @@ from slipstream import grpc_channels
 from slipstream.errors import (
     ContextLengthError,
     DeadlineError,
+    MigrationBudgetError,
+    MigrationLimitError,
     ModelNotFoundError,
     NoWorkerError,
     SlipstreamError,
@@ -129,7 +131,7 @@ async def test_tokens_end_a_prefill_that_turned_out_not_to_be_needed() -> None:
 
 async def test_what_goes_wrong_on_prefill_after_the_first_tokens_is_counted_and_nothing_else() -> None:
     failed = Counting("slipstream_frontend_worker_failures_total", role="prefill", kind="failed")
-    redispatched = Counting("slipstream_frontend_redispatches_total", role="prefill", reason="failed")
+    redispatched = Counting("slipstream_migrations_total", stage="prefill", reason="failed")
     async with scripted_cluster() as cluster:
         cluster.prefills[0].script = Script(crash_at=0, delay_s=0.05)
         cluster.decodes[0].script = Script(warm=True, interval_s=0.05)
@@ -318,7 +320,7 @@ async def test_without_another_decode_worker_the_client_is_told_to_come_back(
     ids=["dies", "hangs", "ends", "aborts", "crash"],
 )
 async def test_an_answer_goes_on_elsewhere_when_its_decode_worker_is_lost(script: Script) -> None:
-    continued = Counting("slipstream_frontend_continuations_total")
+    continued = Counting("slipstream_migration_resumptions_total", way="continued")
     async with scripted_cluster(decode=2, token_timeout_s=0.5) as cluster:
         stream = cluster.dispatcher.generate(a_request())
         for worker in cluster.decodes:
@@ -346,42 +348,95 @@ async def test_an_answer_goes_on_elsewhere_when_its_decode_worker_is_lost(script
 
 
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "way"),
     [
-        {"seed": 1, "temperature": 0.7},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": 0.5},
-        {"repetition_penalty": 1.1},
-        {"min_tokens": 5},
+        ({"seed": 1, "temperature": 0.7}, "replayed"),
+        ({"presence_penalty": 0.5}, "replayed"),
+        ({"presence_penalty": 0.5, "temperature": 0.7}, "approximated"),
+        ({"frequency_penalty": 0.5}, "continued"),
+        ({"repetition_penalty": 1.1}, "continued"),
+        ({"min_tokens": 5}, "continued"),
+        ({"min_tokens": 2}, "continued"),
     ],
-    ids=lambda sampling: next(iter(sampling)),
 )
-async def test_an_answer_that_would_change_is_not_continued(sampling: dict[str, Any]) -> None:
+async def test_an_answer_goes_on_in_the_way_that_its_sampling_needs(sampling: dict[str, Any], way: str) -> None:
+    went_on = Counting("slipstream_migration_resumptions_total", way=way)
     async with scripted_cluster(decode=2) as cluster:
+        cluster.decodes[1].set_state(WorkerState.DRAINING)
+        await until(lambda: cluster.dispatcher.models()[0].decode_workers == 1)
+        cluster.decodes[0].script = Script(die_at=3, interval_s=0.02)
+        stream = cluster.dispatcher.generate(a_request(**sampling))
+        deltas = [await anext(stream)]
+        cluster.decodes[1].set_state(WorkerState.READY)
+        await until(lambda: cluster.dispatcher.models()[0].decode_workers == 2)
+        async with asyncio.timeout(10):
+            deltas += [delta async for delta in stream]
+        assert tokens_of(deltas) == ANSWER
+        resumed = cluster.decodes[1].seen.decodes[0]
+        again = way == "replayed"
+        assert list(resumed.token_ids) == (PROMPT if again else [*PROMPT, *ANSWER[:3]])
+        assert resumed.sampling.max_tokens == (8 if again else 5)
+        assert resumed.sampling.min_tokens == max(0, sampling.get("min_tokens", 0) - 3)
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.attempts, account.migrations) == (2, 1)
+        assert account.recomputed_tokens >= 3
+    assert went_on.grown() == 1
+
+
+async def test_an_answer_that_has_begun_waits_for_a_worker_to_come_back() -> None:
+    gaps = Counting("slipstream_migration_gap_seconds_count", stage="answer")
+    async with scripted_cluster(decode=2) as cluster:
+        cluster.decodes[1].set_state(WorkerState.DRAINING)
+        await until(lambda: cluster.dispatcher.models()[0].decode_workers == 1)
+        cluster.decodes[0].script = Script(die_at=3)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await asyncio.sleep(0.5)
+        assert not answering.done()
+        cluster.decodes[1].set_state(WorkerState.READY)
+        assert tokens_of(await answering) == ANSWER
+    assert gaps.grown() == 1
+
+
+async def test_a_request_that_kills_whatever_works_on_it_is_not_sent_through_the_whole_pool() -> None:
+    refused = Counting("slipstream_migrations_refused_total", reason="limit")
+    async with scripted_cluster(prefill=0, decode=4, max_migrations=1) as cluster:
         for worker in cluster.decodes:
-            worker.script = Script(die_at=3)
-        received: list[int] = []
+            worker.script = Script(die_at=2, interval_s=0.01)
+        with pytest.raises(MigrationLimitError, match="max_migrations = 1") as caught:
+            await cluster.answer(a_request())
+        assert caught.value.code == "migration_limit"
+        assert caught.value.retry_after_s is None
+        assert sum(len(worker.seen.decodes) for worker in cluster.decodes) == 2
+    assert refused.grown() == 1
 
-        async def receive() -> None:
-            async for delta in cluster.dispatcher.generate(a_request(**sampling)):
-                received.extend(delta.token_ids)
 
-        with pytest.raises(WorkerLostError) as caught:
-            await receive()
-        assert received == ANSWER[: len(received)]
+async def test_when_too_many_requests_lose_their_workers_no_more_are_moved() -> None:
+    async with scripted_cluster(prefill=0, decode=3, migration_share=0.0) as cluster:
+        for worker in cluster.decodes:
+            worker.script = Script(die_at=2, interval_s=0.01)
+        with pytest.raises(MigrationBudgetError, match="migration_share = 0") as caught:
+            await cluster.answer(a_request())
         assert caught.value.retry_after_s
         assert sum(len(worker.seen.decodes) for worker in cluster.decodes) == 1
 
 
-async def test_min_tokens_that_were_reached_do_not_stop_a_continuation() -> None:
-    async with scripted_cluster(decode=2) as cluster:
-        for worker in cluster.decodes:
-            worker.script = Script(end_at=3)
-        stream = cluster.dispatcher.generate(a_request(min_tokens=2, max_tokens=5))
-        assert tokens_of([delta async for delta in stream]) == expected_answer(40, 5)
-        asked = [one.seen.decodes[0].sampling for one in cluster.decodes]
-        resumed = [sampling for sampling in asked if sampling.max_tokens < 5]
-        assert [sampling.min_tokens for sampling in resumed] == [0]
+async def test_a_worker_that_was_restarted_may_have_the_request_that_it_lost() -> None:
+    async with scripted_cluster(prefill=0) as cluster:
+        worker = cluster.decodes[0]
+        worker.script = Script(hang_at=3)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: worker.seen.open_calls)
+        await asyncio.sleep(0.1)
+        stream = cluster.dispatcher._around.streams._decode[worker.record.address]
+        assert stream._open is not None
+        stream._open.cancel()  # as if its connection had broken
+        worker.script = Script()
+        await asyncio.sleep(0.3)
+        assert not answering.done()
+        worker.record.epoch += 1
+        worker.registration.push()
+        assert tokens_of(await answering) == ANSWER
 
 
 @pytest.mark.parametrize(
