@@ -1,10 +1,12 @@
-"""Writes docs/configuration.md from `slipstream.settings` (the command behind `make docs`).
+"""Writes what is told of the settings elsewhere from `slipstream.settings` (the command behind `make docs`):
+docs/configuration.md, and the part of the Helm chart's values that settings may be given in.
 
-The settings' own descriptions are the documentation; a test fails when the page is not what this would write.
+The settings' own descriptions are the documentation; a test fails when either is not what this would write.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +16,25 @@ from pydantic.fields import FieldInfo
 from slipstream.settings import Settings
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+CHART_SCHEMA: Final = PAGE.parent.parent / "deploy" / "helm" / "slipstream" / "values.schema.json"
+
+# Named after what the chart decides itself: who listens where, under which name, and how long a pod may take.
+CHART_DECIDES: Final = frozenset(
+    {
+        "model",
+        "served_model_name",
+        *(f"control_plane.{name}" for name in ("host", "port", "address", "metrics_port")),
+        *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "workers", "drain_timeout_s")),
+        *(f"worker.{name}" for name in ("worker_id", "host", "port", "metrics_port")),
+        *(f"worker.{name}" for name in ("start_timeout_s", "drain_timeout_s")),
+        *(f"transfer.{name}" for name in ("host", "port")),
+        "cluster",
+        "planner",
+        "kubernetes",
+    }
+)
+_OF_A_POOL: Final = ("worker", "simulated", "transfer")
 
 _HEAD: Final = """\
 # Configuration
@@ -78,5 +99,50 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def render_chart_schema(current: str) -> str:
+    """The schema of the chart's values, with its definitions of settings made anew.
+
+    Args:
+        current: the file as it is; all the rest of it is written by hand.
+    """
+    schema = json.loads(current)
+    settings = _chart_settings()
+    pool = {name: each for name, each in settings["properties"].items() if name in _OF_A_POOL}
+    schema["definitions"]["settings"] = settings
+    schema["definitions"]["poolConfig"] = settings | {
+        "properties": pool,
+        "description": "settings of this pool alone, over `config`",
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _chart_settings() -> dict[str, Any]:
+    """JSON Schema of the settings that the chart leaves to its user."""
+    whole = Settings.model_json_schema()
+    plain: dict[str, Any] = _plain(whole, whole.get("$defs", {}))
+    plain["description"] = "settings of the product; see docs/configuration.md"
+    for path in sorted(CHART_DECIDES):
+        section, _, name = path.rpartition(".")
+        properties = plain["properties"][section]["properties"] if section else plain["properties"]
+        del properties[name]
+    return plain
+
+
+def _plain(node: Any, definitions: dict[str, Any]) -> Any:
+    """Without titles and defaults, which say nothing new, and with definitions in the places where they are used."""
+    if isinstance(node, list):
+        return [_plain(each, definitions) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _plain(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    dropped = {"title", "default", "$defs", "format"}
+    plain = {name: _plain(each, definitions) for name, each in node.items() if name not in dropped | {"properties"}}
+    if "properties" in node:
+        plain["properties"] = {name: _plain(each, definitions) for name, each in node["properties"].items()}
+    return plain
+
+
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
+    CHART_SCHEMA.write_text(render_chart_schema(CHART_SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,40 @@
+{{/* What one value demands of another, and JSON Schema cannot say. Included once, by the settings' template. */}}
+
+{{- define "slipstream.checks" -}}
+{{- $values := .Values -}}
+{{- range $role := list "prefill" "decode" }}
+{{- $pool := index $values $role }}
+{{- if and (gt (int $pool.groupSize) 1) (ne $pool.workload "LeaderWorkerSet") }}
+{{- fail (printf "%s.groupSize: more than 1 needs %s.workload: LeaderWorkerSet" $role $role) }}
+{{- end }}
+{{- if and (gt (int $pool.groupSize) 1) (not $pool.allowUnsupportedGroups) }}
+{{- fail (printf "%s.groupSize: this version's engine runs one GPU a worker, so that a group of %d would not start; %s.allowUnsupportedGroups: true renders it all the same" $role (int $pool.groupSize) $role) }}
+{{- end }}
+{{- if and (gt (int $pool.groupSize) 1) (not $pool.followerArgs) }}
+{{- fail (printf "%s.followerArgs: say what the other pods of a group run" $role) }}
+{{- end }}
+{{- if and (ne $values.fabric.kind "tcp") $values.fabric.resource (eq (int $pool.fabricDevices) 0) }}
+{{- fail (printf "%s.fabricDevices: fabric.kind is %s, but these pods would get none of %s and go over TCP" $role $values.fabric.kind $values.fabric.resource) }}
+{{- end }}
+{{- if and (gt (int $pool.fabricDevices) 0) (not $values.fabric.resource) }}
+{{- fail (printf "%s.fabricDevices: of which resource? Set fabric.resource" $role) }}
+{{- end }}
+{{- if lt (int (include "slipstream.grace" $values.frontend)) (int (include "slipstream.grace" $pool)) }}
+{{- fail (printf "frontend.drainSeconds: frontends must not end before the workers whose answers they carry; raise it to %d or more" (int (sub (add $pool.preStopSeconds $pool.drainSeconds) $values.frontend.preStopSeconds))) }}
+{{- end }}
+{{- with index $values.scaling $role }}
+{{- if gt (int .min) (int .max) }}
+{{- fail (printf "scaling.%s.min: %d is more than max: %d" $role (int .min) (int .max)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if gt (int $values.frontend.autoscaling.minReplicas) (int $values.frontend.autoscaling.maxReplicas) }}
+{{- fail "frontend.autoscaling.minReplicas: more than maxReplicas" }}
+{{- end }}
+{{- if and (hasPrefix "/" $values.model.name) (not $values.model.cache.sharedWithFrontends) }}
+{{- fail "model.cache.sharedWithFrontends: model.name is a folder, and frontends read its tokenizer: set it to true" }}
+{{- end }}
+{{- if and (hasPrefix "/" $values.model.name) (eq $values.model.cache.type "emptyDir") }}
+{{- fail "model.cache.type: model.name is a folder, which an emptyDir does not hold; take persistentVolumeClaim or hostPath" }}
+{{- end }}
+{{- end }}
