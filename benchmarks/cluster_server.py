@@ -19,6 +19,7 @@ from benchmarks.server import Server, child_environ, running
 from deploy import readiness
 from deploy.plan import CONTROL_PLANE, FRONTEND
 from deploy.processes import Component
+from deploy.supervisor import State
 from slipstream.errors import UnavailableError
 from slipstream.v1 import registry_pb2
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
@@ -104,10 +105,10 @@ class _UntilReady:
             registry=self.registry,
             frontend_host="127.0.0.1",
             http_port=self.http_port,
-            workers=self._workers,
+            enough=readiness.all_named(self._workers, _unseen),
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,
-            report=lambda name, state, detail="": None,
+            report=_unseen,
         )
 
     def _settings(self) -> dict[str, dict[str, Any]] | None:
@@ -115,6 +116,10 @@ class _UntilReady:
             return None
         read: dict[str, dict[str, Any]] | None = yaml.safe_load(self._settings_file.read_text())
         return read
+
+
+def _unseen(name: str, state: State, detail: str = "") -> None:
+    """A report that nobody reads."""
 
 
 async def _decode_worker(registry: str) -> WorkerRecord:

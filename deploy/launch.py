@@ -57,7 +57,7 @@ async def launch_cluster(cluster: LocalCluster, body: Callable[[], Coroutine[Any
             registry=settings.control_plane.address,
             frontend_host=host.strip("[]"),
             http_port=int(port),
-            workers=cluster.worker_names,
+            enough=readiness.all_named(cluster.worker_names, report),
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,
             report=report,

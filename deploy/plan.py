@@ -31,26 +31,21 @@ FRONTEND = "frontend"
 _KEPT_RUNS = 20
 
 # The faces stop taking requests first; workers finish what they have; the registry hears them leave.
-_STAGE_FRONTEND, _STAGE_WORKERS, _STAGE_CONTROL_PLANE = range(3)
+STAGE_FRONTEND, STAGE_WORKERS, STAGE_CONTROL_PLANE = range(3)
 
 
 @dataclass(frozen=True, slots=True)
-class LocalCluster:
+class PlannedCluster:
     """A cluster that can be started: nothing is left to decide.
 
     Attributes:
         settings: with every port of the public faces and the control plane resolved.
-        seats: of the workers, also of those that are started later.
+        components: the processes on this machine.
     """
 
     settings: Settings
     components: tuple[Component, ...]
     run_folder: Path
-    seats: Seats
-
-    @property
-    def worker_names(self) -> frozenset[str]:
-        return frozenset(component.name for component in self.components) - {CONTROL_PLANE, FRONTEND}
 
     @property
     def http_url(self) -> str:
@@ -59,6 +54,21 @@ class LocalCluster:
     @property
     def grpc_target(self) -> str:
         return host_port(reachable(self.settings.frontend.host), self.settings.frontend.grpc_port)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster(PlannedCluster):
+    """One whose workers are processes on this machine, too.
+
+    Attributes:
+        seats: of the workers, also of those that are started later.
+    """
+
+    seats: Seats
+
+    @property
+    def worker_names(self) -> frozenset[str]:
+        return frozenset(component.name for component in self.components) - {CONTROL_PLANE, FRONTEND}
 
 
 def plan(
@@ -79,22 +89,12 @@ def plan(
         ConfigError: a port is taken.
         StartupError: the run folder cannot be written.
     """
-    resolved = _resolve_ports(settings)
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        file = run_folder / "slipstream.yaml"
-        config_file.write(resolved, file)
-    except OSError as error:
-        message = f"the run folder {run_folder} cannot be written ({error.strerror}); choose another with --log-dir"
-        raise StartupError(message) from None
-    commands = _Commands((python, "-P", "-m", "slipstream"), file, _child_environ(environ), run_folder)
+    resolved = resolve_ports(settings)
+    commands = Commands.of(resolved, environ, run_folder, python)
     seats = Seats.of(resolved, sorted(cpus), commands)
     workers = _workers(resolved, seats)
-    control_plane = commands.component(
-        CONTROL_PLANE, ["planner", "serve"], stop_stage=_STAGE_CONTROL_PLANE, essential=True
-    )
-    frontend = commands.component(FRONTEND, ["frontend"], stop_stage=_STAGE_FRONTEND, essential=True)
-    return LocalCluster(resolved, (control_plane, *workers, frontend), run_folder, seats)
+    components = (commands.control_plane(), *workers, commands.frontend())
+    return LocalCluster(resolved, components, run_folder, seats)
 
 
 def default_run_folder(environ: Mapping[str, str], home: Path, now: datetime, pid: int) -> Path:
@@ -110,13 +110,36 @@ def forget_old_runs(environ: Mapping[str, str], home: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Commands:
+class Commands:
     """What all commands of one cluster share."""
 
     program: tuple[str, ...]
     config_file: Path
     environ: Mapping[str, str]
     run_folder: Path
+
+    @classmethod
+    def of(cls, settings: Settings, environ: Mapping[str, str], run_folder: Path, python: str) -> Commands:
+        """Write the run folder's `slipstream.yaml`, which all of them read.
+
+        Raises:
+            StartupError: the run folder cannot be written.
+        """
+        file = run_folder / "slipstream.yaml"
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            config_file.write(settings, file)
+        except OSError as error:
+            message = f"the run folder {run_folder} cannot be written ({error.strerror}); choose another with --log-dir"
+            raise StartupError(message) from None
+        return cls((python, "-P", "-m", "slipstream"), file, child_environ(environ), run_folder)
+
+    def control_plane(self) -> Component:
+        arguments = ["planner", "serve"]
+        return self.component(CONTROL_PLANE, arguments, stop_stage=STAGE_CONTROL_PLANE, essential=True)
+
+    def frontend(self) -> Component:
+        return self.component(FRONTEND, ["frontend"], stop_stage=STAGE_FRONTEND, essential=True)
 
     def component(
         self,
@@ -127,10 +150,11 @@ class _Commands:
         cpus: tuple[int, ...] = (),
         essential: bool = False,
         flags: Sequence[str] = (),
+        program: Sequence[str] = (),
     ) -> Component:
         return Component(
             name=name,
-            argv=(*self.program, *arguments, "--config", str(self.config_file), *flags),
+            argv=(*(program or self.program), *arguments, "--config", str(self.config_file), *flags),
             environ=self.environ,
             log_path=self.run_folder / f"{name}.log",
             stop_stage=stop_stage,
@@ -150,12 +174,12 @@ class Seats:
 
     settings: Settings
     count: int
-    commands: _Commands
+    commands: Commands
     shares: tuple[tuple[int, ...], ...] | None
     threads: int | None
 
     @classmethod
-    def of(cls, settings: Settings, cpus: Sequence[int], commands: _Commands) -> Seats:
+    def of(cls, settings: Settings, cpus: Sequence[int], commands: Commands) -> Seats:
         """As many as there are workers; where their number changes, as many as there may be."""
         cluster, computes = settings.cluster, settings.worker.engine == "vllm"
         count = cluster.prefill + cluster.decode
@@ -176,7 +200,7 @@ class Seats:
         elif threads is not None and threads > len(share):
             share = ()  # more threads were asked for than a share has CPUs: let them have all
         command = "prefill-worker" if role == Role.ROLE_PREFILL else "decode-worker"
-        return self.commands.component(name, [command], stop_stage=_STAGE_WORKERS, cpus=share, flags=flags)
+        return self.commands.component(name, [command], stop_stage=STAGE_WORKERS, cpus=share, flags=flags)
 
 
 def seat_name(number: int) -> str:
@@ -194,14 +218,20 @@ def _workers(settings: Settings, seats: Seats) -> list[Component]:
     return [seats.worker(name, role, seat) for seat, (name, role) in enumerate(zip(names, roles, strict=True))]
 
 
-def _child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a child gets of the environment: nothing that Slipstream would read as a setting."""
     child = {name: value for name, value in environ.items() if not name.startswith(ENV_PREFIX)}
     child["PYTHONPATH"] = module_path(environ)
     child["PYTHONUNBUFFERED"] = "1"
     return child
 
 
-def _resolve_ports(settings: Settings) -> Settings:
+def resolve_ports(settings: Settings) -> Settings:
+    """The settings with every port of the public faces and the control plane decided.
+
+    Raises:
+        ConfigError: a port is taken.
+    """
     face, control = settings.frontend, settings.control_plane
     http_port = _port(face.host, face.http_port, "frontend.http_port", "--http-port")
     grpc_port = _port(face.host, face.grpc_port, "frontend.grpc_port", "--grpc-port", taken={http_port})

@@ -1,19 +1,25 @@
-"""When a local cluster is ready: every worker is READY in the registry, and the frontend says that it can serve."""
+"""When a cluster is ready: its workers are READY in the registry, and the frontend says that it can serve."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import grpc
 import grpc.aio
 
 from deploy.supervisor import Report
 from slipstream.v1 import registry_pb2
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.registry_pb2_grpc import RegistryStub
 
 _RETRY_S = 0.25
 _PROBE_TIMEOUT_S = 3.0
+
+
+Enough = Callable[[Sequence[WorkerRecord]], bool]
+"""Takes the registry's records, reports what it finds, and says whether these are all that is waited for."""
 
 
 async def until_ready(
@@ -21,7 +27,7 @@ async def until_ready(
     registry: str,
     frontend_host: str,
     http_port: int,
-    workers: Collection[str],
+    enough: Enough,
     control_plane: str,
     frontend: str,
     report: Report,
@@ -30,19 +36,57 @@ async def until_ready(
 
     Args:
         registry: host:port of the control plane.
-        workers: worker ids that are waited for.
+        enough: `all_named` or `counted`.
         control_plane, frontend: the names under which these two are reported.
     """
     async with asyncio.TaskGroup() as group:
-        group.create_task(_until_registered(registry, workers, control_plane, report))
+        group.create_task(_until_registered(registry, enough, control_plane, report))
         group.create_task(_until_frontend_ready(frontend_host, http_port, frontend, report))
 
 
-async def _until_registered(registry: str, workers: Collection[str], control_plane: str, report: Report) -> None:
+def all_named(workers: Collection[str], report: Report) -> Enough:
+    """Wait for the workers with these names."""
+
+    def enough(records: Sequence[WorkerRecord]) -> bool:
+        named = [record for record in records if record.worker_id in workers]
+        for record in named:
+            report(record.worker_id, "ready" if _is_ready(record) else "loading")
+        return {record.worker_id for record in named if _is_ready(record)} == set(workers)
+
+    return enough
+
+
+def counted(wanted: Mapping[Role.ValueType, int], pool: str, report: Report) -> Enough:
+    """Wait for so many workers of each role; `pool` is the name under which what runs them is reported."""
+
+    told: set[tuple[str, bool]] = set()
+
+    def enough(records: Sequence[WorkerRecord]) -> bool:
+        for record in records:
+            news = (record.worker_id, _is_ready(record))
+            if news not in told:
+                told.add(news)
+                report(record.worker_id, "ready" if _is_ready(record) else "loading")
+        ready = Counter(record.role for record in records if _is_ready(record))
+        whole = all(ready[role] >= count for role, count in wanted.items())
+        if whole:
+            report(pool, "ready")
+        else:
+            report(pool, "waiting for workers", f"{ready.total()} of {sum(wanted.values())} ready")
+        return whole
+
+    return enough
+
+
+def _is_ready(record: WorkerRecord) -> bool:
+    return record.state == registry_pb2.READY
+
+
+async def _until_registered(registry: str, enough: Enough, control_plane: str, report: Report) -> None:
     async with grpc.aio.insecure_channel(registry, options=[("grpc.max_reconnect_backoff_ms", 500)]) as channel:
         while True:
             try:
-                if await _watch(RegistryStub(channel).Watch, workers, control_plane, report):
+                if await _watch(RegistryStub(channel).Watch, enough, control_plane, report):
                     return
             except grpc.RpcError:
                 pass  # not listening yet
@@ -51,21 +95,14 @@ async def _until_registered(registry: str, workers: Collection[str], control_pla
 
 async def _watch(
     watch: grpc.aio.UnaryStreamMultiCallable[registry_pb2.WatchRequest, registry_pb2.WorkerSet],
-    workers: Collection[str],
+    enough: Enough,
     control_plane: str,
     report: Report,
 ) -> bool:
     """True once all are ready; False when the registry ended the stream."""
     async for worker_set in watch(registry_pb2.WatchRequest()):
         report(control_plane, "ready")
-        ready = set()
-        for record in worker_set.workers:
-            if record.worker_id in workers:
-                is_ready = record.state == registry_pb2.READY
-                report(record.worker_id, "ready" if is_ready else "loading")
-                if is_ready:
-                    ready.add(record.worker_id)
-        if ready == set(workers):
+        if enough(worker_set.workers):
             return True
     return False
 

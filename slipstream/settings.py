@@ -342,8 +342,16 @@ class TracingSettings(Section):
 
 
 class ClusterSettings(Section):
-    """What `slipstream up` starts on this machine."""
+    """What `slipstream up` starts."""
 
+    on: Literal["local", "ray"] = Field(
+        "local", description="where the workers run: processes on this machine, or actors on the nodes of a Ray cluster"
+    )
+    name: str = Field(
+        "slipstream",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        description="under which its workers are found again on Ray; one for each cluster",
+    )
     prefill: int = Field(1, ge=0, le=64, description="prefill workers")
     decode: int = Field(1, ge=1, le=64, description="decode workers")
     log_dir: Path | None = Field(
@@ -352,7 +360,33 @@ class ClusterSettings(Section):
     ready_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest `up` waits for everything to be ready")
     autoscale: bool = Field(False, description="let the planner start, flip and drain workers")
     max_workers: int | None = Field(
-        None, ge=1, le=256, description="most workers with `autoscale`; one for each CPU when absent"
+        None,
+        ge=1,
+        le=256,
+        description="most workers with `autoscale`; one for each CPU when absent. On Ray it has to be given",
+    )
+
+
+class RaySettings(Section):
+    """Workers on the nodes of a Ray cluster (cluster.on = ray): each an actor in a placement group of its own."""
+
+    address: str | None = Field(
+        None,
+        description="host:port of the Ray cluster, of which this machine is a node; the one that runs here when "
+        "absent, and where none does one is started for as long as `up` runs",
+    )
+    cpus_per_worker: float = Field(1.0, ge=0.01, le=1024, description="CPUs that Ray keeps for a worker")
+    gpus_per_worker: int = Field(
+        0, ge=0, le=64, description="GPUs that Ray keeps for a worker, all on one node: as many as its engine uses"
+    )
+    place_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="longest a worker may wait for a node with room; minutes where Ray itself adds nodes",
+    )
+    orphan_after_s: float = Field(
+        120.0, ge=2, le=86400, description="a worker that hears nothing from `up` for this long drains and ends"
     )
 
 
@@ -429,5 +463,6 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()
+    ray: RaySettings = RaySettings()
     planner: PlannerSettings = PlannerSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()

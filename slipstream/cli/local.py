@@ -1,4 +1,4 @@
-"""`slipstream up` and `slipstream demo`: a whole cluster on this machine."""
+"""`slipstream up`, `demo` and `down`: a whole cluster, on this machine or on Ray, and its end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +25,9 @@ from slipstream.settings import FrontendSettings, Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deploy.plan import LocalCluster
+    from deploy.plan import PlannedCluster
 
-PANEL = "A cluster on this machine"
+PANEL = "A cluster"
 
 QUESTION = "What is the capital of France?"
 
@@ -36,6 +37,7 @@ _FLAGS = select(
     "device",
     "dtype",
     "cluster.*",
+    "ray.*",
     "frontend.*",
     "worker.*",
     "simulated.*",
@@ -46,7 +48,7 @@ _FLAGS = select(
     "planner.dry_run",
     "log.*",
     "tracing.*",
-    own={"cluster", "frontend", "worker"},
+    own={"cluster", "ray", "frontend", "worker"},
     without={
         "worker.worker_id",
         "worker.node",
@@ -56,8 +58,12 @@ _FLAGS = select(
         "frontend.workers",
     },
 ) + select("frontend.workers")
+_DOWN_FLAGS = select("cluster.on", "cluster.name", "ray.address", own={"cluster", "ray"})
 _PUBLIC_PORTS = (("frontend", "http_port"), ("frontend", "grpc_port"), ("control_plane", "port"))
 _ASK_TIMEOUT_S = 30.0
+
+Launched = Callable[..., Coroutine[Any, Any, None]]
+"""Starts a cluster, runs a body, stops it."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -71,6 +77,10 @@ def add_to(app: typer.Typer) -> None:
                 "a big one that computes nothing and keeps time",
             ),
             ("slipstream up --autoscale --max-workers 4", "the planner starts, flips and drains workers"),
+            (
+                "slipstream up --on ray --prefill 2 --decode 4",
+                "workers on the nodes of the Ray cluster of this machine",
+            ),
             ("slipstream up --http-port 0 --grpc-port 0 --control-plane-port 0", "on free ports"),
         ),
     )(up)
@@ -81,6 +91,13 @@ def add_to(app: typer.Typer) -> None:
             ('slipstream demo --prompt "Tell me a joke." --max-tokens 200', "asks something else"),
         ),
     )(demo)
+    app.command(
+        rich_help_panel=PANEL,
+        epilog=examples(
+            ("slipstream down --on ray", "drain and end the workers of the cluster named slipstream"),
+            ("slipstream down --on ray --name chat --now", "end those of another one at once"),
+        ),
+    )(down)
 
 
 @with_settings(*_FLAGS)
@@ -91,7 +108,7 @@ def up(loaded: LoadedConfig) -> None:
 
     began_s = time.monotonic()
 
-    async def serve(cluster: LocalCluster) -> None:
+    async def serve(cluster: PlannedCluster) -> None:
         _print_endpoints(output(), cluster, await _served_model(cluster), time.monotonic() - began_s)
         await forever()
 
@@ -109,7 +126,7 @@ def demo(
     Ports that are not set are free ones, so that it runs beside another cluster.
     """
 
-    async def ask(cluster: LocalCluster) -> None:
+    async def ask(cluster: PlannedCluster) -> None:
         from slipstream.cli.demo_account import ask_and_account
         from slipstream.cli.terminal import output
 
@@ -118,8 +135,26 @@ def demo(
     _run(_with_free_ports(loaded), ask, ends_by_signal=False)
 
 
+@with_settings(*_DOWN_FLAGS)
+def down(
+    loaded: LoadedConfig,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", min=0, help="Longest that the drains may take.")] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="Kill at once; open requests are taken over or fail.")] = False,
+) -> None:
+    """End all workers of a cluster on Ray, also those that a killed `slipstream up` has left."""
+    from slipstream.cli.terminal import output
+
+    settings = loaded.settings
+    if settings.cluster.on != "ray":
+        raise ConfigError("a cluster on this machine ends with its `slipstream up`; give --on ray", param="cluster.on")
+    from deploy.ray.teardown import end_cluster
+
+    ended = end_cluster(settings, timeout_s=timeout_s, now=now)
+    output().print(f"Ended {', '.join(ended)}" if ended else f"No worker of {settings.cluster.name} runs on Ray")
+
+
 def _run(
-    settings: Settings, body: Callable[[LocalCluster], Coroutine[Any, Any, None]], *, ends_by_signal: bool
+    settings: Settings, body: Callable[[PlannedCluster], Coroutine[Any, Any, None]], *, ends_by_signal: bool
 ) -> None:
     """Start a cluster, run `body` with it, stop it.
 
@@ -127,7 +162,7 @@ def _run(
         ends_by_signal: once it was ready, a signal is the way to end it, and no failure.
     """
     from deploy import plan
-    from deploy.launch import StoppedBySignal, launch_cluster
+    from deploy.launch import StoppedBySignal
     from slipstream.cli.terminal import messages
 
     console, home = messages(), Path.home()
@@ -144,13 +179,27 @@ def _run(
                 "planner.policy is set and nobody is to act by it; add --autoscale, or --planner-dry-run",
                 param="planner.policy",
             )
-        cluster = plan.plan(settings, environ=os.environ, run_folder=run_folder, cpus=os.sched_getaffinity(0))
+        cluster, launched = _planned(settings, run_folder)
+        where = " on Ray" if settings.cluster.on == "ray" else ""
         counts = f"{settings.cluster.prefill} prefill + {settings.cluster.decode} decode"
-        console.print(f"Starting {settings.model} on {counts} workers; logs in {run_folder}", soft_wrap=True)
+        console.print(f"Starting {settings.model} on {counts} workers{where}; logs in {run_folder}", soft_wrap=True)
         try:
-            asyncio.run(launch_cluster(cluster, lambda: body(cluster), console=console))
+            asyncio.run(launched(lambda: body(cluster), console=console))
         except StoppedBySignal as stopped:
             raise typer.Exit(0 if stopped.ready and ends_by_signal else 128 + stopped.signum) from None
+
+
+def _planned(settings: Settings, run_folder: Path) -> tuple[PlannedCluster, Launched]:
+    """The cluster, and what starts it."""
+    if settings.cluster.on == "ray":
+        from deploy.ray import launch as on_ray
+
+        cluster = on_ray.plan(settings, environ=os.environ, run_folder=run_folder)
+        return cluster, partial(on_ray.launch_on_ray, cluster)
+    from deploy import launch, plan
+
+    local = plan.plan(settings, environ=os.environ, run_folder=run_folder, cpus=os.sched_getaffinity(0))
+    return local, partial(launch.launch_cluster, local)
 
 
 def _with_free_ports(loaded: LoadedConfig) -> Settings:
@@ -162,7 +211,7 @@ def _with_free_ports(loaded: LoadedConfig) -> Settings:
     return settings
 
 
-async def _served_model(cluster: LocalCluster) -> str:
+async def _served_model(cluster: PlannedCluster) -> str:
     from slipstream.client import AsyncClient
 
     async with AsyncClient(cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S) as client:
@@ -170,7 +219,7 @@ async def _served_model(cluster: LocalCluster) -> str:
     return models[0].id if models else cluster.settings.model
 
 
-def _print_endpoints(console: Console, cluster: LocalCluster, model: str, seconds: float) -> None:
+def _print_endpoints(console: Console, cluster: PlannedCluster, model: str, seconds: float) -> None:
     from rich.text import Text
 
     question = {
@@ -203,7 +252,7 @@ def _print_endpoints(console: Console, cluster: LocalCluster, model: str, second
     console.print(text, soft_wrap=True)
 
 
-def _unless_default(cluster: LocalCluster, flag: str, section: str, name: str) -> str:
+def _unless_default(cluster: PlannedCluster, flag: str, section: str, name: str) -> str:
     value = getattr(getattr(cluster.settings, section), name)
     default = FrontendSettings.model_fields[name].default
     return "" if value == default else f" {flag} {value}"

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deploy.readiness import until_ready
+from deploy.readiness import all_named, until_ready
 from deploy.supervisor import State
 from slipstream.v1.registry_pb2 import ROLE_PREFILL, STARTING, WorkerSet
 from tests.unit.slipstream.scripted_registry import record, serve
@@ -49,7 +49,7 @@ async def wait(registry: str, port: int, reports: Reports, workers: set[str]) ->
         registry=registry,
         frontend_host="127.0.0.1",
         http_port=port,
-        workers=workers,
+        enough=all_named(workers, reports),
         control_plane="control-plane",
         frontend="frontend",
         report=reports,

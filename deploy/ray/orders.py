@@ -1,0 +1,62 @@
+"""From settings to what a worker on Ray shall be, and what it takes of its node."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from deploy.ray.placement import Bundle
+from deploy.ray.worker_actor import Order
+from slipstream.settings import Settings
+from slipstream.v1.registry_pb2 import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What all workers of one cluster have in common.
+
+    Attributes:
+        settings_id: equal for workers that were ordered by the same settings.
+        bundle: that each takes of its node.
+    """
+
+    settings: Settings
+    settings_yaml: str
+    settings_id: str
+    bundle: Bundle
+    run_folder: Path
+
+    @classmethod
+    def of(cls, settings: Settings, run_folder: Path) -> Orders:
+        ray = settings.ray
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        # How many there are, and where this launcher keeps its files, is nothing to a worker.
+        told = settings.model_dump(mode="json", exclude={"cluster": True, "planner": True, "frontend": True})
+        settings_id = hashlib.sha256(yaml.safe_dump(told).encode()).hexdigest()
+        bundle = {"CPU": ray.cpus_per_worker} | ({"GPU": float(ray.gpus_per_worker)} if ray.gpus_per_worker else {})
+        return cls(settings, text, settings_id, bundle, run_folder)
+
+    @property
+    def model(self) -> str:
+        return self.settings.served_model_name or ""
+
+    def order(self, worker_id: str, role: Role.ValueType, now_unix_s: float) -> Order:
+        worker = self.settings.worker
+        threads = worker.threads
+        if threads is None and worker.engine == "vllm" and self.settings.device != "cuda":
+            threads = max(1, int(self.settings.ray.cpus_per_worker))
+        return Order(
+            worker_id=worker_id,
+            model=self.model,
+            role=role,
+            settings_yaml=self.settings_yaml,
+            settings_id=self.settings_id,
+            run_folder=str(self.run_folder),
+            threads=threads,
+            drain_timeout_s=worker.drain_timeout_s,
+            orphan_after_s=self.settings.ray.orphan_after_s,
+            ordered_unix_s=now_unix_s,
+        )
