@@ -78,6 +78,7 @@ class WorkerActor:
 
         self._order = order
         self._group = ray.util.get_current_placement_group()
+        self._node_id: str = ray.get_runtime_context().get_node_id()
         self._heard_s = time.monotonic()
         self._asked_by = ""
         self._process: Process | None = None
@@ -105,11 +106,8 @@ class WorkerActor:
 
     async def describe(self, asker: str = "") -> Found:
         """What this is. Being asked by a pool keeps it from being an orphan; others only look."""
-        import ray
-
-        node_id: str = ray.get_runtime_context().get_node_id()
         ago_s = time.monotonic() - self._heard_s
-        found = Found(self._order, node_id, self._process is not None, self._ending, self._asked_by, ago_s)
+        found = Found(self._order, self._node_id, self._process is not None, self._ending, self._asked_by, ago_s)
         if asker:
             self._asked_by = asker
             self._heard()
@@ -178,6 +176,7 @@ class WorkerActor:
         command = "prefill-worker" if order.role == Role.ROLE_PREFILL else "decode-worker"
         argv = [sys.executable, "-P", "-m", "slipstream", command, "--config", str(config)]
         argv += ["--worker-id", order.worker_id, "--host", _host()]
+        argv += ["--node", self._node_id]
         if order.threads is not None:
             argv += ["--threads", str(order.threads)]
         return Component(
