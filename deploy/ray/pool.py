@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deploy.ray.adoption import Adopted, found_workers
 from deploy.ray.draining import leave_at_s
@@ -105,6 +106,7 @@ class Pool:
         self._died_s: dict[Role.ValueType, list[float]] = {}
         self._draining_since_s: dict[str, float] = {}
         self._choosing = asyncio.Lock()
+        self._sick_nodes: dict[str, str] = {}
         self._closing = False
 
     @property
@@ -173,6 +175,13 @@ class Pool:
         worker = self._workers.get(worker_id)
         if worker is not None:
             self._end(worker)
+
+    def bar(self, worker_id: str, why: str) -> None:
+        """Place nothing new on the node of this worker, whose device is sick, as long as the node is in the cluster."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.node_id not in self._sick_nodes:
+            self._sick_nodes[worker.node_id] = why
+            log.warning("node_barred", node=worker.node_id, worker_id=worker_id, reason=why)
 
     async def close(self) -> None:
         """Drain all workers and wait for their end, as long as a drain may take. Nothing of them is left on Ray."""
@@ -297,10 +306,14 @@ class Pool:
     async def _choose(self, worker: PoolWorker) -> list[RayNode]:
         """Note the node that it shall have, one worker after the other, so that each sees what was chosen before it."""
         async with self._choosing:
-            nodes = await self._places.nodes()
+            nodes = [self._as_known(node) for node in await self._places.nodes()]
             placed = [(one.node_id, one.role) for one in self._workers.values() if one.node_id and not one.ending]
             worker.node_id = choose_node(nodes, self._orders.bundle, worker.role, placed) or ""
             return nodes
+
+    def _as_known(self, node: RayNode) -> RayNode:
+        """A node with a sick device gets nothing new, as one that is about to go: Ray may give out the same device."""
+        return replace(node, gone_at_s=node.gone_at_s or math.inf) if node.node_id in self._sick_nodes else node
 
     async def _until_ended(self, worker: PoolWorker) -> str:
         """How it has ended.

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from deploy.ray.pool import Pool
-from deploy.scaler_service import PlannerLease
-from slipstream.scaler import ScaledWorker
+from deploy.scaler_service import MAX_REASON_CHARS, PlannerLease
+from slipstream.scaler import ScaledWorker, SickWorker
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.worker_roles import change_role
 
@@ -15,7 +15,7 @@ FLIP_TIMEOUT_S = 3.0
 
 
 class RayScaler:
-    """A `slipstream.scaler.Scaler` over a pool in the same process.
+    """A `slipstream.scaler.Scaler` and `Reporter` over a pool in the same process.
 
     Args:
         records: of the workers as the registry has them: where their roles are changed.
@@ -57,3 +57,8 @@ class RayScaler:
     async def release_lease(self, holder: str) -> None:
         """See `Scaler.release_lease`."""
         self.lease.release(holder)
+
+    async def report(self, sick: SickWorker) -> None:
+        """See `Reporter.report`. Ray cannot be told that a node is sick; none is placed on it any more."""
+        if sick.device:
+            self._pool.bar(sick.worker_id, ", ".join(sick.reasons)[:MAX_REASON_CHARS])

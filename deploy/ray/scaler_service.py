@@ -15,6 +15,7 @@ from deploy.scaler_service import LONGEST_LEASE_S, MAX_HOLDER_CHARS, MAX_REQUEST
 from slipstream import grpc_errors
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
 from slipstream.grpc_channels import server_options
+from slipstream.scaler import SickWorker
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
     DrainWorkerRequest,
@@ -24,6 +25,8 @@ from slipstream.v1.scaler_pb2 import (
     ListWorkersRequest,
     ReleaseLeaseReply,
     ReleaseLeaseRequest,
+    ReportSickReply,
+    ReportSickRequest,
     ScaledWorker,
     StartWorkerReply,
     StartWorkerRequest,
@@ -79,6 +82,17 @@ class RayScalerService(ScalerServicer):
     async def ReleaseLease(self, request: ReleaseLeaseRequest, context: Context) -> ReleaseLeaseReply:  # noqa: N802
         await self._scaler.release_lease(request.holder)
         return ReleaseLeaseReply()
+
+    async def ReportSick(self, request: ReportSickRequest, context: Context) -> ReportSickReply:  # noqa: N802
+        sick = SickWorker(
+            worker_id=request.worker_id,
+            node=request.node,
+            device_ids=tuple(request.device_ids),
+            device=request.device,
+            reasons=tuple(request.reasons),
+        )
+        await self._scaler.report(sick)
+        return ReportSickReply()
 
     def _check_holder(self, holder: str) -> None:
         """Refuse a planner that lost the lease and has not noticed yet."""
