@@ -60,8 +60,8 @@ test: install model  ## Everything: style, types, import rules, all tests
 	@$(MAKE) types
 	@$(MAKE) imports
 	@$(MAKE) test-light
-	@echo "==> All tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "==> All other tests"
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(LIGHT_TESTS)) $(ARGS)
 	@echo "==> Tests of NIXL, which needs a process without ucxx"
 	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
 
