@@ -60,8 +60,10 @@ test: install model  ## Everything: style, types, import rules, all tests
 	@$(MAKE) types
 	@$(MAKE) imports
 	@$(MAKE) test-light
-	@echo "==> All other tests"
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(LIGHT_TESTS)) $(ARGS)
+	@echo "==> Tests of the other parts"
+	@$(BIN)/python -m pytest $(AT_ONCE) tests/unit $(addprefix --ignore=,$(LIGHT_TESTS) tests/unit/kv_transfer) $(ARGS)
+	@echo "==> Tests of transfers and whole clusters, one at a time"
+	@$(BIN)/python -m pytest tests/unit/kv_transfer $(CLUSTER_TESTS) $(ARGS)
 	@echo "==> Tests of NIXL, which needs a process without ucxx"
 	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
 
@@ -81,14 +83,17 @@ imports: install  ## Layering: who may import whom
 test-unit: install  ## The fast tests
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
+CLUSTER_TESTS := $(wildcard tests/integration tests/e2e tests/faults)
 test-e2e: install model  ## The tests that start real workers
-	@$(BIN)/python -m pytest $(wildcard tests/integration tests/e2e tests/faults) $(ARGS)
+	@$(BIN)/python -m pytest $(CLUSTER_TESTS) $(ARGS)
 
+# Tests of single parts mostly wait, so three fit on two cores; a file's tests stay together.
+AT_ONCE := -n 3 --dist loadfile
 LIGHT_TESTS := $(wildcard $(addprefix tests/unit/,slipstream frontend planner deploy))
 test-light: install-light  ## Tests of frontend, planner and client where torch is not installed
 	@echo "==> Tests of the light install"
 	@! $(LIGHT_BIN)/python -c "import torch" 2>/dev/null || { echo "error: torch is in .venv-light" >&2; exit 1; }
-	@$(LIGHT_BIN)/python -m pytest $(LIGHT_TESTS) $(ARGS)
+	@$(LIGHT_BIN)/python -m pytest $(AT_ONCE) $(LIGHT_TESTS) $(ARGS)
 
 .PHONY: fuzz
 fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"

@@ -81,7 +81,8 @@ async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
         stdout=follower,
         stderr=follower,
         preexec_fn=own_terminal,
-        env=os.environ | {"TERM": "xterm"},
+        # Its size is the terminal's, not what the environment says of another one.
+        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"},
     )
     os.close(follower)
     try:
