@@ -37,7 +37,7 @@ from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
 from engine.worker_metrics import MetricsServer
-from engine.worker_service import WorkerService, add_standard_services
+from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
 from kv_transfer import board as boards
 from kv_transfer.board import Board
 from slipstream import grpc_wakeups, telemetry, tracing
@@ -232,6 +232,8 @@ class _Host:
             )
             await server.start()
             self._state = WorkerState.READY
+            # Until the process ends: it lives, also while it drains and takes nothing new.
+            await health_service.set(LIVE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
             registration.push()
             log.info("worker_ready", address=self._address, metrics=self._metrics_url, model=self._model)

@@ -23,6 +23,9 @@ SetFence = Callable[[bool, str], None]
 """Fences the worker, or ends that, and why; raises WorkerDrainingError."""
 MAX_BECAUSE_CHARS = 240
 
+LIVE_SERVICE = "slipstream.v1.Worker"
+"""gRPC's health checks of this one tell whether the worker lives; those of "", whether it takes new requests."""
+
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """See `slipstream.v1.Worker`.
@@ -111,6 +114,6 @@ def add_standard_services(
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     worker_pb2_grpc.add_WorkerServicer_to_server(worker_service, server)
-    names = (*role_services, "slipstream.v1.Worker", health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (*role_services, LIVE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return health_service
