@@ -119,7 +119,11 @@ class AdmissionSettings(Section):
         4096, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
     )
     worker_wait_s: float = Field(
-        0.02, ge=0, le=60, description="predicted wait at the workers up to which requests go to them"
+        0.02,
+        ge=0,
+        le=60,
+        description="predicted wait at the workers up to which requests go to them; half of "
+        "`ttft_slo_s` where it is more and all that comes is of one tenant and class",
     )
     ttft_slo_s: float = Field(
         2.0,

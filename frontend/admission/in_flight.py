@@ -22,7 +22,7 @@ from operator import attrgetter
 from typing import Generic, TypeVar
 
 from frontend.admission.claim import Entry, Priority, Stage
-from frontend.admission.lately import Lately
+from frontend.admission.lately import Company, Lately
 
 E = TypeVar("E", bound=Entry)
 
@@ -179,10 +179,13 @@ class InFlight(Generic[E]):
 
     Args:
         worker_wait_s: predicted wait at a prefill worker up to which a request is let through.
+        alone_wait_s: the same, where there is no second tenant, class or frontend.
     """
 
-    def __init__(self, worker_wait_s: float, now_s: float) -> None:
+    def __init__(self, worker_wait_s: float, alone_wait_s: float, now_s: float) -> None:
         self._worker_wait_s = worker_wait_s
+        self._alone_wait_s = max(worker_wait_s, alone_wait_s)
+        self.company = Company()
         self.room = ClusterRoom()
         self.others = ALONE
         self.lanes: Lanes[E] = Lanes(now_s)
@@ -269,9 +272,13 @@ class InFlight(Generic[E]):
             return Bottleneck.DECODE
         if room.kv_tokens and self._kv_tokens >= self._share(room.kv_tokens, int(self._foreign_kv_tokens)):
             return Bottleneck.DECODE
-        if self.lanes.prompts >= len(self.lanes) and self.lanes.free_in_s(now_s) >= self._worker_wait_s:
+        if self.lanes.prompts >= len(self.lanes) and self.lanes.free_in_s(now_s) >= self._wait_s(now_s):
             return Bottleneck.PREFILL
         return None
+
+    def _wait_s(self, now_s: float) -> float:
+        alone = self.others.frontends == 1 and not self.batch and self.company.none_at(now_s)
+        return self._alone_wait_s if alone else self._worker_wait_s
 
     def begin(self, entry: E, now_s: float) -> None:
         """A request goes to the workers."""

@@ -14,6 +14,8 @@ _LONGEST_S = 1.0
 """Of a time in which nobody looked, no more than this counts."""
 
 _MAX_TENANTS = 4096
+COMPANY_S = 60.0
+"""After a request of another tenant or class, for so long somebody is there to be fair to."""
 
 
 class _Decaying:
@@ -30,6 +32,28 @@ class _Decaying:
 
     def of(self, now_s: float) -> float:
         return self._sum * math.exp((self._at_s - now_s) / LATELY_S)
+
+
+class Company:
+    """Whether all that comes is of one tenant and class, so that nobody loses by what waits at the workers."""
+
+    __slots__ = ("_last", "_until_s")
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] | None = None
+        self._until_s = -math.inf
+
+    def came(self, entry: Entry, now_s: float) -> None:
+        """A new request."""
+        whose = entry.claim.tenant, int(entry.claim.priority)
+        if whose != self._last:
+            if self._last is not None:
+                self._until_s = now_s + COMPANY_S
+            self._last = whose
+
+    def none_at(self, now_s: float) -> bool:
+        """Whether nobody else has come lately."""
+        return now_s >= self._until_s
 
 
 class Lately:

@@ -23,7 +23,8 @@ PACE_DECAY = 0.98
 """What earlier grants weigh in the pace of the queue after each newer one."""
 
 SLO_SHARE = 0.5
-"""The SLO is at risk when this share of it is spent on waiting, or less where the workers need more of it."""
+"""The SLO is at risk when this share of it is spent on waiting, or less where the workers need more of it. So long may
+wait at the workers what is of one tenant and class alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Scheduler(Generic[E]):
     def __init__(self, policy: Policy, now_s: float) -> None:
         self.policy = policy
         self.queues: ClassQueues[E] = ClassQueues(policy.limits)
-        self.in_flight: InFlight[E] = InFlight(policy.worker_wait_s, now_s)
+        self.in_flight: InFlight[E] = InFlight(policy.worker_wait_s, SLO_SHARE * policy.ttft_slo_s, now_s)
         self._pace = _Pace()
 
     def take_room(self, room: ClusterRoom, now_s: float) -> None:
@@ -105,6 +106,7 @@ class Scheduler(Generic[E]):
             QueueFullError: there is no room in the queue for one like this.
             DeadlineUnreachableError: its deadline would come before its turn.
         """
+        self.in_flight.company.came(entry, now_s)
         if not len(self.queues) and self.in_flight.bottleneck(now_s) is None:
             self.in_flight.begin(entry, now_s)
             return Arrival(admitted=True)

@@ -86,7 +86,8 @@ def test_tenants_that_nobody_knows_yet_do_not_all_go_at_once() -> None:
 
 
 def test_workers_are_kept_busy_and_have_no_queue_of_their_own() -> None:
-    jobs = arrivals("a", 100, 3)  # two and a half times of what four workers do
+    # Two and a half times of what four workers do; somebody else is there, too.
+    jobs = [job(0.0, "b"), job(30.0, "b"), *arrivals("a", 100, 3)]
     loop = run(jobs, prefill_workers=4, transfer_s=0.05)
     answered = [one for one in jobs if one.first_token_at_s is not None]
     ended_s = max(one.first_token_at_s or 0.0 for one in answered)
@@ -159,7 +160,31 @@ def test_a_prompt_that_takes_longer_than_predicted_holds_its_worker_until_it_is_
 def test_short_prompts_go_together_as_an_engine_computes_them() -> None:
     scheduler: Scheduler[Job] = Scheduler(policy(), 0.0)
     scheduler.take_room(ClusterRoom(prefill_workers=2, decode_workers=1), 0.0)
-    assert [scheduler.arrive(job(0.0, work=300), 0.0).admitted for _ in range(8)] == [True] * 7 + [False]
+    tenants = ["a", "b"] * 4
+    assert [scheduler.arrive(job(0.0, one, work=300), 0.0).admitted for one in tenants] == [True] * 7 + [False]
+
+
+def sent_of_a_crowd(*before: Job, at_s: float, **limits: float) -> int:
+    """Of fifty prompts of half a second each, one after the other for two workers, what goes to them at once."""
+    scheduler: Scheduler[Job] = Scheduler(policy(**limits), 0.0)  # type: ignore[arg-type]
+    scheduler.take_room(ClusterRoom(prefill_workers=2, decode_workers=1), 0.0)
+    for one in before:
+        scheduler.arrive(one, one.arrived_s)
+        scheduler.end(one, one.arrived_s)
+    return sum(scheduler.arrive(job(at_s, "a", work=1000), at_s).admitted for _ in range(50))
+
+
+def test_what_is_of_one_tenant_waits_at_the_workers_for_half_the_time_to_first_token_and_no_longer() -> None:
+    # An engine that has a choice of prompts computes short ones together; nobody else loses by it.
+    assert sent_of_a_crowd(at_s=0.0) == 2 + 2
+    assert sent_of_a_crowd(at_s=0.0, ttft_slo_s=4.0) == 2 + 6
+
+
+def test_with_a_second_tenant_or_class_lately_prompts_wait_in_the_frontend() -> None:
+    another, batch = job(0.0, "b"), job(0.0, "a", Priority.BATCH)
+    assert sent_of_a_crowd(another, at_s=1.0) == 2 + 1  # one short prompt more: a step is not full yet
+    assert sent_of_a_crowd(batch, at_s=1.0) == 2 + 1
+    assert sent_of_a_crowd(another, at_s=100.0) == 2 + 1, "it is a second tenant that comes"
 
 
 def test_without_workers_everything_passes_so_that_the_dispatcher_says_what_is_wrong() -> None:
