@@ -20,7 +20,29 @@ control_plane:
 {{- $own := dict "control_plane" (dict
   "port" 7600 "metrics_port" 7601
   "address" (include "slipstream.controlPlaneAddress" .)) -}}
+{{- if eq .Values.scaling.mode "planner" -}}
+{{- $_ := set $own "planner" (dict "policy" "/etc/slipstream/policy.yaml" "scaler" "kubernetes" "dry_run" .Values.planner.dryRun) -}}
+{{- $_ := set $own "kubernetes" (dict
+  "namespace" .Release.Namespace
+  "selector" (include "slipstream.poolSelector" .)
+  "lease" (printf "%s-planner" (include "slipstream.fullname" .))
+  "leader_worker_sets" (or (eq .Values.prefill.workload "LeaderWorkerSet") (eq .Values.decode.workload "LeaderWorkerSet"))) -}}
+{{- end -}}
 {{- mergeOverwrite (deepCopy .Values.config) $own | toYaml -}}
+{{- end }}
+
+{{- define "slipstream.policy" -}}
+{{- if .Values.planner.policy -}}
+{{- toYaml .Values.planner.policy -}}
+{{- else -}}
+{{- $scaling := .Values.scaling -}}
+gpu_budget: {{ add $scaling.prefill.max $scaling.decode.max }}
+models:
+  - model: {{ include "slipstream.servedName" . | quote }}
+    objectives:
+      realtime: {ttft_s: {{ float64 .Values.planner.ttftSeconds }}, itl_s: {{ float64 .Values.planner.itlSeconds }}, percentile: 90.0}
+    bounds: {min_prefill: {{ $scaling.prefill.min }}, min_decode: {{ $scaling.decode.min }}}
+{{- end -}}
 {{- end }}
 
 {{/* Call with (list $ "prefill" | "decode"). */}}

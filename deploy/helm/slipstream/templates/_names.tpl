@@ -48,6 +48,34 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{ include "slipstream.fullname" . }}-control-plane.{{ .Release.Namespace }}.svc:7600
 {{- end }}
 
+{{/* What the planner finds its pools by: Deployments or LeaderWorkerSets, and their pods. Call with (list $ role). */}}
+{{- define "slipstream.poolLabels" -}}
+slipstream.dev/pool: {{ index . 1 }}
+slipstream.dev/role: {{ index . 1 }}
+{{- end }}
+
+{{- define "slipstream.poolSelector" -}}
+slipstream.dev/pool,app.kubernetes.io/instance={{ .Release.Name }},app.kubernetes.io/name={{ include "slipstream.name" . }}
+{{- end }}
+
+{{/* The name that workers register under: what is said, else the model's id, or its folder's last part. */}}
+{{- define "slipstream.servedName" -}}
+{{- if .Values.model.servedName -}}
+{{ .Values.model.servedName }}
+{{- else if hasPrefix "/" .Values.model.name -}}
+{{ base .Values.model.name }}
+{{- else -}}
+{{ .Values.model.name }}
+{{- end -}}
+{{- end }}
+
+{{/* Whether something else than the chart sets the workers' numbers: "yes" or nothing. */}}
+{{- define "slipstream.isScaled" -}}
+{{- if and (ne .Values.scaling.mode "none") (not (and (eq .Values.scaling.mode "planner") .Values.planner.dryRun)) -}}
+yes
+{{- end -}}
+{{- end }}
+
 {{/* Call with (list $ "frontend" | "controlPlane" | "worker"). */}}
 {{- define "slipstream.serviceAccount" -}}
 {{- $root := index . 0 -}}

@@ -6,6 +6,9 @@
 {{- $values := index . 2 -}}
 labels:
   {{- include "slipstream.labels" (list $root (index . 1)) | nindent 2 }}
+  {{- if has (index . 1) (list "prefill" "decode") }}
+  {{- include "slipstream.poolLabels" (list $root (index . 1)) | nindent 2 }}
+  {{- end }}
   {{- with $values.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

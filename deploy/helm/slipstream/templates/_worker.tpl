@@ -183,8 +183,12 @@ metadata:
   namespace: {{ $root.Release.Namespace }}
   labels:
     {{- include "slipstream.labels" . | nindent 4 }}
+    {{- include "slipstream.poolLabels" . | nindent 4 }}
+  annotations:
+    slipstream.dev/model: {{ include "slipstream.servedName" $root | quote }}
+    slipstream.dev/max-replicas: {{ (index $root.Values.scaling $role).max | quote }}
 spec:
-  {{- if eq $root.Values.scaling.mode "none" }}
+  {{- if not (include "slipstream.isScaled" $root) }}
   replicas: {{ $pool.replicas }}
   {{- end }}
   startupPolicy: LeaderCreated
@@ -213,8 +217,12 @@ metadata:
   namespace: {{ $root.Release.Namespace }}
   labels:
     {{- include "slipstream.labels" . | nindent 4 }}
+    {{- include "slipstream.poolLabels" . | nindent 4 }}
+  annotations:
+    slipstream.dev/model: {{ include "slipstream.servedName" $root | quote }}
+    slipstream.dev/max-replicas: {{ (index $root.Values.scaling $role).max | quote }}
 spec:
-  {{- if eq $root.Values.scaling.mode "none" }}
+  {{- if not (include "slipstream.isScaled" $root) }}
   replicas: {{ $pool.replicas }}
   {{- end }}
   strategy:

@@ -54,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "infiniband": preset("infiniband"),
     "roce": preset("roce"),
     "simulated": preset("simulated"),
+    "planner": {"scaling": {"mode": "planner"}},
+    "planner-groups": {"scaling": {"mode": "planner"}, "planner": {"dryRun": True}, **pools(**_GROUPS)},
     "hpa": {"scaling": {"mode": "hpa"}, "frontend": {"autoscaling": {"enabled": True}}},
     "keda": {"scaling": {"mode": "keda"}},
     "keda-groups": {"scaling": {"mode": "keda"}, **pools(**_GROUPS)},
