@@ -65,6 +65,12 @@ class Conversations:
             blocks = Depths.of(guessed, slots) if blocks is None else blocks.with_(guessed)
         return None if blocks is None else blocks.times(chain.block_tokens)
 
+    def resident_blocks(self, keys: Sequence[int]) -> int:
+        """How many blocks of a chain, from the beginning, the worker has that has most of them."""
+        told = max(self._caches.blocks(keys).values(), default=0)
+        guessed = self._cache.blocks_known(keys)
+        return max([told, *(count for held, count in guessed.items() if not self._caches.tells_blocks(*held))])
+
     def plan(self, ask: Ask, route: Route, fleet: Fleet) -> WriteBack | None:
         """What a decode worker should hand over to the route's prefill worker, if anything."""
         if not self._write_back or route.prefill is None:

@@ -31,9 +31,11 @@ from frontend.dispatch_metrics import (
 from frontend.generation import ServedModel, TokenDelta, TokenRequest
 from frontend.known_caches import KnownCaches
 from frontend.migrations import Migrations
+from frontend.prefix_names import from_header
 from frontend.progress import Progress, ReplayDiverged
 from frontend.request_life import note_route, stage
 from frontend.request_record import current
+from frontend.resident_prefixes import ResidentPrefixes
 from frontend.router import RETRY_AFTER_S, Ask, Fleet, Route, Router
 from frontend.routing import Routing
 from frontend.worker_channels import WorkerChannels
@@ -83,7 +85,11 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
 
 
 class ClusterDispatcher:
-    """Implements `frontend.generation.Dispatcher` with the workers of the cluster."""
+    """Implements `frontend.generation.Dispatcher` with the workers of the cluster.
+
+    Attributes:
+        residents: which prompts of global frontends are cached here.
+    """
 
     def __init__(
         self, around: Surroundings, watch: ClusterWatch, conversations: Conversations, routing: Routing
@@ -94,6 +100,7 @@ class ClusterDispatcher:
         self._watch = watch
         self._settings: FrontendSettings = around.settings
         self._migrations = Migrations(around.settings, around.clock)
+        self.residents = ResidentPrefixes(conversations.resident_blocks)
         self._fallbacks_told: dict[str, tuple[float, int]] = {}
 
     @property
@@ -144,6 +151,7 @@ class ClusterDispatcher:
         deadline_s = self._around.clock() + self._settings.request_timeout_s
         progress = Progress(request, self._settings.max_attempts, deadline_s, self._settings.max_migrations)
         chain = self._conversations.begin(request.model, request.token_ids)
+        self._note_prefix(chain)
         with OPEN_REQUESTS.track_inprogress(), self._migrations.request():
             while True:
                 attempt = await self._next_attempt(progress, chain)
@@ -187,6 +195,11 @@ class ClusterDispatcher:
                     self._migrations.no_worker(progress)
                     raise failure.as_error(error.message) from error
             await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _note_prefix(self, chain: PrefixChain) -> None:
+        record = current()
+        if record is not None and record.prefix:
+            self.residents.note(from_header(record.prefix), chain.tokens, chain.keys, chain.block_tokens)
 
     def _attempt(self, progress: Progress, chain: PrefixChain) -> Attempt:
         """The next dispatch, routed."""

@@ -37,7 +37,7 @@ _ENDPOINTS = {
     "/health/ready": "health",
     "/metrics": "metrics",
 }
-_PREFIXES = (("/v1/models/", "models"), ("/slipstream/v1/requests/", "explain"))
+_PREFIXES = (("/v1/models/", "models"), ("/slipstream/v1/requests/", "explain"), ("/slipstream/v1/cluster", "cluster"))
 _ABOUT_A_MODEL = frozenset({"chat", "completions"})
 
 

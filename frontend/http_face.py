@@ -19,6 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from frontend.admission.tenants import PEER_KEY_HEADER
+from frontend.cluster_state import STATE_PATH, TellsState
 from frontend.explanation import Explainer, Explains
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
@@ -45,6 +47,8 @@ from slipstream.metric_names import KnownNames
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 _READY_RETRY_S = 1.0
+_LONGEST_VERSION = 18
+_LONGEST_PEER = 64
 
 
 def create_app(
@@ -54,6 +58,7 @@ def create_app(
     wall_clock: Callable[[], float] = time.time,
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
+    tells_state: TellsState | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -62,6 +67,7 @@ def create_app(
         wall_clock: seconds since the epoch, for the `created` fields.
         metrics: what /metrics shows.
         explain: what to tell of requests that came; nothing without.
+        tells_state: what to tell global frontends of the cluster; the path is unknown without.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
@@ -78,9 +84,21 @@ def create_app(
     app.add_api_route("/health/live", face.live, methods=["GET"], **_documented(None))
     app.add_api_route("/health/ready", face.ready, methods=["GET"], **_documented(None))
     app.add_api_route("/slipstream/v1/requests/{request_id}", face.explain, methods=["GET"], **_documented(None))
+    if tells_state is not None:
+        _tell_state(app, tells_state)
     app.add_api_route("/metrics", face.metrics, methods=["GET"], **_documented(None))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _tell_state(app: FastAPI, tells_state: TellsState) -> None:
+    async def state(request: Request) -> Response:
+        version = request.query_params.get("prefixes", "")
+        known = int(version) if version.isascii() and version.isdecimal() and len(version) < _LONGEST_VERSION else -1
+        key, peer = request.headers.get(PEER_KEY_HEADER, ""), request.query_params.get("peer", "")
+        return Response(await tells_state(key, peer[:_LONGEST_PEER], known), media_type="application/json")
+
+    app.add_api_route(STATE_PATH, state, methods=["GET"], **_documented(None))
 
 
 class _App(FastAPI):

@@ -209,6 +209,7 @@ class InferenceService:
                 record.prompts = prompts if access_log.wants_prompts() else ()
                 sequences = self._sequences(request, model, prompts)
                 record.sequences = len(sequences)
+                record.prefix = request.claim.prefix if len(prompts) == 1 else ""
                 series(request.where).prompt.inc(record.prompt_tokens)
                 streams = [
                     self._generate(index, sequence, request.sampling, times) for index, sequence in enumerate(sequences)

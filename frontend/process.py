@@ -17,14 +17,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import grpc.aio
 import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp
 
 from frontend import access_log
 from frontend.admission.cluster_room import others_of, room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
+from frontend.cluster_state import TellsState
 from frontend.explanation import Explainer, Explains
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
@@ -38,11 +41,11 @@ from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
-from slipstream.settings import AdmissionSettings, FrontendSettings, Settings
+from slipstream.settings import FrontendSettings, Settings
 
 log = telemetry.get_logger(__name__)
 
-_BACKLOG_CONNECTIONS = 2048
+BACKLOG_CONNECTIONS = 2048
 # For connections that were told of the shutdown to be closed properly.
 _LAST_WORDS_S = 2.0
 _KEEP_ALIVE_S = 75
@@ -66,9 +69,10 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
     """
     # Late, so that tests of the faces need neither the cluster's client nor a model.
     from frontend.dispatch import open_dispatcher
+    from frontend.state_teller import StateTeller
     from slipstream import model_folder
 
-    _raise_file_limit()
+    raise_file_limit()
     grpc_wakeups.install()
     with (
         stop_signals() as stop,
@@ -89,6 +93,9 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                 room=lambda: room_of(dispatcher.records()),
                 others=partial(others_of, dispatcher.routing.fleet),
             )
+            name = settings.served_model_name or folder.served_name
+            tenants = Tenants(settings.admission)
+            teller = StateTeller(dispatcher, gate, tenants, model_name=name, draining=stop.is_set)
             reporter = TrafficReporter(settings.control_plane.address, gate.queued)
             async with (
                 background(reporter.follow(), name="traffic-report"),
@@ -98,12 +105,13 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                     settings.frontend,
                     gate,
                     text_model,
-                    model_name=settings.served_model_name or folder.served_name,
+                    model_name=name,
                     http_socket=http_socket,
                     stop=stop,
-                    admission=settings.admission,
+                    tenants=tenants,
                     metrics=_metrics_of_all(pool_folder),
                     explain=explain,
+                    tells_state=teller.tell,
                 )
 
 
@@ -116,17 +124,19 @@ async def run_faces(
     http_socket: socket.socket,
     stop: asyncio.Event,
     listening: Callable[[str, str], None] = lambda http, grpc: None,
-    admission: AdmissionSettings | None = None,
+    tenants: Tenants | None = None,
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
+    tells_state: TellsState | None = None,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
     Args:
         listening: called with the HTTP and the gRPC address once both accept.
-        admission: who the tenants are; `dispatcher` does the rest.
+        tenants: who they are; `dispatcher` does the rest of admission.
         metrics: what /metrics shows.
         explain: what the dispatcher decided, for those who ask why.
+        tells_state: what global frontends are told of the cluster.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -137,16 +147,25 @@ async def run_faces(
         model_name=model_name,
         request_timeout_s=settings.request_timeout_s,
         max_n=settings.max_n,
-        tenants=Tenants(admission or AdmissionSettings()),
+        tenants=tenants,
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
-    grpc_port = _bind_grpc(grpc_face, settings)
-    http_server = _http_server(service, settings, metrics, explain)
-    http_socket.listen(_BACKLOG_CONNECTIONS)
+    grpc_port = bind_grpc(grpc_face.server, settings)
+    server = http_server(
+        create_app(
+            service,
+            max_body_bytes=settings.max_body_bytes,
+            metrics=metrics,
+            explain=explain,
+            tells_state=tells_state,
+        ),
+        settings,
+    )
+    http_socket.listen(BACKLOG_CONNECTIONS)
     try:
         await grpc_face.start()
         async with asyncio.TaskGroup() as tasks:
-            http_task = tasks.create_task(http_server.serve([http_socket]), name="http face")
+            http_task = tasks.create_task(server.serve([http_socket]), name="http face")
             health_task = tasks.create_task(grpc_face.watch_readiness(), name="grpc health")
             http_address = host_port(settings.host, http_socket.getsockname()[1])
             grpc_address = host_port(settings.host, grpc_port)
@@ -154,7 +173,7 @@ async def run_faces(
             listening(http_address, grpc_address)
             await stop.wait()
             log.info("frontend_draining", timeout_s=settings.drain_timeout_s)
-            http_server.should_exit = True
+            server.should_exit = True
             drain_task = tasks.create_task(_end_requests_after(service, settings.drain_timeout_s), name="drain")
             await grpc_face.stop(settings.drain_timeout_s + _LAST_WORDS_S)
             await http_task
@@ -183,7 +202,7 @@ def _metrics_of_all(folder: Path | None) -> Collector:
     return registry
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """As many open files as the system lets this process have: each stream is a connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
@@ -241,9 +260,14 @@ def bound_socket(settings: FrontendSettings) -> Iterator[socket.socket]:
         yield bound
 
 
-def _bind_grpc(face: GrpcFace, settings: FrontendSettings) -> int:
+def bind_grpc(server: grpc.aio.Server, settings: FrontendSettings) -> int:
+    """The gRPC face's port, once it is taken.
+
+    Raises:
+        StartupError: it cannot be had.
+    """
     try:
-        return face.server.add_insecure_port(host_port(settings.host, settings.grpc_port))
+        return server.add_insecure_port(host_port(settings.host, settings.grpc_port))
     except RuntimeError as error:
         raise port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
 
@@ -264,10 +288,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _http_server(
-    service: InferenceService, settings: FrontendSettings, metrics: Collector, explain: Explains | None
-) -> _Server:
-    app = create_app(service, max_body_bytes=settings.max_body_bytes, metrics=metrics, explain=explain)
+def http_server(app: ASGIApp, settings: FrontendSettings) -> uvicorn.Server:
+    """What serves an application as all our HTTP faces do."""
     return _Server(
         uvicorn.Config(
             app,
@@ -278,7 +300,7 @@ def _http_server(
             log_config=None,
             log_level="warning",
             server_header=False,
-            backlog=_BACKLOG_CONNECTIONS,
+            backlog=BACKLOG_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + _LAST_WORDS_S),
         )

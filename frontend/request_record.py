@@ -30,6 +30,7 @@ class RequestRecord:
         route: why its workers were chosen.
         attempts: dispatches, 1 when nothing went wrong.
         sequences: answers that were asked for.
+        prefix: a global frontend's names for the beginnings of the prompt, as they came.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class RequestRecord:
     fallback: str = ""
     attempts: int = 0
     sequences: int = 1
+    prefix: str = ""
 
     def unix_ns(self, at_s: float) -> int:
         """A reading of the face's clock as Unix time."""

@@ -11,6 +11,7 @@ from frontend.request_record import RequestRecord
 from slipstream.latency_counts import LatencyCounts
 from slipstream.v1.planner_pb2 import LatencyHistogram, TrafficPart
 
+RECENT_S = 60.0
 _SUCCEEDED = ("200", "OK")
 _FAILED_GRPC = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
@@ -56,11 +57,54 @@ class Queued:
     oldest_wait_s: float = 0.0
 
 
+class RecentLatencies:
+    """What was seen within the last half to whole `RECENT_S`, of all models and classes."""
+
+    def __init__(self) -> None:
+        self._turned_s = 0.0
+        self._ttft, self._itl = (LatencyCounts(), LatencyCounts()), (LatencyCounts(), LatencyCounts())
+
+    def turn(self, now_s: float) -> None:
+        """Forget what is too old; call it before reading."""
+        halves = int((now_s - self._turned_s) / (RECENT_S / 2))
+        if halves >= 1:
+            self._turned_s = now_s
+            older = (LatencyCounts(), LatencyCounts()) if halves > 1 else (self._ttft[1], self._itl[1])
+            self._ttft, self._itl = (older[0], LatencyCounts()), (older[1], LatencyCounts())
+
+    def note(self, ttft_s: float | None, itl_s: float | None) -> None:
+        """One more request has ended."""
+        if ttft_s is not None:
+            self._ttft[1].add(ttft_s)
+        if itl_s is not None:
+            self._itl[1].add(itl_s)
+
+    @property
+    def ttft(self) -> LatencyCounts:
+        return _sum(self._ttft)
+
+    @property
+    def itl(self) -> LatencyCounts:
+        return _sum(self._itl)
+
+
+def _sum(halves: tuple[LatencyCounts, LatencyCounts]) -> LatencyCounts:
+    whole = LatencyCounts()
+    for half in halves:
+        whole.merge(half)
+    return whole
+
+
 class TrafficCount:
-    """The counts of one process since they were last taken."""
+    """The counts of one process since they were last taken.
+
+    Attributes:
+        recent: latencies that are kept beside; taking does not empty them.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, str], Counted] = {}
+        self.recent = RecentLatencies()
 
     def of(self, model: str, service_class: str) -> Counted:
         """To be counted into, now."""
@@ -99,6 +143,7 @@ class TrafficCount:
         failed = _failed(record)
         if record.status in _SUCCEEDED and not failed:
             part = self.of(record.model, record.service_class)
+            self.recent.note(record.ttft_s, record.itl_s if record.sequences == 1 else None)
             part.finished += record.sequences
             part.output_tokens += record.completion_tokens
             part.cached_tokens += record.cached_tokens

@@ -105,6 +105,15 @@ class RequestTooLargeError(SlipstreamError):
     default_code = "request_too_large"
 
 
+class PeerKeyError(SlipstreamError):
+    """A global frontend's key that this cluster does not know."""
+
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    openai_type = "invalid_request_error"
+    default_code = "invalid_peer_key"
+
+
 class UnavailableError(SlipstreamError):
     """The cluster cannot serve this now; the same request may succeed later."""
 
@@ -124,6 +133,18 @@ class NoPolicyError(UnavailableError):
     """The control plane has no scaling policy, and so no planner."""
 
     default_code = "no_policy"
+
+
+class NoClusterError(UnavailableError):
+    """A global frontend has no cluster that can take the request."""
+
+    default_code = "no_cluster"
+
+
+class ClusterLostError(UnavailableError):
+    """A cluster was lost in the middle of an answer that cannot go on elsewhere."""
+
+    default_code = "cluster_lost"
 
 
 class WorkerLostError(UnavailableError):

@@ -140,6 +140,12 @@ class AdmissionSettings(Section):
     tenants: tuple[TenantSettings, ...] = Field(
         (), description="tenants by API key: a list in the YAML file; see docs/admission.md"
     )
+    peer_key_sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}(,[0-9a-f]{64})*$",
+        description="SHA-256 of the keys of global frontends that may use this cluster, with commas between; none may "
+        "when absent (see docs/global-frontend.md)",
+    )
 
 
 class WorkerSettings(Section):
@@ -445,6 +451,37 @@ class KubernetesSettings(Section):
     )
 
 
+class PeerClusterSettings(Section):
+    """One cluster behind a global frontend."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="in headers, metrics and logs")
+    http: tuple[str, ...] = Field(min_length=1, max_length=64, description="http(s)://host:port of its frontends")
+    grpc: tuple[str, ...] = Field(
+        (), max_length=64, description="host:port of the same frontends' gRPC faces, in the same order"
+    )
+    key: str | None = Field(None, min_length=1, description="the key by which it knows this global frontend")
+    key_file: Path | None = Field(None, description="file that holds the key, instead of `key`")
+    ca_file: Path | None = Field(None, description="certificates to trust with https; the system's when absent")
+    max_in_flight: int = Field(1024, ge=1, le=1 << 20, description="requests sent to it at the same time")
+
+
+class GlobalFrontendSettings(Section):
+    """A frontend before several clusters. Its faces are those of `frontend`."""
+
+    clusters: tuple[PeerClusterSettings, ...] = Field(
+        (), description="the clusters: a list in the YAML file; see docs/global-frontend.md"
+    )
+    poll_every_s: float = Field(1.0, ge=0.05, le=60, description="between two questions to a cluster how it is")
+    stale_after_s: float = Field(
+        5.0, ge=0.2, le=600, description="a cluster that has said nothing for this long gets no requests"
+    )
+    connect_timeout_s: float = Field(2.0, gt=0, le=60, description="longest wait for a connection to a cluster")
+    silence_timeout_s: float = Field(
+        90.0, gt=0, le=3600, description="longest pause within a streamed answer before its cluster is taken for lost"
+    )
+    max_attempts: int = Field(3, ge=1, le=10, description="clusters tried for one request")
+
+
 class Settings(Section):
     """All of it. Sections are named as in the YAML file."""
 
@@ -470,3 +507,4 @@ class Settings(Section):
     ray: RaySettings = RaySettings()
     planner: PlannerSettings = PlannerSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
+    global_frontend: GlobalFrontendSettings = GlobalFrontendSettings()

@@ -28,12 +28,14 @@ class Claim:
     Attributes:
         weight: the tenant's share of a contended cluster is in proportion to it.
         timeout_s: longest the whole request may take; None: up to `frontend.request_timeout_s`.
+        prefix: what a global frontend with a valid key calls the prompt's beginnings (`frontend.prefix_names`).
     """
 
     priority: Priority = Priority.REALTIME
     tenant: str = DEFAULT_TENANT
     weight: float = 1.0
     timeout_s: float | None = None
+    prefix: str = ""
 
 
 DEFAULT_CLAIM = Claim()

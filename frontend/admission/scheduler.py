@@ -178,6 +178,13 @@ class Scheduler(Generic[E]):
         pace = self._pace.of(now_s if len(self.queues) else self._pace.last_s, assumed)
         return (self.queues.work_before(entry) + entry.work) / pace
 
+    def backlog_s(self, priority: Priority, now_s: float) -> float:
+        """Predicted time in which all goes that waits now in this class and those above it."""
+        if not len(self.queues):
+            return 0.0
+        work = sum(self.queues.of(one).work for one in Priority if one <= priority)
+        return work / self._pace.of(now_s, self.in_flight.work_per_s)
+
     def _fill(self, step: Step[E], now_s: float) -> None:
         while len(self.queues):
             held = self.in_flight.bottleneck(now_s)

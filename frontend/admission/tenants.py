@@ -8,7 +8,8 @@
 | x-request-timeout-s   | seconds that the request may take                                                |
 | service_tier (body)   | OpenAI's: `flex` is batch, `priority` is realtime, others leave the default      |
 
-Keys classify. They do not keep anybody out.
+Keys classify. They do not keep anybody out. A global frontend, which comes with `x-slipstream-peer-key`, is refused
+where its key is not known.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
 
 from frontend.admission.claim import DEFAULT_TENANT, Claim, Priority
-from slipstream.errors import InvalidRequestError
+from slipstream.errors import InvalidRequestError, PeerKeyError
 from slipstream.settings import AdmissionSettings
 
 CLASS_HEADER = "x-slipstream-class"
 TENANT_HEADER = "x-slipstream-tenant"
 TIMEOUT_HEADER = "x-request-timeout-s"
 KEY_HEADER = "authorization"
+PEER_KEY_HEADER = "x-slipstream-peer-key"
+PREFIX_HEADER = "x-slipstream-prefix"
 
-_HTTP_NAMES = {name.encode(): name for name in (CLASS_HEADER, TENANT_HEADER, TIMEOUT_HEADER, KEY_HEADER)}
+_HTTP_NAMES = {
+    name.encode(): name
+    for name in (CLASS_HEADER, TENANT_HEADER, TIMEOUT_HEADER, KEY_HEADER, PEER_KEY_HEADER, PREFIX_HEADER)
+}
 _NAMES = frozenset(_HTTP_NAMES.values())
 _CLASSES = {one.label: one for one in Priority}
 _TIERS = {"flex": Priority.BATCH, "priority": Priority.REALTIME}
@@ -45,12 +52,28 @@ class Tenants:
         if DEFAULT_TENANT in named:
             self._default = Claim(self._default_class, DEFAULT_TENANT, named[DEFAULT_TENANT])
         self.names = frozenset(named) | {DEFAULT_TENANT}
+        self._peer_keys = frozenset((settings.peer_key_sha256 or "").split(",")) - {""}
+
+    def check_peer(self, key: str) -> None:
+        """Whether this is the key of a global frontend that may use the cluster.
+
+        Raises:
+            PeerKeyError: it is not.
+        """
+        if sha256(key.encode()).hexdigest() in self._peer_keys:
+            return
+        if not self._peer_keys:
+            raise PeerKeyError("This cluster serves no global frontend; admission.peer_key_sha256 is not set there.")
+        raise PeerKeyError(
+            "This cluster does not know the global frontend's key: its SHA-256 is not in admission.peer_key_sha256."
+        )
 
     def of_http(self, headers: Iterable[tuple[bytes, bytes]], service_tier: str | None = None) -> Claim:
         """From ASGI's raw headers, whose names are in lower case.
 
         Raises:
             InvalidRequestError: a header's value is wrong.
+            PeerKeyError: it comes from a global frontend whose key is not known.
         """
         said = {_HTTP_NAMES[name]: value.decode("latin-1") for name, value in headers if name in _HTTP_NAMES}
         return self._claim(said, service_tier) if said or service_tier else self._default
@@ -59,13 +82,13 @@ class Tenants:
         """From a call's metadata, and the seconds that the caller gives it.
 
         Raises:
-            InvalidRequestError: a value is wrong.
+            InvalidRequestError, PeerKeyError: as above.
         """
         said = {name: value for name, value in metadata if name in _NAMES and isinstance(value, str)}
         claim = self._claim(said, None) if said else self._default
         if left_s is None or left_s > _YEAR_S or (claim.timeout_s is not None and claim.timeout_s <= left_s):
             return claim
-        return Claim(claim.priority, claim.tenant, claim.weight, max(left_s, 0.0))
+        return replace(claim, timeout_s=max(left_s, 0.0))
 
     def _claim(self, said: dict[str, str], service_tier: str | None) -> Claim:
         known = self._by_key.get(_key_hash(said.get(KEY_HEADER, ""))) if self._by_key else None
@@ -80,8 +103,12 @@ class Tenants:
             priority = _TIERS.get(service_tier, priority)
         if self._by_key:
             priority = max(priority, base.priority)  # a larger one goes later
-        timeout_s = _timeout_s(said[TIMEOUT_HEADER]) if TIMEOUT_HEADER in said else None
-        return Claim(priority, tenant, weight, timeout_s)
+        timeout_s = timeout_of(said[TIMEOUT_HEADER]) if TIMEOUT_HEADER in said else None
+        prefix = ""
+        if PEER_KEY_HEADER in said:
+            self.check_peer(said[PEER_KEY_HEADER])
+            prefix = said.get(PREFIX_HEADER, "")
+        return Claim(priority, tenant, weight, timeout_s, prefix)
 
 
 _YEAR_S = 366 * 86400.0
@@ -109,7 +136,12 @@ def _class(value: str) -> Priority:
     return priority
 
 
-def _timeout_s(value: str) -> float:
+def timeout_of(value: str) -> float:
+    """The seconds of a `x-request-timeout-s`.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
     try:
         timeout_s = float(value)
     except ValueError:

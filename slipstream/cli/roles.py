@@ -13,6 +13,14 @@ PANEL = "Roles, one process each"
 _FRONTEND_FLAGS = select(
     "model", "served_model_name", "frontend.*", "control_plane.address", "log.*", "tracing.*", own={"frontend"}
 )
+_GLOBAL_FLAGS = select(
+    *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "max_body_bytes", "request_timeout_s")),
+    "frontend.drain_timeout_s",
+    "global_frontend.*",
+    "log.*",
+    own={"frontend", "global_frontend"},
+    without={"global_frontend.clusters"},
+)
 _WORKER_FLAGS: tuple[Flag, ...] = select(
     "model",
     "served_model_name",
@@ -46,6 +54,14 @@ def add_to(app: typer.Typer, planner: typer.Typer) -> None:
             ("slipstream frontend --http-port 9000 --grpc-port 9001", "on other ports"),
         ),
     )(frontend)
+    app.command(
+        "global-frontend",
+        rich_help_panel=PANEL,
+        epilog=examples(
+            ("slipstream global-frontend --config peers.yaml", "serve the clusters that the file names"),
+            ("slipstream global-frontend --config peers.yaml --host 0.0.0.0 --http-port 80", "for everybody"),
+        ),
+    )(global_frontend)
     app.command("prefill-worker", rich_help_panel=PANEL, epilog=_worker_examples("prefill-worker"))(prefill_worker)
     app.command("decode-worker", rich_help_panel=PANEL, epilog=_worker_examples("decode-worker"))(decode_worker)
     planner.command(
@@ -73,6 +89,19 @@ def frontend(loaded: LoadedConfig) -> None:
         uvloop.run(supervise(loaded.settings))
         return
     from frontend.process import serve
+
+    uvloop.run(serve(loaded.settings))
+
+
+@with_settings(*_GLOBAL_FLAGS)
+def global_frontend(loaded: LoadedConfig) -> None:
+    """Run a frontend before several clusters: each request goes to one of them, until SIGTERM or Ctrl-C."""
+    import uvloop
+
+    from slipstream import telemetry
+
+    telemetry.configure(loaded.settings.log, component="global-frontend")
+    from frontend.clusters.process import serve
 
     uvloop.run(serve(loaded.settings))
 

@@ -1,0 +1,240 @@
+"""The gRPC face of a global frontend: `slipstream.v1.Inference`, each answer passed on as the bytes that come."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from frontend.admission.tenants import CLASS_HEADER, PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, timeout_of
+from frontend.clusters import metrics
+from frontend.clusters.asked import Asked, of_call
+from frontend.clusters.breaker import Health
+from frontend.clusters.fleet import ClusterFleet, Member, Visit
+from frontend.clusters.forward import CLUSTER_HEADER
+from frontend.inference import INTERNAL_ERROR
+from frontend.request_ids import safe_request_id, unique_request_id
+from frontend.request_life import SESSION_HEADER
+from slipstream import telemetry
+from slipstream.errors import (
+    ClusterLostError,
+    DeadlineError,
+    OverloadedError,
+    PeerKeyError,
+    SlipstreamError,
+    UnavailableError,
+)
+from slipstream.grpc_channels import client_options
+from slipstream.grpc_errors import abort, from_rpc_error
+from slipstream.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+log = telemetry.get_logger(__name__)
+
+SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_GENERATE = f"/{SERVICE_NAME}/Generate"
+_LONGEST_SESSION = 200
+_NOT_PASSED_ON = frozenset((PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, "user-agent", "grpc-accept-encoding"))
+
+
+class GlobalGrpcFace:
+    """The server with everything on it. Create it in the loop it runs in."""
+
+    def __init__(self, fleet: ClusterFleet, *, max_message_bytes: int, request_timeout_s: float) -> None:
+        self._fleet = fleet
+        self._request_timeout_s = request_timeout_s
+        self._health = health.aio.HealthServicer()
+        self._channels = AsyncExitStack()
+        self._stubs: dict[str, grpc.aio.UnaryStreamMultiCallable[Any, Any]] = {}
+        self.server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
+        )
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self._generate, request_deserializer=inference_pb2.GenerateRequest.FromString
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self._list_models,
+                request_deserializer=inference_pb2.ListModelsRequest.FromString,
+                response_serializer=inference_pb2.ListModelsResponse.SerializeToString,
+            ),
+        }
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        for member in self._fleet.members:
+            if member.grpc_address:
+                channel = await self._channels.enter_async_context(_channel(member))
+                self._stubs[member.known.endpoint] = channel.unary_stream(
+                    _GENERATE, request_serializer=inference_pb2.GenerateRequest.SerializeToString
+                )
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        await self.server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give open ones `grace_s` seconds, then cancel them. Again is fine."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+        await self._channels.aclose()
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        failure: SlipstreamError | None
+        try:
+            failure = await _Call(self._fleet, self._stubs, request, context, self._request_timeout_s).run()
+        except SlipstreamError as error:
+            failure = error
+        except Exception:
+            log.exception("request_failed", rpc="Generate")
+            failure = INTERNAL_ERROR
+        if failure is not None:
+            await abort(context, failure)
+
+    async def _list_models(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        now_s = self._fleet.clock()
+        models: dict[str, inference_pb2.Model] = {}
+        counted = set()
+        for member in self._fleet.members:
+            known = member.known
+            if self._fleet.health(member, "grpc", now_s) is Health.DOWN or known.state is None:
+                continue
+            for said in known.state.models:
+                one = models.setdefault(said.name, inference_pb2.Model(id=said.name, created=said.created_unix_s))
+                one.max_model_len = max(one.max_model_len, said.max_model_len)
+                if (known.cluster, said.name) not in counted:
+                    counted.add((known.cluster, said.name))
+                    one.prefill_workers += said.prefill_workers
+                    one.decode_workers += said.decode_workers
+        return inference_pb2.ListModelsResponse(models=[models[name] for name in sorted(models)])
+
+
+class _Call:
+    """One answer's way; `run` it once."""
+
+    def __init__(
+        self,
+        fleet: ClusterFleet,
+        stubs: dict[str, grpc.aio.UnaryStreamMultiCallable[Any, Any]],
+        request: inference_pb2.GenerateRequest,
+        context: Context,
+        request_timeout_s: float,
+    ) -> None:
+        self._fleet, self._stubs, self._request, self._context = fleet, stubs, request, context
+        self._metadata = [
+            (name, value) for name, value in context.invocation_metadata() or () if name not in _NOT_PASSED_ON
+        ]
+        said = {name: str(value) for name, value in context.invocation_metadata() or ()}
+        left_s = context.time_remaining()
+        self._timeout_s = min(request_timeout_s, request_timeout_s if left_s is None else left_s)
+        if TIMEOUT_HEADER in said:
+            self._timeout_s = min(self._timeout_s, timeout_of(said[TIMEOUT_HEADER]))
+        self._class = said.get(CLASS_HEADER, "realtime")
+        self._asked: Asked = of_call(request, said.get(SESSION_HEADER, "")[:_LONGEST_SESSION])
+        wanted = safe_request_id(request.request_id)
+        self._request_id = wanted or unique_request_id("")
+        self._excluded: set[str] = set()
+        self._avoided: set[str] = set()
+        self._last: list[SlipstreamError] = []
+
+    async def run(self) -> SlipstreamError | None:
+        """Answer it; returns why not."""
+        ends_s = self._fleet.clock() + self._timeout_s
+        self._request.request_id = self._request_id
+        for _ in range(self._fleet.settings.max_attempts):
+            left_s = ends_s - self._fleet.clock()
+            if left_s <= 0:
+                return DeadlineError(f"The request took longer than the {self._timeout_s:g} s allowed.")
+            try:
+                visit = self._fleet.choose(
+                    self._asked, "grpc", self._class, frozenset(self._excluded), frozenset(self._avoided)
+                )
+            except UnavailableError as error:
+                return self._best() or error
+            outcome = "cancelled"
+            try:
+                outcome, failure = await self._visit(visit, left_s)
+            finally:
+                self._fleet.end(visit, outcome)
+            if outcome in ("answered", "refused", "lost"):
+                return failure
+            assert failure is not None, "only failures are tried again"
+            self._last.append(failure)
+        return self._best()
+
+    async def _visit(self, visit: Visit, left_s: float) -> tuple[str, SlipstreamError | None]:
+        known, begun = visit.member.known, False
+        call = self._stubs[known.endpoint](
+            self._request, timeout=left_s, metadata=self._to_send(visit.member), wait_for_ready=False
+        )
+        try:
+            async for message in call:
+                if not begun:
+                    begun = True
+                    self._fleet.answered(visit, self._asked, measured=True)
+                await self._context.write(message)
+            trailing = [(str(name), value) for name, value in await call.trailing_metadata() or ()]
+            cluster = (CLUSTER_HEADER, f"{known.cluster}; {visit.choice.reason.value}")
+            self._context.set_trailing_metadata((*trailing, cluster))
+        except grpc.aio.AioRpcError as error:
+            return self._after(visit, error, begun)
+        finally:
+            call.cancel()
+        return "answered", None
+
+    def _after(self, visit: Visit, error: grpc.aio.AioRpcError, begun: bool) -> tuple[str, SlipstreamError]:
+        known, failure = visit.member.known, from_rpc_error(error)
+        told = any(name == "slipstream-code" for name, _ in error.trailing_metadata() or ())
+        lost = not told and error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        if begun:
+            if not lost:
+                return "lost", failure
+            visit.member.breaker("grpc").failed(self._fleet.clock(), unreachable=False)
+            log.warning("cluster_lost", request_id=self._request_id, endpoint=known.endpoint, reason=failure.message)
+            return "lost", ClusterLostError(
+                f"The cluster was lost in the middle of the answer ({failure.message}); ask again."
+            )
+        self._excluded.add(known.endpoint)
+        self._avoided.add(known.cluster)
+        if isinstance(failure, OverloadedError):
+            metrics.FAILOVERS.labels(known.cluster, "overloaded").inc()
+            return "overloaded", failure
+        if isinstance(failure, PeerKeyError):
+            known.silent("the cluster refuses this global frontend's key", refused=True)
+            self._fleet.failed(visit, self._request_id, "refused_key", failure.message)
+            return "failed", failure
+        if lost or isinstance(failure, UnavailableError) or failure.http_status == 500:
+            why = "lost" if lost else "error"
+            self._fleet.failed(visit, self._request_id, why, failure.message, unreachable=lost)
+            return "failed", failure
+        return "refused", failure
+
+    def _best(self) -> SlipstreamError | None:
+        overloaded = [one for one in self._last if isinstance(one, OverloadedError)]
+        if overloaded:
+            return min(overloaded, key=lambda one: one.retry_after_s or float("inf"))
+        return self._fleet.none_left(self._fleet.members) if self._last else None
+
+    def _to_send(self, member: Member) -> tuple[tuple[str, str | bytes], ...]:
+        names = self._asked.names
+        prefix = ((PREFIX_HEADER, names.to_header()),) if names.prompt_bytes else ()
+        return (*self._metadata, (PEER_KEY_HEADER, member.key), *prefix)
+
+
+def _channel(member: Member) -> grpc.aio.Channel:
+    options = client_options()
+    if not member.tls:
+        return grpc.aio.insecure_channel(member.grpc_address, options=options)
+    roots = None
+    if member.ca_file is not None:
+        with open(member.ca_file, "rb") as file:
+            roots = file.read()
+    return grpc.aio.secure_channel(member.grpc_address, grpc.ssl_channel_credentials(roots), options=options)
