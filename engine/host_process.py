@@ -36,6 +36,7 @@ from engine.health.watch import HealthWatch, cache_folder
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
+from engine.startup import Startup, StartupCollector, process_age_s
 from engine.worker_metrics import MetricsServer
 from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
 from kv_transfer import board as boards
@@ -49,7 +50,15 @@ from slipstream.model_folder import resolve
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings, WorkerSettings
-from slipstream.v1.registry_pb2 import Health, HealthState, Role, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Health,
+    HealthState,
+    Role,
+    TransferEndpoint,
+    TransferPath,
+    WorkerRecord,
+    WorkerState,
+)
 
 log = telemetry.get_logger(__name__)
 
@@ -114,6 +123,8 @@ class _Host:
         self._fenced_unix_s = 0
         self._fenced_because = ""
         self._admission = Admission(limit=settings.worker.max_running + settings.worker.max_waiting)
+        self._startup = Startup(process_age_s())
+        self._registering_s = 0.0
         self._stop = asyncio.Event()
         self.load_abandoned = False
 
@@ -138,6 +149,7 @@ class _Host:
             paths=self._paths(),
             health=self._health_message(),
             node=self._settings.worker.node,
+            startup=self._startup.message(),
         )
 
     @property
@@ -191,7 +203,8 @@ class _Host:
         settings, worker = self._settings, self._settings.worker
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
-        folder = resolve(settings.model, weights=worker.engine == "vllm")
+        with self._startup.phase("model"):
+            folder = resolve(settings.model, weights=worker.engine == "vllm")
         self._model = settings.served_model_name or folder.served_name
         profile = _profile(worker)
         admission = self._admission
@@ -204,11 +217,14 @@ class _Host:
             )
             self._metrics, self._metrics_url = metrics, metrics.url
             self._registration = registration = await owned.enter_async_context(
-                Registration(settings.control_plane.address, self.record)
+                Registration(settings.control_plane.address, self.record, on_first=self._note_registered)
             )
+            self._registering_s = self._startup.since_start_s()
+            metrics.add(StartupCollector(self._startup, metrics.labels))
             engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
             if engine is None:  # stopped while loading
                 return
+            self._startup.engine_loaded(board)
             self._engine = engine
             # After the engine, which forks: what is entered here starts threads.
             owned.enter_context(
@@ -218,7 +234,7 @@ class _Host:
                 settings.control_plane.address,
                 role=self._role,
                 model=self._model,
-                probe=engine.probe_path,
+                probe=self._timed_probe,
                 on_change=registration.push,
             )
             metrics.watch(engine, board, admission, self._paths)
@@ -232,11 +248,13 @@ class _Host:
             )
             await server.start()
             self._state = WorkerState.READY
+            self._startup.ready()
             # Until the process ends: it lives, also while it drains and takes nothing new.
             await health_service.set(LIVE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
             await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
             registration.push()
             log.info("worker_ready", address=self._address, metrics=self._metrics_url, model=self._model)
+            log.info("startup_phases", **{f"{name}_s": round(s, 3) for name, s in self._startup.seconds.items()})
             try:
                 async with self._measuring_paths():
                     await self._until_stopped(engine)
@@ -270,6 +288,17 @@ class _Host:
         metrics.add(HealthCollector(watch, metrics.labels))
         async with background(watch.follow(), name="health"):
             yield
+
+    def _note_registered(self) -> None:
+        self._startup.seconds["registration"] = self._startup.since_start_s() - self._registering_s
+
+    async def _timed_probe(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
+        """`Engine.probe_path`, whose first measurement is a phase of the start."""
+        assert self._engine is not None
+        if "path_test" in self._startup.seconds:
+            return await self._engine.probe_path(worker_id, peer, transport)
+        with self._startup.phase("path_test"):
+            return await self._engine.probe_path(worker_id, peer, transport)
 
     def _paths(self) -> Sequence[TransferPath]:
         return self._path_watch.paths if self._path_watch else ()
@@ -314,23 +343,26 @@ class _Host:
     @asynccontextmanager
     async def _simulated_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine]:
         """It lives in this event loop, and is there at once."""
-        from engine.simulated.engine import running  # late: who computes does not need it
+        with self._startup.phase("imports"):
+            from engine.simulated.engine import running  # late: who computes does not need it
 
         async with running(self._settings, folder=model_path, served_name=self._model, board=board) as engine:
             self._device = engine.device
             yield engine
 
     def _load_engine(self, model_path: Path, board: Board) -> Engine:
-        from engine.vllm_engine import VllmEngine  # late: the import takes seconds, and needs the environment
+        with self._startup.phase("imports"):
+            from engine.vllm_engine import VllmEngine  # late: it takes seconds, and needs the environment
 
-        engine = VllmEngine(
-            self._settings,
-            model_path=model_path,
-            served_name=self._model,
-            board=board,
-        )
-        self._device = engine.device
-        engine.start()
+        with self._startup.phase("engine"):
+            engine = VllmEngine(
+                self._settings,
+                model_path=model_path,
+                served_name=self._model,
+                board=board,
+            )
+            self._device = engine.device
+            engine.start()
         return engine
 
     async def _until_stopped(self, engine: Engine) -> None:

@@ -146,6 +146,7 @@ class VllmEngine:
             # Compiling costs a CPU worker more start-up time than it gains; a GPU captures graphs.
             enforce_eager=self.device == "cpu",
             enable_prefix_caching=True,
+            worker_cls="engine.timed_worker.TimedWorker",
             generation_config="vllm",  # sampling defaults are the API's, the same whatever the model's files say
             disable_log_stats=False,  # the queue lengths come with them
             kv_transfer_config=KVTransferConfig(

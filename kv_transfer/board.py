@@ -81,6 +81,10 @@ class Counter(enum.IntEnum):
     BLOCKS_FREE = 66  # gauge
     BLOCK_TOKENS = 67  # gauge
     BLOCK_BYTES = 68  # gauge
+    START_WEIGHTS_NS = 72  # parts of the engine's start
+    START_KV_CACHE_NS = 73
+    START_TRANSFER_NS = 74
+    START_WARMUP_NS = 75
 
 
 class Word(enum.IntEnum):

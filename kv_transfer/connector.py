@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
         facts = {**_facts(self._vllm_config), "pieces": memory.piece_bytes}
         layout = Layout(layouts.fingerprint(facts), self._blocks, cache_config.block_size, memory.regions)
         config = self._kv_transfer_config
+        began_ns = time.monotonic_ns()
         agent = agents.start(
             memory,
             layout,
@@ -159,6 +161,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
             host_id=config.get_from_extra_config("host_id", ""),
             host=config.get_from_extra_config("host", "127.0.0.1"),
         )
+        self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
         names = layouts.in_order(kv_caches)
         self._worker = WorkerSide(
             self._board,

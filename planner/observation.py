@@ -22,6 +22,7 @@ class WorkerSeen:
         since_s: the clock's time since which it has this state and role.
         waiting_tokens: prompt tokens accepted and not yet computed.
         context_tokens: tokens of the sequences that it generates for.
+        start_s: what its start took, by its own clock; 0 where it has not told.
         prefill_busy, decode_busy: shares of the interval in which it computed prompts, and in which it generated.
     """
 
@@ -37,6 +38,7 @@ class WorkerSeen:
     context_tokens: int = 0
     blocks_used: int = 0
     blocks: int = 0
+    start_s: float = 0.0
     prefill_busy: float = 0.0
     decode_busy: float = 0.0
 

@@ -94,6 +94,7 @@ class Observer:
             context_tokens=load.context_tokens,
             blocks_used=load.blocks_used,
             blocks=record.capacity.blocks,
+            start_s=record.startup.total,
             prefill_busy=busy.prefill / sets,
             decode_busy=busy.decode / sets,
         )

@@ -10,7 +10,15 @@ import re
 
 from slipstream.errors import InvalidRequestError
 from slipstream.record_limits import MAX_PATH_NAME_CHARS, MAX_PATH_TEXT_CHARS, MAX_PATHS_BYTES, MAX_RECORD_BYTES
-from slipstream.v1.registry_pb2 import Health, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Health,
+    Role,
+    Startup,
+    TransferEndpoint,
+    TransferPath,
+    WorkerRecord,
+    WorkerState,
+)
 
 MAX_MODEL_CHARS = 256
 MAX_URL_CHARS = 512
@@ -18,6 +26,7 @@ MAX_HOST_ID_CHARS = 256
 MAX_NODE_CHARS = 253
 
 MAX_TRANSPORTS = 8
+MAX_STARTUP_S = 7 * 86400.0
 MAX_HEALTH_REASONS, MAX_HEALTH_DEVICES, MAX_HEALTH_CHARS = 16, 64, 240
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
@@ -51,6 +60,7 @@ def check_record(record: WorkerRecord) -> None:
     if record.epoch < 1:
         raise _wrong("epoch", record.epoch, "a number that grows with each start, from 1")
     _check_text("node", record.node, MAX_NODE_CHARS)
+    _check_startup(record.startup)
     if record.HasField("health"):
         _check_health(record.health)
     if record.HasField("transfer"):
@@ -60,6 +70,12 @@ def check_record(record: WorkerRecord) -> None:
     paths_bytes = sum(path.ByteSize() for path in record.paths)
     if paths_bytes > MAX_PATHS_BYTES:
         raise _wrong("paths", f"{len(record.paths)} of {paths_bytes} bytes", f"at most {MAX_PATHS_BYTES} bytes")
+
+
+def _check_startup(startup: Startup) -> None:
+    for phase, seconds in startup.ListFields():
+        if not 0.0 <= seconds <= MAX_STARTUP_S:
+            raise _wrong(f"startup.{phase.name}", seconds, f"0 to {MAX_STARTUP_S:g}")
 
 
 def _check_health(health: Health) -> None:

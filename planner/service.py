@@ -200,6 +200,7 @@ def _identities(workers: WorkerSet) -> WorkerSet:
         record.ClearField("renewals")
         record.ClearField("paths")
         record.ClearField("health")
+        record.ClearField("startup")
     return copy
 
 

@@ -29,7 +29,8 @@ class Coming:
     """One model's actions that were decided and are not seen yet.
 
     Attributes:
-        start_s: what the workers that were seen to start took until they were ready; 0 before the first.
+        start_s: what the workers that were seen to start took until they were ready; before the first, what those
+            that are ready say of their own start; 0 when nothing is known.
     """
 
     __slots__ = ("_asked", "_known", "_starting", "_starts", "start_s")
@@ -97,6 +98,9 @@ class Coming:
                 took_s = max(0.0, one.since_s - before[one.worker_id])
                 # Plans must last for the slow ones: what takes longer is believed at once, what does not by degrees.
                 self.start_s = max(took_s, self.start_s + 0.2 * (took_s - self.start_s))
+        if self.start_s == 0.0:
+            told = (one.start_s for one in workers if one.state == WorkerState.READY)
+            self.start_s = max(told, default=0.0)
 
     def _as_asked(self, one: WorkerSeen) -> WorkerSeen:
         asked = self._asked.get(one.worker_id)

@@ -46,9 +46,16 @@ class Registration:
         registry_address: host:port of the control plane.
         record_provider: the worker's record as it is now; called for each renewal, at least each second, on the
             event loop. `renewals` is filled in here.
+        on_first: called once, when the control plane has first taken the record.
     """
 
-    def __init__(self, registry_address: str, record_provider: Callable[[], WorkerRecord]) -> None:
+    def __init__(
+        self,
+        registry_address: str,
+        record_provider: Callable[[], WorkerRecord],
+        *,
+        on_first: Callable[[], None] | None = None,
+    ) -> None:
         self._address = registry_address
         self._record_provider = record_provider
         self._changed = asyncio.Event()
@@ -57,6 +64,7 @@ class Registration:
         self._registered = False
         self._outage: str | None = None
         self._stack = AsyncExitStack()
+        self._on_first: Callable[[], None] | None = on_first
 
     @property
     def registered(self) -> bool:
@@ -125,6 +133,9 @@ class Registration:
         if not self._registered:
             event = "registration_regained" if self._outage else "worker_registered"
             log.info(event, registry=self._address, lease_s=self._lease_s)
+        if self._on_first is not None:
+            self._on_first()
+            self._on_first = None
         self._registered, self._outage = True, None
 
     def _note_failure(self, error: SlipstreamError) -> None:

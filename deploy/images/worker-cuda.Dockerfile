@@ -37,8 +37,7 @@ COPY requirements/image-cuda.lock deploy/images/base_packages.py /opt/slipstream
 # Only what the base lacks, by hash and without dependencies: its torch, vLLM and their company stay as they are, and
 # the build fails when the result does not suit us. The base's Python may be newer than the one the tests run on.
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
-    export \
-    && python3 /opt/slipstream/base_packages.py lacking /opt/slipstream/image-cuda.lock /dist/*.whl \
+    python3 /opt/slipstream/base_packages.py lacking /opt/slipstream/image-cuda.lock /dist/*.whl \
         >/opt/slipstream/lacking.lock \
     && python3 -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes -r /opt/slipstream/lacking.lock \
     && python3 -m pip install --no-cache-dir --break-system-packages --no-deps --no-index --ignore-requires-python /dist/*.whl \

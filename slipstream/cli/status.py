@@ -77,6 +77,7 @@ class WorkerRow:
     fallbacks_total: int
     started_unix_s: int
     uptime_s: float
+    startup: dict[str, float]
     health: str
     reasons: tuple[str, ...]
     fenced_because: str
@@ -153,6 +154,7 @@ def _row(record: WorkerRecord, now_unix_s: float) -> WorkerRow:
         fallbacks_total=load.fallbacks_total,
         started_unix_s=record.started_unix_s,
         uptime_s=max(0.0, round(now_unix_s - record.started_unix_s, 1)),
+        startup={phase.name: round(seconds, 3) for phase, seconds in record.startup.ListFields()},
         health=health_of(record),
         reasons=tuple(one.text for one in record.health.reasons),
         fenced_because=record.health.fenced_because,
@@ -212,7 +214,18 @@ def _table(worker_set: WorkerSet, address: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", caption_justify="left")
     for name in ("worker", "role", "state", "model", "address"):
         table.add_column(name)
-    for name in ("running", "waiting", "KV blocks", "KV", "handoffs", "requests", "tokens", "fallbacks", "uptime"):
+    for name in (
+        "running",
+        "waiting",
+        "KV blocks",
+        "KV",
+        "handoffs",
+        "requests",
+        "tokens",
+        "fallbacks",
+        "start",
+        "uptime",
+    ):
         table.add_column(name, justify="right")
     for row in rows(worker_set, time.time()):
         table.add_row(
@@ -229,6 +242,7 @@ def _table(worker_set: WorkerSet, address: str) -> Table:
             f"{row.requests_total:,}",
             f"{row.tokens_total:,}",
             Text(f"{row.fallbacks_total:,}", style="bold red" if row.fallbacks_total else ""),
+            f"{row.startup['total']:.1f}s" if "total" in row.startup else "-",
             duration(row.uptime_s) if row.started_unix_s else "-",
         )
     if not worker_set.workers:

@@ -185,6 +185,7 @@ class WorkerRecord(_message.Message):
     PATHS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    STARTUP_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -220,6 +221,10 @@ class WorkerRecord(_message.Message):
 
     @_builtins.property
     def health(self) -> Global___Health: ...
+    @_builtins.property
+    def startup(self) -> Global___Startup:
+        """what its start was made of, as far as it is over"""
+
     def __init__(
         self,
         *,
@@ -241,14 +246,71 @@ class WorkerRecord(_message.Message):
         paths: _abc.Iterable[Global___TransferPath] | None = ...,
         health: Global___Health | None = ...,
         node: _builtins.str = ...,
+        startup: Global___Startup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "health", b"health", "load", b"load", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "health", b"health", "load", b"load", "startup", b"startup", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "health", b"health", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "node", b"node", "paths", b"paths", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "state", b"state", "transfer", b"transfer", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "device", b"device", "epoch", b"epoch", "health", b"health", "host_id", b"host_id", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "node", b"node", "paths", b"paths", "pid", b"pid", "renewals", b"renewals", "role", b"role", "started_unix_s", b"started_unix_s", "startup", b"startup", "state", b"state", "transfer", b"transfer", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerRecord: _TypeAlias = WorkerRecord  # noqa: Y015
+
+@_typing.final
+class Startup(_message.Message):
+    """Seconds; 0: not over yet, or no such part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPORTS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    WARMUP_FIELD_NUMBER: _builtins.int
+    REGISTRATION_FIELD_NUMBER: _builtins.int
+    PATH_TEST_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    imports: _builtins.float
+    """the interpreter and its modules"""
+    model: _builtins.float
+    """finding the model's files, or fetching them"""
+    engine: _builtins.float
+    """the engine's process, its device and what else is not below"""
+    weights: _builtins.float
+    kv_cache: _builtins.float
+    transfer: _builtins.float
+    """starting the transfer agent"""
+    warmup: _builtins.float
+    """compiling, capturing graphs"""
+    registration: _builtins.float
+    """until the control plane knew it; beside the rest"""
+    path_test: _builtins.float
+    """measuring the first way from a peer; after the rest"""
+    total: _builtins.float
+    """from the process's start until it took requests"""
+    def __init__(
+        self,
+        *,
+        imports: _builtins.float = ...,
+        model: _builtins.float = ...,
+        engine: _builtins.float = ...,
+        weights: _builtins.float = ...,
+        kv_cache: _builtins.float = ...,
+        transfer: _builtins.float = ...,
+        warmup: _builtins.float = ...,
+        registration: _builtins.float = ...,
+        path_test: _builtins.float = ...,
+        total: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "imports", b"imports", "kv_cache", b"kv_cache", "model", b"model", "path_test", b"path_test", "registration", b"registration", "total", b"total", "transfer", b"transfer", "warmup", b"warmup", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Startup: _TypeAlias = Startup  # noqa: Y015
 
 @_typing.final
 class TransferEndpoint(_message.Message):

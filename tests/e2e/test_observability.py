@@ -119,6 +119,15 @@ def test_every_query_of_dashboards_and_alerts_asks_for_what_the_cluster_exposes(
     assert len(queries()) > 80
 
 
+def test_a_worker_tells_what_its_start_was_made_of(cluster: Cluster) -> None:
+    for role in (Role.ROLE_PREFILL, Role.ROLE_DECODE):
+        startup = cluster.worker(role).startup
+        parts = [startup.weights, startup.kv_cache, startup.transfer, startup.warmup]
+        if cluster.worker(role).device != "simulated":
+            assert min(parts) > 0
+        assert 0 < startup.imports + startup.model + startup.engine + sum(parts) < startup.total
+
+
 def test_every_variable_of_a_dashboard_has_values(exposed: Labels) -> None:
     assert variables()
     assert [one for one in variables() if lacking(exposed, one[0], {one[1]})] == []

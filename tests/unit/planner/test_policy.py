@@ -12,6 +12,7 @@ from planner.objectives import Bounds, ModelObjectives, Objective, PlannerObject
 from planner.observation import Observation, Traffic, WorkerSeen
 from planner.policy import SloPolicy
 from planner.scaling import Counts, Drain, Flip, Start
+from planner.steps import Coming
 from tests.unit.planner.plant import DECODE, DRAINING, PREFILL, READY, STARTING, Plant, packaged, pool, worker
 
 PROFILE = packaged()
@@ -157,6 +158,17 @@ def test_slow_starts_are_learned_and_planned_for() -> None:
     plant.run(policy(schedule=(window,)), 3000.0)
     serving = [one for one in plant.workers.values() if one.role == PREFILL and one.state == READY]
     assert len(serving) >= 5, "started as long before as the first ones were seen to take"
+
+
+def test_before_a_start_was_seen_workers_own_word_of_theirs_is_planned_with() -> None:
+    coming = Coming()
+    workers = (worker("d0", DECODE, start_s=240.0), worker("d1", DECODE), worker("d2", DECODE, start_s=90.0))
+    coming.seen(workers, 0.0)
+    assert coming.start_s == 240.0
+
+    coming.seen((*workers, worker("d3", DECODE, state=STARTING, since_s=10.0)), 10.0)
+    coming.seen((*workers, worker("d3", DECODE, since_s=70.0, start_s=55.0)), 70.0)
+    assert coming.start_s == pytest.approx(240.0 - 0.2 * (240.0 - 60.0))  # what was seen corrects it
 
 
 def test_a_profile_that_is_told_again_changes_nothing() -> None:
