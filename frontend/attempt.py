@@ -60,10 +60,12 @@ class Job:
     """What is sent: the prompt with whatever was already generated, and how to go on from there.
 
     Attributes:
+        name: what the workers call it: none may know it, and one may not have let go of an earlier attempt yet.
         deadline_s: the clock's time at which the whole request must have ended.
     """
 
     request_id: str
+    name: str
     model: str
     token_ids: Sequence[int]
     sampling: SamplingParams
@@ -128,7 +130,7 @@ class Attempt:
         handoff = self._start_prefill(self.route.prefill, source) if self.route.prefill is not None else None
         job = self.job
         request = DecodeRequest(
-            request_id=job.request_id, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
+            request_id=job.name, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
         request.frontend_id = self.around.frontend_id
         trace = self.trace.decode(self.route.decode)
@@ -190,7 +192,7 @@ class Attempt:
         job, worker = self.job, self.write_back.source
         handoff = _handoff_from(worker)
         request = PrefillRequest(
-            request_id=f"{job.request_id}-write-back",
+            request_id=f"{job.name}-write-back",
             model=job.model,
             # One more than is handed over: the last token of a prompt is never taken from a cache.
             token_ids=job.token_ids[: self.write_back.tokens + 1],
@@ -204,7 +206,7 @@ class Attempt:
     def _start_prefill(self, worker: WorkerRecord, source: Handoff | None) -> Handoff:
         job, handoff = self.job, _handoff_from(worker)
         request = PrefillRequest(
-            request_id=job.request_id, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
+            request_id=job.name, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
         request.frontend_id = self.around.frontend_id
         self._prefill = call = self.around.streams.prefill(worker, request, self.trace.prefill(worker))
