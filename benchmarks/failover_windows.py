@@ -19,9 +19,8 @@ from benchmarks.samples import percentile
 NORMAL = 1.2
 """Times the median of the windows before."""
 RUN = 5
-"""Windows in a row that have to be normal, all but `ODD` of them: of a few dozen samples a second the slowest is now
+"""Of so many windows in a row most have to be normal, to the end: of a few dozen samples a second the slowest is now
 and then an odd one, before a loss as after it."""
-ODD = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,8 @@ class Recovery:
         limit_ms: what is normal: `NORMAL` times the median of the windows before, or what nine tenths of them kept
             to, whichever is more.
         worst_ms: of a window after the loss.
-        back_s: from the loss to the first normal window of `RUN` of which at most `ODD` are not; None: never.
+        back_s: from the loss to the first normal window from which on most of any `RUN` in a row are normal; None:
+            never. What the replacements' start disturbs later counts too.
     """
 
     before_median_ms: float
@@ -71,13 +71,17 @@ def recovery(by_window: Mapping[int, float], first: int, last: int) -> Recovery:
     median_ms = statistics.median(before)
     limit_ms = max(NORMAL * median_ms, percentile(before, 90))
     seen = [one for one in after.values() if one < math.inf]
-    back = next((number for number in after if _settled(after, number, limit_ms)), None)
-    return Recovery(median_ms, limit_ms, max(seen, default=math.inf), None if back is None else float(back))
+    back_s = _settled_from([one <= limit_ms for one in after.values()])
+    return Recovery(median_ms, limit_ms, max(seen, default=math.inf), back_s)
 
 
-def _settled(after: Mapping[int, float], number: int, limit_ms: float) -> bool:
-    run: Sequence[float] = [after.get(one, math.inf) for one in range(number, number + RUN)]
-    return run[0] <= limit_ms and sum(one > limit_ms for one in run) <= ODD
+def _settled_from(normal: Sequence[bool]) -> float | None:
+    """The first normal window from which on most of any `RUN` are."""
+    for number in range(len(normal)):
+        runs = (normal[at : at + RUN] for at in range(number, max(number, len(normal) - RUN) + 1))
+        if normal[number] and all(sum(run) * 2 > len(run) for run in runs):
+            return float(number)
+    return None
 
 
 def _p99_ms(samples_s: Mapping[int, Sequence[float]]) -> dict[int, float]:

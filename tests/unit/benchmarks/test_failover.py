@@ -34,14 +34,18 @@ def test_normal_is_a_fifth_more_than_the_median_before_or_what_was_usual_then() 
     assert recovery(rough | after, -20, 19).limit_ms == 300.0
 
 
-def test_it_is_back_when_it_stays_so_but_for_an_odd_second() -> None:
+def test_it_is_back_when_it_stays_so_but_for_odd_seconds() -> None:
     after = dict.fromkeys(range(20), 100.0)
-    for bad in (0, 1, 4, 6):
+    for bad in (0, 1, 2, 4, 6, 12):
         after[bad] = 500.0
-    after[15] = 500.0
     found = recovery(CALM | after, -20, 19)
-    assert found.back_s == 5
+    assert found.back_s == 3
     assert found.worst_ms == 500.0
+
+
+def test_what_comes_back_and_goes_again_was_not_back() -> None:
+    after = dict.fromkeys(range(20), 100.0) | dict.fromkeys(range(9, 13), 200.0)
+    assert recovery(CALM | after, -20, 19).back_s == 13
 
 
 def test_seconds_in_which_nothing_came_are_not_normal() -> None:
