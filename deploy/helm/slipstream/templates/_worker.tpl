@@ -121,14 +121,15 @@ containers:
       - {name: grpc, containerPort: 7700}
       - {name: metrics, containerPort: 7701}
       - {name: transfer, containerPort: 7702}
-    # The gRPC server answers once the model is loaded.
+    # The gRPC server answers once the model is loaded. Whether the worker lives is asked of a service of its own: one
+    # that drains lives, and is not ready.
     startupProbe:
-      grpc: {port: 7700}
+      grpc: {port: 7700, service: slipstream.v1.Worker}
       periodSeconds: 30
       timeoutSeconds: 5
       failureThreshold: {{ add 1 (div (add $pool.startSeconds 29) 30) }}
     livenessProbe:
-      grpc: {port: 7700}
+      grpc: {port: 7700, service: slipstream.v1.Worker}
       periodSeconds: 10
       timeoutSeconds: 5
       failureThreshold: 3

@@ -181,11 +181,17 @@ def test_probes_ask_a_port_of_the_container(case: str) -> None:
                 assert probe["grpc"]["port"] == ports.get("grpc", ports.get("registry"))
 
 
-def test_the_paths_that_probes_ask_for_are_served() -> None:
+def test_what_probes_ask_for_is_served() -> None:
     face = (ROOT / "frontend" / "http_face.py").read_text()
+    worker = (ROOT / "engine" / "worker_service.py").read_text()
+    pod, _ = started("defaults", "decode")
 
     for path in ("/health/live", "/health/ready"):
         assert f'app.add_api_route("{path}"' in face
+    # A worker that drains lives and is not ready: the two are asked of different services.
+    services = {name: container(pod)[name]["grpc"].get("service", "") for name in ("livenessProbe", "readinessProbe")}
+    assert services["readinessProbe"] == ""
+    assert f'LIVE_SERVICE = "{services["livenessProbe"]}"' in worker
 
 
 def test_a_pools_own_settings_go_before_those_of_all() -> None:
