@@ -442,6 +442,10 @@ class KubernetesSettings(Section):
         None, description="kubeconfig file; in a pod its service account when absent, elsewhere KUBECONFIG's"
     )
     context: str | None = Field(None, description="context of the kubeconfig; its current one when absent")
+    taint_nodes: bool = Field(
+        False,
+        description="keep new pods off a node with a sick GPU (taint slipstream.dev/sick); needs a rule for nodes",
+    )
     timeout_s: float = Field(10.0, gt=0, le=300, description="longest one action may take, with every retry")
     pending_s: float = Field(
         300.0,

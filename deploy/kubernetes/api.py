@@ -58,10 +58,12 @@ class Kind:
     group: str
     version: str
     plural: str
+    namespaced: bool = True
 
     def path(self, namespace: str, name: str, subresource: str) -> str:
         base = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-        parts = [base, "namespaces", quote(namespace, safe=""), self.plural]
+        parts = [base, "namespaces", quote(namespace, safe="")] if self.namespaced else [base]
+        parts.append(self.plural)
         if name:
             parts.append(quote(name, safe=""))
         return "/".join([*parts, subresource] if subresource else parts)
@@ -69,6 +71,7 @@ class Kind:
 
 DEPLOYMENTS = Kind("apps", "v1", "deployments")
 PODS = Kind("", "v1", "pods")
+NODES = Kind("", "v1", "nodes", namespaced=False)
 LEASES = Kind("coordination.k8s.io", "v1", "leases")
 LEADER_WORKER_SETS = Kind("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 
@@ -89,7 +92,8 @@ class Asked:
 
     def __str__(self) -> str:
         named = f" {self.name}" if self.name else ""
-        return f"{self.verb} {self.resource}{named} in namespace {self.namespace}"
+        where = f" in namespace {self.namespace}" if self.kind.namespaced else ""
+        return f"{self.verb} {self.resource}{named}{where}"
 
 
 class KubernetesApi:
@@ -183,8 +187,11 @@ def failure(asked: Asked, status: int, content: bytes, retry_after: str | None) 
     """What an HTTP status of a call means."""
     told = f"kubernetes: {asked}: {_message(content) or HTTPStatus(status).phrase}"
     if status == HTTPStatus.FORBIDDEN:
+        role = f"Role of the planner's service account, in namespace {asked.namespace}"
+        if not asked.kind.namespaced:
+            role = "ClusterRole of the planner's service account"
         return AccessDeniedError(
-            f"{told}\nMissing in the Role of the planner's service account, in namespace {asked.namespace}: "
+            f"{told}\nMissing in the {role}: "
             f'apiGroups: ["{asked.kind.group}"], resources: ["{asked.resource}"], verbs: ["{asked.verb}"]'
         )
     if status == HTTPStatus.TOO_MANY_REQUESTS:

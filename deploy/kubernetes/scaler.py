@@ -19,6 +19,7 @@ from deploy.kubernetes.lease import PlannerLease
 from deploy.kubernetes.objects import (
     DELETION_COST_ANNOTATION,
     DRAINING_ANNOTATION,
+    SICK_ANNOTATION,
     Pod,
     Pool,
     members,
@@ -26,10 +27,11 @@ from deploy.kubernetes.objects import (
     pools_of,
 )
 from deploy.kubernetes.seats import add_seats
+from deploy.kubernetes.taints import keep_off
 from deploy.kubernetes.victims import LEAST_COST, goes_first
 from slipstream import telemetry
 from slipstream.errors import SlipstreamError, UnavailableError
-from slipstream.scaler import ScaledWorker
+from slipstream.scaler import ScaledWorker, SickWorker
 from slipstream.settings import KubernetesSettings
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.worker_roles import change_role
@@ -42,6 +44,7 @@ GOES_WITHIN_S = 3.0
 CHOSEN_S = 30.0
 """So long a pod that was chosen to go is counted as ending although Kubernetes has not begun to end it."""
 LOOK_EVERY_S = 0.1
+MAX_REASON_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Look:
 
 
 class KubernetesScaler:
-    """A `slipstream.scaler.Scaler`.
+    """A `slipstream.scaler.Scaler` and `Reporter`.
 
     Args:
         records: of the workers as the registry has them: where their roles are changed.
@@ -152,6 +155,17 @@ class KubernetesScaler:
         """See `Scaler.release_lease`."""
         async with self._within("releasing the lease"):
             await self._lease.release(holder)
+
+    async def report(self, sick: SickWorker) -> None:
+        """See `Reporter.report`: the pod is marked. Where its device is what is wrong, its node takes nothing new, if
+        `kubernetes.taint_nodes` is set."""
+        async with self._within(f"reporting {sick.worker_id}"):
+            reasons = "; ".join(sick.reasons)[:MAX_REASON_CHARS] or "sick"
+            body = {"metadata": {"annotations": {SICK_ANNOTATION: reasons}}}
+            with suppress(ObjectMissingError):
+                await self._api.call("patch", PODS, sick.worker_id, body=body)
+            if sick.device and sick.node and self._settings.taint_nodes:
+                await keep_off(self._api, sick.node)
 
     # -- what is ------------------------------------------------------------------------------------------
 

@@ -25,11 +25,12 @@ from tests.support.kubernetes_objects import Object, RefusalError, Store
 NAMESPACE = "serving"
 TOKEN = "a-service-accounts-token"
 _PATH = re.compile(
-    r"^/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)"
+    r"^/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[^/]+))?$"
 )
 _KINDS = {
     ("", "pods"),
+    ("", "nodes"),
     ("apps", "deployments"),
     ("coordination.k8s.io", "leases"),
     ("leaderworkerset.x-k8s.io", "leaderworkersets"),
@@ -194,10 +195,11 @@ class KubernetesServer:
         headers = {"Retry-After": fault.retry_after} if fault.retry_after else {}
         raise RefusalError(fault.status, "InternalError", "the server is not well", headers)
 
-    def _check_allowed(self, request: web.Request, verb: str, resource: str, group: str, namespace: str) -> None:
+    def _check_allowed(self, request: web.Request, verb: str, resource: str, group: str, namespace: str | None) -> None:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             raise RefusalError(401, "Unauthorized", "Unauthorized")
-        if (verb, resource) in self.denied or namespace != self.store.namespace:
+        where = None if resource == "nodes" else self.store.namespace
+        if (verb, resource) in self.denied or namespace != where:
             raise RefusalError(
                 403,
                 "Forbidden",

@@ -51,7 +51,7 @@ class GuardedServer(KubernetesServer):
     rules: list[Object] = field(default_factory=list)
     used: set[tuple[int, str]] = field(default_factory=set)
 
-    def _check_allowed(self, request: web.Request, verb: str, resource: str, group: str, namespace: str) -> None:
+    def _check_allowed(self, request: web.Request, verb: str, resource: str, group: str, namespace: str | None) -> None:
         KubernetesServer._check_allowed(self, request, verb, resource, group, namespace)
         parts = request.path.split("/namespaces/")[1].split("/")
         name = parts[2] if len(parts) > 2 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from deploy.kubernetes import scaler as scalers
 from deploy.kubernetes.errors import AccessDeniedError
 from slipstream.errors import SlipstreamError, UnavailableError
+from slipstream.scaler import SickWorker
 from slipstream.v1.registry_pb2 import Role
 from tests.support.kubernetes_objects import set_condition
 from tests.support.kubernetes_server import Fault
 from tests.support.scripted_worker import until
-from tests.unit.deploy.kubernetes.world import World, world
+from tests.unit.deploy.kubernetes.world import World, planner, world
 
 PREFILL, DECODE = Role.ROLE_PREFILL, Role.ROLE_DECODE
 
@@ -272,3 +274,29 @@ async def test_who_holds_no_lease_or_has_lost_it_does_nothing(tmp_path: Path) ->
             assert lost.value.code == "lease_lost"
         assert lease["spec"]["holderIdentity"] == "two"
         assert at.seats("decode") == 2
+
+
+async def test_a_sick_workers_pod_is_marked_and_its_node_takes_nothing_new_where_allowed(
+    tmp_path: Path,
+) -> None:
+    sick = SickWorker("gone", "node-1", ("GPU-1",), device=True, reasons=("Xid 79: fallen off the bus", "slow"))
+    kubelets = {"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}
+    async with world(tmp_path) as at:
+        at.server.add_deployment("decode", 1)
+        (name,) = at.names("decode")
+        node = at.server.store.create("nodes", {"metadata": {"name": "node-1"}, "spec": {"taints": [kubelets]}})
+        await at.scaler.report(replace(sick, worker_id=name))
+        assert at.pod(name)["metadata"]["annotations"] == {"slipstream.dev/sick": "Xid 79: fallen off the bus; slow"}
+        assert node["spec"]["taints"] == [kubelets]
+        await at.scaler.report(sick)
+        async with planner(at.server, tmp_path, holder="", taint_nodes=True) as allowed:
+            at.server.faults = [Fault("patch", "nodes", 409)]
+            for worker_id in (name, name, "gone"):
+                await allowed.scaler.report(replace(sick, worker_id=worker_id))
+            ours = {"key": "slipstream.dev/sick", "value": "device", "effect": "NoSchedule"}
+            assert node["spec"]["taints"] == [kubelets, ours]
+            await allowed.scaler.report(replace(sick, node="gone"))
+            at.server.denied.add(("get", "nodes"))
+            with pytest.raises(AccessDeniedError, match="Missing in the ClusterRole"):
+                await allowed.scaler.report(sick)
+            await allowed.scaler.report(replace(sick, device=False))
