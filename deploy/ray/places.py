@@ -39,11 +39,15 @@ _POLL_S = 0.05
 
 
 class Places:
-    """The places of one cluster's workers. Needs `ray.init` before, with the namespace `NAMESPACE`."""
+    """The places of one cluster's workers. Needs `ray.init` before, with the namespace `NAMESPACE`.
 
-    def __init__(self, cluster: str) -> None:
+    Args:
+        asker: the name under which actors are asked; of its own when absent. Never used by two at the same time.
+    """
+
+    def __init__(self, cluster: str, asker: str = "") -> None:
         self._prefix = f"{cluster}/"
-        self._asker = uuid.uuid4().hex
+        self._asker = asker or uuid.uuid4().hex
 
     @property
     def asker(self) -> str:

@@ -119,9 +119,16 @@ class Pool:
         return self._orders.model
 
     def workers(self) -> list[ScaledWorker]:
-        """All that there are, also those that wait for a place."""
+        """All that there are, also those that wait for a place.
+
+        One on a draining node counts as ending as soon as it has a successor: else a planner would see one too many,
+        and drain the other one.
+        """
+        succeeded = {one.replaces for one in self._workers.values() if not one.ending}
         return [
-            ScaledWorker(one.worker_id, self.model, one.role, one.ordered_unix_s, one.ending)
+            ScaledWorker(
+                one.worker_id, self.model, one.role, one.ordered_unix_s, one.ending or one.worker_id in succeeded
+            )
             for one in self._workers.values()
         ]
 

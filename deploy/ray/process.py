@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import socket
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -52,7 +53,7 @@ async def _serve(settings: Settings, run_folder: Path) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    pool = Pool(Orders.of(settings, run_folder), Places(settings.cluster.name))
+    pool = Pool(Orders.of(settings, run_folder), Places(settings.cluster.name, _launcher(run_folder)))
     async with AsyncExitStack() as stack:
         if settings.planner.scaler:
             await stack.enter_async_context(serving(pool, settings.planner.scaler))
@@ -65,6 +66,11 @@ async def _serve(settings: Settings, run_folder: Path) -> None:
             await pool.abandon()
         else:
             await pool.close()
+
+
+def _launcher(run_folder: Path) -> str:
+    """Of whoever has started this process, and starts it again when it has died: then nobody else asks its actors."""
+    return f"{socket.gethostname()}:{run_folder}"
 
 
 async def _wait(event: asyncio.Event) -> None:

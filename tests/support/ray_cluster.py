@@ -7,10 +7,14 @@ the paths of its sockets have to be; only processes with this environment find a
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import select
+import subprocess
+import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,15 +24,17 @@ from unittest import mock
 
 import psutil
 
+from slipstream.v1.registry_pb2 import Role, WorkerState
 from tests.support.cluster import Cluster
 
-OBJECT_STORE_BYTES = 80 << 20
-"""About the least that Ray takes. Nothing of Slipstream's is ever in it."""
-_GONE_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 90.0
+_GONE_TIMEOUT_S = 30.0
 
 
 class RayCluster:
     """Started on entry; on exit none of its processes is left.
+
+    While it is entered, processes that are started here may join it.
 
     Args:
         nodes: besides the head, which has no room for workers unless `head_cpus` are given.
@@ -44,32 +50,37 @@ class RayCluster:
         self._cpus = cpus
         self._head_cpus = head_cpus
         self._stack = ExitStack()
-        self._nodes: dict[str, Any] = {}
-        self._cluster: Any = None
+        self._pids: dict[str, list[int]] = {}
+        self._owner: subprocess.Popen[str] | None = None
+        self._log = Path()
         self.address = ""
         self.environ: Mapping[str, str] = {}
 
     def __enter__(self) -> Self:
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
-        (folder / "ray").mkdir()
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        self.environ = {
-            "RAY_TMPDIR": str(folder),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        self._stack.enter_context(mock.patch.dict(os.environ, self.environ))
-        from ray.cluster_utils import Cluster as LocalRay  # late: it reads the environment
-
-        family = {process.pid for process in psutil.Process().children(recursive=True)}
-        self._stack.callback(self._end, family)
-        head = {"num_cpus": self._head_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        self._cluster = LocalRay(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
-        self.address = self._cluster.address
-        for _ in range(self._count):
-            self.add_node()
+        with ExitStack() as stack:
+            temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(temporary))
+            (folder / "ray").mkdir()
+            self._log = folder / "nodes.log"
+            token = folder / "token"
+            token.write_text(secrets.token_hex(32))
+            self.environ = {
+                "RAY_TMPDIR": str(folder),
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(token),
+                "RAY_USAGE_STATS_ENABLED": "0",
+            }
+            stack.enter_context(mock.patch.dict(os.environ, self.environ))
+            stack.callback(self._end)
+            command = (sys.executable, "-m", "tests.support.ray_nodes", str(self._head_cpus))
+            with self._log.open("wb") as log:
+                self._owner = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+            self.address = self._answer()["address"]
+            for _ in range(self._count):
+                self.add_node()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -80,51 +91,65 @@ class RayCluster:
     @property
     def node_ids(self) -> list[str]:
         """Of those that run workers, and have not been killed."""
-        return list(self._nodes)
+        return list(self._pids)
 
     def add_node(self) -> str:
         """One node more; returns its id."""
-        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
-        self._nodes[node.node_id] = node
-        return str(node.node_id)
+        answer = self._ask(f"add {self._cpus}")
+        node_id: str = answer["node"]
+        self._pids[node_id] = answer["pids"]
+        return node_id
 
     def kill_node(self, node_id: str) -> None:
         """As a power cut does: all that runs there ends at once, without a word to anybody."""
-        node = self._nodes.pop(node_id)
-        pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
-        family = [each for pid in pids for each in _family(pid)]
+        family = self.processes_of(node_id)
+        del self._pids[node_id]
         for process in family:
             _kill(process)
         psutil.wait_procs(family, timeout=_GONE_TIMEOUT_S)
-        self._cluster.worker_nodes.discard(node)
 
     def processes_of(self, node_id: str) -> list[psutil.Process]:
         """All that runs on a node."""
-        infos = self._nodes[node_id].all_processes.values()
-        return [each for some in infos for info in some for each in _family(info.process.pid)]
+        return [each for pid in self._pids[node_id] for each in _family(pid)]
 
     def drain_node(self, node_id: str, *, deadline_s: float) -> None:
         """Announce that a node will go, as a cloud does before it takes one back. Ray ends it at the deadline."""
-        import ray
-        from ray.core.generated import autoscaler_pb2
+        refused = self._ask(f"drain {node_id} {deadline_s}")["refused"]
+        assert not refused, refused
 
-        raylet: Any = ray._raylet
-        reasons: Any = autoscaler_pb2
-        accepted, why = raylet.GcsClient(address=self.address).drain_node(
-            node_id,
-            reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-            "a test",
-            int((time.time() + deadline_s) * 1000),
-        )
-        assert accepted, why
+    def _ask(self, command: str) -> dict[str, Any]:
+        assert self._owner is not None
+        assert self._owner.stdin is not None
+        self._owner.stdin.write(f"{command}\n")
+        self._owner.stdin.flush()
+        return self._answer()
 
-    def _end(self, not_ours: set[int]) -> None:
-        if self._cluster is not None:
-            self._cluster.shutdown()
-        for process in psutil.Process().children(recursive=True):
-            if process.pid not in not_ours and "ray" in " ".join(_words(process)):
-                _kill(process)
-                psutil.wait_procs([process], timeout=_GONE_TIMEOUT_S)
+    def _answer(self) -> dict[str, Any]:
+        assert self._owner is not None
+        assert self._owner.stdout is not None
+        # Each answer is one line, and is read whole before the next is asked for: nothing waits in the buffer.
+        ready, _, _ = select.select([self._owner.stdout], [], [], _ANSWER_TIMEOUT_S)
+        line = self._owner.stdout.readline() if ready else ""
+        if not line:
+            raise AssertionError(f"the nodes of the Ray cluster do not answer:\n{self._log.read_text()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _end(self) -> None:
+        """The owner ends its nodes; what is left after that, or of an owner that died, is killed."""
+        if self._owner is None:
+            return
+        family = _family(self._owner.pid)
+        with self._owner as owner:
+            assert owner.stdin is not None
+            owner.stdin.close()
+            try:
+                owner.wait(_GONE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                owner.kill()
+        for process in family:
+            _kill(process)
+        psutil.wait_procs(family, timeout=_GONE_TIMEOUT_S)
 
 
 class ClusterOnRay(Cluster):
@@ -134,14 +159,22 @@ class ClusterOnRay(Cluster):
         super().__init__(model, run_folder, "--on", "ray", "--address", ray.address, *flags)
         self.ray = ray
 
-    def pids_on(self, node_id: str) -> set[int]:
-        """Worker processes on a node, by their pids in the registry."""
-        there = {process.pid for process in self.ray.processes_of(node_id)}
-        return {record.pid for record in self.workers()} & there
+    def nodes_of(self, role: Role.ValueType | None = None) -> Counter[str]:
+        """How many ready workers are on each node, of one role or of both."""
+        ready = (one for one in self.workers() if one.state == WorkerState.READY)
+        return Counter(one.node for one in ready if role in (None, one.role))
 
-    def spread(self) -> list[int]:
-        """Workers on each node."""
-        return [len(self.pids_on(node_id)) for node_id in self.ray.node_ids]
+    def children(self, word: str) -> list[psutil.Process]:
+        """Processes of the launcher whose command line has this word in it."""
+        return [one for one in self.processes() if word in words_of(one)]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """A process's command line; none of one that is gone."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -157,10 +190,3 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
     except psutil.NoSuchProcess:
         return
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
