@@ -148,7 +148,7 @@ class Places:
 
         return self._own(await _called(listed))
 
-    async def describe(self, worker_id: str, *, keep: bool = True) -> Found:
+    async def describe(self, worker_id: str, *, keep: bool = True, timeout_s: float = _ASK_TIMEOUT_S) -> Found:
         """What the actor says of itself; being asked keeps it alive, unless one only looks.
 
         Raises:
@@ -156,7 +156,7 @@ class Places:
         """
         actor = await self._actor(worker_id)
         asker = self._asker if keep else ""
-        found: Found = await _answer(actor.describe.remote(asker), f"{worker_id} does not answer", _ASK_TIMEOUT_S)
+        found: Found = await _answer(actor.describe.remote(asker), f"{worker_id} does not answer", timeout_s)
         return found
 
     async def drain(self, worker_id: str) -> None:

@@ -44,6 +44,7 @@ ASK_EVERY_S = 1.0
 _START_WAIT_S = 5.0
 """How long `start` waits to learn that there is no room; a planner waits twice as long."""
 _PLACE_AGAIN_S = 5.0
+_ANSWER_TIMEOUT_S = 2.0
 _UNREACHABLE_TRIES = 3
 _KILL_AFTER_DRAIN_S = 10.0
 _CLEAN_UP_S = 10.0
@@ -349,7 +350,7 @@ class Pool:
             if worker.worker_id not in await self._places.names():
                 return False
             try:
-                await self._places.describe(worker.worker_id)
+                await self._places.describe(worker.worker_id, timeout_s=_ANSWER_TIMEOUT_S)
             except WorkerLostError:
                 await asyncio.sleep(LOOK_EVERY_S)
             else:
@@ -467,7 +468,7 @@ class Pool:
 
     async def _ask(self, worker: PoolWorker) -> None:
         try:
-            await self._places.describe(worker.worker_id)
+            await self._places.describe(worker.worker_id, timeout_s=_ANSWER_TIMEOUT_S)
         except SlipstreamError:
             known = {record.worker_id for record in self._view.records()}
             if worker.ready and self._view.settled and worker.worker_id not in known:

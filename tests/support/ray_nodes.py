@@ -34,7 +34,7 @@ def main(head_cpus: int) -> None:
             _tell({"node": node.node_id, "pids": pids})
         elif command == "drain":
             _tell({"refused": _drain(cluster.address, words[0], float(words[1]))})
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _drain(address: str, node_id: str, deadline_s: float) -> str:
