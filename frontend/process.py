@@ -37,6 +37,7 @@ from frontend.pool_peers import answering
 from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
 from frontend.traffic_report import TrafficReporter
+from frontend.worker_speeds import WorkerSpeeds
 from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
@@ -96,7 +97,9 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
             name = settings.served_model_name or folder.served_name
             tenants = Tenants(settings.admission)
             teller = StateTeller(dispatcher, gate, tenants, model_name=name, draining=stop.is_set)
-            reporter = TrafficReporter(settings.control_plane.address, gate.queued)
+            reporter = TrafficReporter(
+                settings.control_plane.address, gate.queued, speeds=WorkerSpeeds(dispatcher.routing.fleet).take
+            )
             async with (
                 background(reporter.follow(), name="traffic-report"),
                 _explaining(pool_folder, Explainer(dispatcher.routing.decisions, gate.accounts)) as explain,

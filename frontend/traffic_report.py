@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 import grpc.aio
@@ -20,7 +20,7 @@ from frontend.traffic_count import TRAFFIC, Counted, Queued, TrafficCount
 from slipstream import telemetry
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
-from slipstream.v1.planner_pb2 import TrafficReport
+from slipstream.v1.planner_pb2 import TrafficReport, WorkerSpeed
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 
 log = telemetry.get_logger(__name__)
@@ -49,6 +49,7 @@ class TrafficReporter:
 
     Args:
         address: host:port of the control plane.
+        speeds: what is new of the workers' speed.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class TrafficReporter:
         address: str,
         queues: Queues,
         *,
+        speeds: Callable[[], Iterable[WorkerSpeed]] = tuple,
         counted: TrafficCount = TRAFFIC,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address = address
         self._queues = queues
+        self._speeds = speeds
         self._counted = counted
         self._clock = clock
         self._frontend_id = uuid.uuid4().hex
@@ -93,6 +96,7 @@ class TrafficReporter:
         report = TrafficReport(
             frontend_id=self._frontend_id, sequence=self._sequence, interval_s=max(0.0, now_s - self._since_s)
         )
+        report.speeds.extend(self._speeds())
         self._since_s = now_s
         for name in sorted(parts.keys() | queued.keys()):
             part = parts.get(name, Counted()).to_wire(*name)

@@ -31,7 +31,7 @@ from slipstream.grpc_errors import from_rpc_error
 from slipstream.performance import Profile, read_profile
 from slipstream.registry_watch import RegistryView
 from slipstream.scaler import Scaler
-from slipstream.settings import PlannerSettings
+from slipstream.settings import HealthSettings, PlannerSettings
 from slipstream.v1.planner_pb2 import TrafficReport, WatchTrafficRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
@@ -57,12 +57,15 @@ async def open_planner(
     posted: Callable[[], WorkerSet],
     find_profile: FindProfile,
     scalers: Mapping[str, OpenScaler] = MappingProxyType({}),
+    *,
+    health: HealthSettings | None = None,
 ) -> AsyncIterator[PlannerLoop]:
     """A planner by the settings' policy file, which plans while the body runs.
 
     Args:
         posted: the set of the registry beside it.
         scalers: by what `planner.scaler` may name instead of an address.
+        health: limits of the replacing of sick workers.
 
     Raises:
         ConfigError: the policy or a profile cannot be read, or nobody is there to act.
@@ -87,7 +90,7 @@ async def open_planner(
         if settings.scaler:
             opened = scalers.get(settings.scaler, partial(RemoteScaler, settings.scaler))
             scaler = await stack.enter_async_context(opened(lambda: posted().workers))
-        loop = PlannerLoop(objectives, make_policy, scaler, posted, dry_run=settings.dry_run)
+        loop = PlannerLoop(objectives, make_policy, scaler, posted, dry_run=settings.dry_run, health=health)
         if settings.follow is not None:
             for work in (followed.follow_registry(), followed.follow_traffic(loop.take_report)):
                 await stack.enter_async_context(background(work, name="planner-follows"))

@@ -14,20 +14,23 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn, Protocol
 
 from planner.history import History, Made, Outcome
 from planner.objectives import PlannerObjectives
 from planner.observation import Observation
 from planner.observer import Observer
+from planner.replacing import Replacements, sick_worker
 from planner.scaling import Action, Decision, Drain, ScalingPolicy, Start
 from planner.traffic import REPORT_EVERY_S, TrafficBook
 from slipstream import telemetry
 from slipstream.errors import SlipstreamError
 from slipstream.performance import Profile
-from slipstream.scaler import ScaledWorker, Scaler
+from slipstream.scaler import Reporter, ScaledWorker, Scaler
+from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import TrafficReport
-from slipstream.v1.registry_pb2 import Role, WorkerSet
+from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerSet
 
 log = telemetry.get_logger(__name__)
 
@@ -60,11 +63,13 @@ class PlannerLoop:
     Args:
         posted: the registry's set as it was posted last.
         dry_run: decide, tell, and do nothing. The lease is not taken either.
+        health: limits of the replacing of sick workers.
         clock, unix_clock: seconds that never go backwards, and the time for people.
 
     Attributes:
         errors: failures by what was tried.
         acted: actions by kind and result.
+        replaced: starts of workers in the place of sick ones, by result.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class PlannerLoop:
         *,
         dry_run: bool = False,
         holder: str = "",
+        health: HealthSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -98,6 +104,10 @@ class PlannerLoop:
         self._observer = Observer(clock())
         self._scaled: Sequence[ScaledWorker] = ()
         self._failing: set[str] = set()
+        self._health = health or HealthSettings()
+        self._replacements = Replacements(self._health)
+        self._reported: set[tuple[str, int]] = set()
+        self.replaced: Counter[str] = Counter()
 
     @property
     def frontends(self) -> int:
@@ -143,14 +153,18 @@ class PlannerLoop:
     async def step(self) -> Made | None:
         """One interval: look, decide, and act if it is ours to act. None where the policy failed."""
         await self._look_at_scaler()
-        now_s = self._clock()
+        now_s, posted = self._clock(), self._posted()
+        self.leading = await self._lead(now_s)
+        if self.leading and posted.settled and self._health.replace:
+            await self._replace(posted.workers, now_s)
         self.seen = seen = self._observer.look(
-            self._posted(),
+            posted,
             self._scaled,
             self._book.collect(now_s),
             now_s=now_s,
             unix_s=self._unix_clock(),
             complete=self._book.whole(now_s),
+            leaving=self._replacements.leaving(posted.workers),
         )
         try:
             decision = self._policy.decide(seen)
@@ -158,7 +172,6 @@ class PlannerLoop:
             self.errors["decide"] += 1
             log.exception("policy_failed")
             return None
-        self.leading = await self._lead(now_s)
         made = self.history.add(decision, seen, leading=self.leading, dry_run=self.dry_run)
         self._tell(made)
         acts = self.leading and seen.complete
@@ -191,6 +204,41 @@ class PlannerLoop:
         if held != self.leading:
             log.info("planner_leads" if held else "planner_stands_by", holder=self.holder)
         return held
+
+    async def _replace(self, records: Sequence[WorkerRecord], now_s: float) -> None:
+        """Have others started in the place of fenced workers, and these ended."""
+        unix_s = self._unix_clock()
+        for step in self._replacements.steps(records, self._scaled, now_s, unix_s):
+            if step.sick is not None:
+                await self._report(step.sick)
+            action, outcome = step.action, await self._act(step.action)
+            if isinstance(action, Start):
+                self.replaced["failed" if outcome.error else "done"] += 1
+            if outcome.error:
+                self._replacements.failed(step, now_s)
+                continue
+            self._replacements.done(step, outcome.worker_id, now_s)
+            # As the scaler will list them from now on.
+            if isinstance(action, Start):
+                new = ScaledWorker(outcome.worker_id, action.model, action.role, unix_s)
+                self._scaled = [*self._scaled, new]
+            else:
+                self._scaled = [
+                    replace(one, ending=True) if one.worker_id == outcome.worker_id else one for one in self._scaled
+                ]
+
+    async def _report(self, sick: WorkerRecord) -> None:
+        """Tell whoever owns its machine, once, if there is somebody to tell."""
+        key = sick.worker_id, sick.epoch
+        if key in self._reported or not isinstance(self._scaler, Reporter):
+            return
+        try:
+            await self._scaler.report(sick_worker(sick))
+        except SlipstreamError as error:
+            self._note_failure("report", error)
+        else:
+            self._reported.add(key)
+            self._failing.discard("report")
 
     async def _act(self, action: Action) -> Outcome:
         kind = type(action).__name__.lower()

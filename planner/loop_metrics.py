@@ -12,7 +12,7 @@ from planner.scaling import Counts
 
 _KINDS = ("start", "drain", "flip")
 _RESULTS = ("done", "failed")
-_CALLS = ("workers", "hold_lease", "decide")
+_CALLS = ("workers", "hold_lease", "decide", "report")
 
 
 class PlannerCollector(Collector):
@@ -54,9 +54,17 @@ class PlannerCollector(Collector):
             for result in _RESULTS:
                 actions.add_metric((kind, result), loop.acted[kind, result])
         yield actions
+        replaced = CounterMetricFamily(
+            "slipstream_health_replacements",
+            "Workers started in the place of sick ones, by result. Failed ones for long: there is no room for another.",
+            labels=("result",),
+        )
+        for result in _RESULTS:
+            replaced.add_metric((result,), loop.replaced[result])
+        yield replaced
         errors = CounterMetricFamily(
             "slipstream_planner_errors",
-            "Failures of the scaler (workers, hold_lease) and of the policy (decide). Alert on a rate above zero.",
+            "Failures of the scaler (workers, hold_lease, report) and of the policy (decide). Alert on any rate.",
             labels=("call",),
         )
         for call in _CALLS:

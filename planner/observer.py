@@ -6,7 +6,7 @@ of busy time is that of the sets in which it had something to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from planner.observation import Observation, Traffic, WorkerSeen
@@ -48,6 +48,7 @@ class Observer:
         now_s: float,
         unix_s: float,
         complete: bool,
+        leaving: Set[str] = frozenset(),
     ) -> Observation:
         """Everything as it is now.
 
@@ -55,6 +56,7 @@ class Observer:
             scaled: what the scaler runs. Those that have not registered yet are starting, and those that were asked to
                 end are draining, whatever the registry has heard of it.
             traffic: since the last look.
+            leaving: workers that others are to replace: whatever they say, they are on their way out.
             complete: whether every frontend was heard; of the workers the registry says it.
         """
         workers = {record.worker_id: self._seen(record, now_s) for record in posted.workers}
@@ -66,6 +68,10 @@ class Observer:
                 workers[one.worker_id] = WorkerSeen(one.worker_id, one.model, one.role, state, since_s)
             elif one.ending and known.state != WorkerState.DRAINING:
                 workers[one.worker_id] = replace(known, state=WorkerState.DRAINING)
+        for name, seen in workers.items():
+            # Fenced: it finishes what it has and takes nothing new, as one that drains does.
+            if seen.state == WorkerState.FENCED or (name in leaving and seen.state == WorkerState.READY):
+                workers[name] = replace(seen, state=WorkerState.DRAINING)
         self._since = {name: since for name, since in self._since.items() if name in workers}
         self._busy.clear()
         interval_s, self._looked_s = now_s - self._looked_s, now_s

@@ -6,7 +6,7 @@ It shows a running loop (`LivePlanner`) and changes nothing in it but the policy
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -68,6 +68,10 @@ UNREAD_REPORT_EVERY_S = 30.0
 """How often frontends report where nobody plans: often enough for a planner that comes later."""
 
 
+SPEEDS_EVERY_S = 5.0
+"""How often they report where nobody plans, and sick workers are fenced."""
+
+
 class LivePlanner(Protocol):
     """The loop that decides, as the service sees it.
 
@@ -116,17 +120,30 @@ class LivePlanner(Protocol):
 
 
 class PlannerService(PlannerServicer):
-    """Serves one planner; `live` is none where the control plane has no scaling policy."""
+    """Serves one planner; `live` is none where the control plane has no scaling policy.
 
-    def __init__(self, live: LivePlanner | None, what_if: WhatIf | None = None) -> None:
+    Args:
+        take_speeds: told of each report, for what frontends saw of the workers' speed.
+    """
+
+    def __init__(
+        self,
+        live: LivePlanner | None,
+        what_if: WhatIf | None = None,
+        take_speeds: Callable[[TrafficReport], None] | None = None,
+    ) -> None:
         self._live = live
+        self._take_speeds = take_speeds
         self._what_if = what_if or WhatIf()
         self._relay = TrafficRelay()
 
     async def ReportTraffic(self, request: TrafficReport, context: Context) -> TrafficReply:  # noqa: N802
         self._relay.publish(request)
+        if self._take_speeds is not None:
+            self._take_speeds(request)
         if self._live is None:
-            every_s = REPORT_EVERY_S if self._relay.watched else UNREAD_REPORT_EVERY_S
+            seldom_s = SPEEDS_EVERY_S if self._take_speeds is not None else UNREAD_REPORT_EVERY_S
+            every_s = REPORT_EVERY_S if self._relay.watched else seldom_s
             return TrafficReply(report_every_s=every_s)
         try:
             return TrafficReply(report_every_s=self._live.take_report(request))

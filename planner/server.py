@@ -18,6 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
+from planner.fence_keeper import FenceKeeper
+from planner.fence_metrics import FenceCollector
 from planner.live import FindProfile, OpenScaler, open_planner
 from planner.loop_metrics import PlannerCollector
 from planner.metrics import serving_metrics
@@ -85,12 +87,24 @@ async def serve(
             service, live, metrics = RegistryService(settings.control_plane.lease_s), None, list[Collector]()
             if settings.planner.policy is not None:
                 live = await stack.enter_async_context(
-                    open_planner(settings.planner, lambda: service.posted, find_profile, scalers)
+                    open_planner(
+                        settings.planner, lambda: service.posted, find_profile, scalers, health=settings.health
+                    )
                 )
                 metrics.append(PlannerCollector(live))
+            keeper = None
+            if settings.planner.follow is None:  # else the registry is another process', and so is its keeper
+                keeper = FenceKeeper(settings.health, lambda: service.posted)
+                metrics.append(FenceCollector(keeper))
+                await stack.enter_async_context(background(keeper.follow(), name="fence"))
             plane = await stack.enter_async_context(
                 open_control_plane(
-                    settings.control_plane, live, service=service, metrics=metrics, what_if=WhatIf(simulator)
+                    settings.control_plane,
+                    live,
+                    service=service,
+                    metrics=metrics,
+                    what_if=WhatIf(simulator),
+                    keeper=keeper,
                 )
             )
             stopping = await stack.enter_async_context(background(_wait(stop), name="stop"))
@@ -109,6 +123,7 @@ async def open_control_plane(
     service: RegistryService | None = None,
     metrics: Iterable[Collector] = (),
     what_if: WhatIf | None = None,
+    keeper: FenceKeeper | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """Serve the registry while the body runs, and the planner where there is one.
 
@@ -116,6 +131,7 @@ async def open_control_plane(
         service: the registry's, where somebody else looks at it too.
         metrics: that its /metrics shows besides its own.
         what_if: answers questions to the simulator.
+        keeper: hears what frontends saw of the workers' speed.
 
     Raises:
         StartupError: the address cannot be listened on.
@@ -123,7 +139,7 @@ async def open_control_plane(
     server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
     service = service or RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
-    planner = PlannerService(live, what_if)
+    planner = PlannerService(live, what_if, keeper.take_report if keeper is not None else None)
     add_PlannerServicer_to_server(planner, server)
     names = [
         registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,

@@ -18,9 +18,21 @@ from planner.scaling import Action, Counts, Decision, Drain, Flip, Start
 from planner.traffic import SILENT_AFTER_S
 from slipstream.errors import ConfigError, UnavailableError
 from slipstream.performance import Profile
-from slipstream.scaler import ScaledWorker
+from slipstream.scaler import ScaledWorker, SickWorker
 from slipstream.v1.planner_pb2 import TrafficPart, TrafficReport
-from slipstream.v1.registry_pb2 import READY, ROLE_DECODE, ROLE_PREFILL, STARTING, Role, WorkerRecord, WorkerSet
+from slipstream.v1.registry_pb2 import (
+    DRAINING,
+    FENCED,
+    READY,
+    ROLE_DECODE,
+    ROLE_PREFILL,
+    STARTING,
+    Health,
+    HealthState,
+    Role,
+    WorkerRecord,
+    WorkerSet,
+)
 from tests.support.scripted_worker import until
 from tests.unit.frontend.router.workers import PROFILE
 
@@ -293,3 +305,46 @@ async def test_metrics_tell_targets_workers_actions_and_who_leads(world: World) 
         'slipstream_planner_errors_total{call="decide"} 0.0',
     ):
         assert line in text
+
+
+@dataclass(slots=True)
+class ReportingScaler(MemoryScaler):
+    """One that can tell somebody."""
+
+    told: list[SickWorker] = field(default_factory=list)
+
+    async def report(self, sick: SickWorker) -> None:
+        self.told.append(sick)
+
+
+async def test_a_fenced_worker_is_reported_replaced_and_ended_and_the_policy_sees_one_go_and_one_come() -> None:
+    world = World()
+    world.scaler = scaler = ReportingScaler(world.time)
+    health = Health(state=HealthState.SICK, fenced_unix_s=int(1e9 + world.time.now_s) + 10)
+    sick = WorkerRecord(worker_id="w0", model="m", role=ROLE_DECODE, state=FENCED, epoch=1, health=health)
+    world.posted.workers.append(sick)
+    scaler.running.append(ScaledWorker("w0", "m", ROLE_DECODE, 1e9))
+    loop = world.planner()
+    policy = world.policies[0]
+    policy.actions = ()
+    world.time.now_s += 20.0
+    await loop.step()
+    assert scaler.done == [("start", "m")]
+    assert [one.worker_id for one in scaler.told] == ["w0"]
+    assert {one.worker_id: one.state for one in policy.seen[-1].workers} == {"w0": DRAINING, "new": STARTING}
+    scaler.running.append(ScaledWorker("new", "m", ROLE_DECODE, 1e9 + world.time.now_s))
+    world.posted.workers.append(WorkerRecord(worker_id="new", model="m", role=ROLE_DECODE, state=READY, epoch=2))
+    await loop.step()
+    assert scaler.done == [("start", "m"), ("drain", "w0")]
+    assert len(scaler.told) == 1
+    assert loop.replaced == {"done": 1}
+
+
+async def test_a_planner_that_stands_by_replaces_nobody() -> None:
+    world = World()
+    world.scaler.holder, world.scaler.until_s = "another", 1e12
+    world.posted.workers.append(WorkerRecord(worker_id="w0", model="m", role=ROLE_DECODE, state=FENCED, epoch=1))
+    world.scaler.running.append(ScaledWorker("w0", "m", ROLE_DECODE, 1e9))
+    loop = world.planner()
+    await loop.step()
+    assert world.scaler.done == []
