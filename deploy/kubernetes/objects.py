@@ -78,6 +78,7 @@ class Pod:
         draining_since_unix_s: when a planner chose it to go; 0 where none did.
         stuck: why it does not start, empty where it does.
         stuck_since_unix_s: since when.
+        fell_unix_s: when it stopped being ready although its container had started well; 0 while that is not so.
         group: of a LeaderWorkerSet.
     """
 
@@ -95,6 +96,7 @@ class Pod:
     draining_since_unix_s: float
     stuck: str
     stuck_since_unix_s: float
+    fell_unix_s: float
     group: int
 
     @property
@@ -188,8 +190,16 @@ def _pod(item: Object) -> Pod:
         draining_since_unix_s=float(_number(annotations.get(DRAINING_ANNOTATION))),
         stuck=stuck,
         stuck_since_unix_s=stuck_since_s,
+        fell_unix_s=_fell_s(status),
         group=_number(labels.get(LWS_GROUP_LABEL)),
     )
+
+
+def _fell_s(status: Object) -> float:
+    """Of a pod whose node is lost all stays as it was, but that it is not ready any more."""
+    if not any(one.get("started") for one in status.get("containerStatuses", ())):
+        return 0.0
+    return _unix_s(_condition(status, "Ready", "False").get("lastTransitionTime"))
 
 
 def _stuck(status: Object, created_unix_s: float) -> tuple[str, float]:

@@ -43,6 +43,8 @@ APPEARS_WITHIN_S = 3.0
 GOES_WITHIN_S = 3.0
 CHOSEN_S = 30.0
 """So long a pod that was chosen to go is counted as ending although Kubernetes has not begun to end it."""
+LOST_AFTER_S = 30.0
+"""A pod that ran, and has not been ready for so long, is not on its way: its node is gone, or its worker hangs."""
 LOOK_EVERY_S = 0.1
 MAX_REASON_CHARS = 500
 
@@ -92,14 +94,14 @@ class KubernetesScaler:
         self._holder, self._lease_s, self._renewed_s = "", 0.0, 0.0
 
     async def workers(self) -> Sequence[ScaledWorker]:
-        """See `Scaler.workers`. Without pods that found no room for so long that nobody should count on them."""
+        """See `Scaler.workers`. Without pods that nobody should count on: they found no room for long, or are lost."""
         async with self._within("listing workers"):
             look = await self._look()
         return [
             ScaledWorker(pod.name, pool.model, pool.role, pod.created_unix_s, self._is_ending(pod))
             for pool in look.pools
             for pod in look.members(pool)
-            if not pod.over and not self._is_stuck(pod)
+            if not pod.over and not self._is_stuck(pod) and not self._is_lost(pod)
         ]
 
     async def start(self, model: str, role: Role.ValueType) -> str:
@@ -189,6 +191,10 @@ class KubernetesScaler:
 
     def _is_stuck(self, pod: Pod) -> bool:
         return bool(pod.stuck) and self._unix_clock() >= pod.stuck_since_unix_s + self._settings.pending_s
+
+    def _is_lost(self, pod: Pod) -> bool:
+        """If its worker lives all the same, the registry knows it."""
+        return bool(pod.fell_unix_s) and self._unix_clock() >= pod.fell_unix_s + LOST_AFTER_S
 
     # -- what is done -------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import kubernetes_validate
 import yaml
 from aiohttp import web
 
@@ -24,6 +25,8 @@ from tests.support.kubernetes_objects import Object, RefusalError, Store
 
 NAMESPACE = "serving"
 TOKEN = "a-service-accounts-token"
+SCHEMAS = "1.37"
+"""Kubernetes' version whose schemas are used."""
 _PATH = re.compile(
     r"^/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[^/]+))?$"
@@ -216,10 +219,9 @@ class KubernetesServer:
             return self._scale(verb, plural, name, body)
         if verb == "get":
             return self.store.get(plural, name)
-        if verb == "create":
-            return self.store.create(plural, body)
-        if verb == "update":
-            return self.store.replace(plural, name, body)
+        if verb in ("create", "update"):
+            _check_schema(body)
+            return self.store.create(plural, body) if verb == "create" else self.store.replace(plural, name, body)
         if verb == "patch":
             _check_patch(request)
             return self.store.patch(plural, name, body)
@@ -236,13 +238,23 @@ class KubernetesServer:
                 raise RefusalError(422, "Invalid", "spec.replicas: must be greater than or equal to 0")
             self.store.patch(plural, name, {"metadata": body.get("metadata", {}), "spec": {"replicas": replicas}})
         metadata = {key: found["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion")}
-        return {
+        scale = {
             "kind": "Scale",
             "apiVersion": "autoscaling/v1",
             "metadata": metadata,
             "spec": {"replicas": found["spec"]["replicas"]},
             "status": {"replicas": found.get("status", {}).get("replicas", 0)},
         }
+        _check_schema(scale)
+        return scale
+
+
+def _check_schema(body: Object) -> None:
+    """By Kubernetes' own schema of the kind, without unknown fields."""
+    try:
+        kubernetes_validate.validate(body, SCHEMAS, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        raise RefusalError(422, "Invalid", str(error)) from error
 
 
 def _check_patch(request: web.Request) -> None:

@@ -83,10 +83,12 @@ async def test_every_failure_has_a_type_that_planners_live_with(at: Reached, tmp
     missing = await failure("get", PODS, "p")
     assert type(missing) is ObjectMissingError
     assert missing.message == 'kubernetes: get pods p in namespace serving: pods "p" not found'
-    await at.api.call("create", LEASES, body={"metadata": {"name": "l"}, "spec": {}})
-    again = {"metadata": {"name": "l"}, "spec": {}}
+    lease: Object = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}, "spec": {}}
+    await at.api.call("create", LEASES, body=lease)
     with pytest.raises(ConflictError):
-        await at.api.call("create", LEASES, body=again)
+        await at.api.call("create", LEASES, body=lease)
+    with pytest.raises(RefusedError, match="leaseDurationSeconds"):
+        await at.api.call("update", LEASES, "l", body={**lease, "spec": {"leaseDurationSeconds": "3"}})
     stranger = KubernetesSettings(kubeconfig=at.server.write_kubeconfig(tmp_path / "other", token="wrong"))
     async with connected(stranger) as api:
         with pytest.raises(NotAuthenticatedError):

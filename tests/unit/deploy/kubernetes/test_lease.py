@@ -14,6 +14,7 @@ from tests.support.kubernetes_server import Fault, KubernetesServer
 from tests.unit.deploy.kubernetes.world import planner
 
 LEASE_S = 30.0
+LEASE = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "slipstream-planner"}}
 
 
 async def test_one_holds_it_the_other_gets_it_when_the_first_is_silent_or_lets_go(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ async def test_the_times_that_another_machine_wrote_are_not_believed(tmp_path: P
         for written in ("1999-01-01T00:00:00.000000Z", "2999-01-01T00:00:00.000000Z"):
             spec = {"holderIdentity": "other", "leaseDurationSeconds": 30, "renewTime": written}
             server.store.objects["leases"] = {}
-            server.store.create("leases", {"metadata": {"name": "slipstream-planner"}, "spec": spec})
+            server.store.create("leases", {**LEASE, "spec": spec})
             assert not await at.scaler.hold_lease("me", LEASE_S), f"renewed at {written}: it may well live"
             at.time.ahead_s += LEASE_S
             assert await at.scaler.hold_lease("me", LEASE_S)

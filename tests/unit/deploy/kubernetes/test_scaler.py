@@ -181,6 +181,22 @@ async def test_a_pod_that_cannot_start_is_no_worker_that_comes(tmp_path: Path) -
             await at.scaler.start("m", DECODE)
 
 
+async def test_a_pod_whose_node_is_lost_is_not_taken_for_one_that_comes(tmp_path: Path) -> None:
+    # Kubernetes ends it only five minutes later, and makes another one then.
+    async with world(tmp_path) as at:
+        at.server.add_deployment("decode", 2)
+        starting, lost = at.names("decode")
+        pod = at.pod(lost)
+        pod["status"]["containerStatuses"] = [{"name": "worker", "restartCount": 0, "started": True}]
+        at.server.controllers.set_ready(pod)
+        at.server.controllers.set_ready(pod, False)
+        assert sorted(await roles(at)) == [starting, lost]
+        at.time.ahead_s = scalers.LOST_AFTER_S + 1
+        assert list(await roles(at)) == [starting]
+        at.server.controllers.set_ready(pod)
+        assert sorted(await roles(at)) == [starting, lost]
+
+
 async def test_a_seat_for_which_no_pod_is_made_is_given_back_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
