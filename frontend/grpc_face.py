@@ -133,7 +133,7 @@ class GrpcFace:
     async def watch_readiness(self) -> None:
         """Keep the health status up to date, for ever."""
         while True:
-            await self._set_health(ready=self._service.dispatcher.ready)
+            await self._set_health(ready=self._service.ready)
             await asyncio.sleep(HEALTH_PERIOD_S)
 
     async def stop(self, grace_s: float) -> None:

@@ -171,7 +171,7 @@ class HttpFace:
         """Whether a request would be answered now; 503 with the reason when not."""
         if self.service.closing:
             raise NoWorkerError("The frontend is shutting down.", code="shutting_down")
-        if not self.service.dispatcher.ready:
+        if not self.service.ready:
             raise NoWorkerError("No decode worker is ready yet.", retry_after_s=_READY_RETRY_S)
         return _json({"status": "ready"})
 

@@ -20,6 +20,7 @@ from frontend import access_log
 from frontend.admission.claim import DEFAULT_CLAIM, DEFAULT_TENANT, Claim
 from frontend.admission.tenants import Tenants
 from frontend.answer_text import AnswerPiece, AnswerText
+from frontend.cold_start import ColdStarts
 from frontend.face_metrics import TokenTimes, Where, series
 from frontend.fan_in import merged
 from frontend.generation import Dispatcher, ServedModel, TokenRequest
@@ -126,6 +127,7 @@ class InferenceService:
         request_timeout_s: longest a request may take in all.
         max_n: largest `n` accepted.
         tenants: whose requests are whose; the faces ask it.
+        cold: where requests wait while the planner starts a worker from zero; None: it never does.
         clock: monotonic seconds, for the metrics.
     """
 
@@ -138,6 +140,7 @@ class InferenceService:
         request_timeout_s: float,
         max_n: int,
         tenants: Tenants | None = None,
+        cold: ColdStarts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.dispatcher = dispatcher
@@ -145,6 +148,7 @@ class InferenceService:
         self.model_name = model_name
         self.tenants = tenants or Tenants(AdmissionSettings())
         self.clock = clock
+        self._cold = cold
         self._request_timeout_s = request_timeout_s
         self._max_n = max_n
         self._open: set[asyncio.Timeout] = set()
@@ -177,6 +181,24 @@ class InferenceService:
             f"The model '{name}' does not exist; this frontend serves '{self.model_name}'.", param="model"
         )
 
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered now, or after a worker that the planner starts for it."""
+        return self.dispatcher.ready or (self._cold is not None and self._cold.starts(self.model_name))
+
+    async def _started_model(self, request: InferenceRequest, left_s: float) -> ServedModel:
+        """`served_model`, after a wait where the planner starts a worker for it."""
+        try:
+            return self.served_model(request.model)
+        except NoWorkerError:
+            if self._cold is None or not self._cold.starts(self.model_name):
+                raise
+        with stage("cold_start"):
+            await self._cold.wait(
+                self.model_name, request.claim.priority.label, left_s, served=lambda: bool(self.models())
+            )
+        return self.served_model(request.model)
+
     @asynccontextmanager
     async def answer(self, request: InferenceRequest) -> AsyncIterator[Answer]:
         """Begin to answer; the block reads the answer and owns it.
@@ -200,7 +222,7 @@ class InferenceService:
                 self._open.add(deadline)
                 if self.closing:
                     raise UnavailableError(_CLOSING, code="shutting_down")
-                model = self.served_model(request.model)
+                model = await self._started_model(request, limit_s)
                 self._check(request)
                 record.model = model.name
                 with stage("tokenize"):

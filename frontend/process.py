@@ -28,6 +28,7 @@ from frontend.admission.cluster_room import others_of, room_of
 from frontend.admission.gate import AdmissionGate
 from frontend.admission.tenants import Tenants
 from frontend.cluster_state import TellsState
+from frontend.cold_start import ColdStarts
 from frontend.explanation import Explainer, Explains
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
@@ -97,8 +98,12 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
             name = settings.served_model_name or folder.served_name
             tenants = Tenants(settings.admission)
             teller = StateTeller(dispatcher, gate, tenants, model_name=name, draining=stop.is_set)
+            cold = ColdStarts(settings.admission.queue)
             reporter = TrafficReporter(
-                settings.control_plane.address, gate.queued, speeds=WorkerSpeeds(dispatcher.routing.fleet).take
+                settings.control_plane.address,
+                lambda: gate.queued() | cold.queued(),
+                speeds=WorkerSpeeds(dispatcher.routing.fleet).take,
+                take_on_demand=cold.take,
             )
             async with (
                 background(reporter.follow(), name="traffic-report"),
@@ -112,6 +117,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                     http_socket=http_socket,
                     stop=stop,
                     tenants=tenants,
+                    cold=cold,
                     metrics=_metrics_of_all(pool_folder),
                     explain=explain,
                     tells_state=teller.tell,
@@ -128,6 +134,7 @@ async def run_faces(
     stop: asyncio.Event,
     listening: Callable[[str, str], None] = lambda http, grpc: None,
     tenants: Tenants | None = None,
+    cold: ColdStarts | None = None,
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
     tells_state: TellsState | None = None,
@@ -137,6 +144,7 @@ async def run_faces(
     Args:
         listening: called with the HTTP and the gRPC address once both accept.
         tenants: who they are; `dispatcher` does the rest of admission.
+        cold: where requests wait for a worker that is started for them.
         metrics: what /metrics shows.
         explain: what the dispatcher decided, for those who ask why.
         tells_state: what global frontends are told of the cluster.
@@ -151,6 +159,7 @@ async def run_faces(
         request_timeout_s=settings.request_timeout_s,
         max_n=settings.max_n,
         tenants=tenants,
+        cold=cold,
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
     grpc_port = bind_grpc(grpc_face.server, settings)

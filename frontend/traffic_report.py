@@ -50,6 +50,7 @@ class TrafficReporter:
     Args:
         address: host:port of the control plane.
         speeds: what is new of the workers' speed.
+        take_on_demand: told the models that the planner starts from zero, and the seconds which that takes.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class TrafficReporter:
         speeds: Callable[[], Iterable[WorkerSpeed]] = tuple,
         counted: TrafficCount = TRAFFIC,
         clock: Callable[[], float] = time.monotonic,
+        take_on_demand: Callable[[Mapping[str, float]], None] = lambda start_s: None,
     ) -> None:
+        self._take_on_demand = take_on_demand
         self._address = address
         self._queues = queues
         self._speeds = speeds
@@ -87,6 +90,7 @@ class TrafficReporter:
                     every_s = FIRST_REPORT_EVERY_S
                     continue
                 self._note_sent()
+                self._take_on_demand({one.model: one.start_s for one in reply.on_demand})
                 every_s = min(max(reply.report_every_s, LEAST_EVERY_S), MOST_EVERY_S)
 
     def next_report(self) -> TrafficReport:

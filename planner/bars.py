@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from planner.scaling import Counts
 
-BAND = 0.85
-"""Of the load at which more was needed: below it, the smaller count may be tried again."""
+BAND, CALM_BAND = 0.85, 0.95
+"""Of the load at which more was needed: below it, the smaller count may be tried again. The second where all has
+gone well for so long that what is late again would be borne (`planner.caution`)."""
 REMEMBER_S = 7200.0
 
 
@@ -30,13 +31,13 @@ class Bars:
         if wanted.decode > before.decode:
             self._decode[before.decode] = (at_s, load[1])
 
-    def least(self, load: tuple[float, float], at_s: float) -> Counts:
+    def least(self, load: tuple[float, float], at_s: float, band: float = BAND) -> Counts:
         """The fewest workers that may be tried at this load."""
-        return Counts(_least(self._prefill, load[0], at_s), _least(self._decode, load[1], at_s))
+        return Counts(_least(self._prefill, load[0], at_s, band), _least(self._decode, load[1], at_s, band))
 
 
-def _least(bars: dict[int, tuple[float, float]], load: float, at_s: float) -> int:
+def _least(bars: dict[int, tuple[float, float]], load: float, at_s: float, band: float) -> int:
     for count, (set_s, _) in list(bars.items()):
         if at_s - set_s > REMEMBER_S:
             del bars[count]
-    return max((count + 1 for count, (_, then) in bars.items() if load > BAND * then), default=0)
+    return max((count + 1 for count, (_, then) in bars.items() if load > band * then), default=0)

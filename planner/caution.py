@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planner.bars import BAND, CALM_BAND
 from planner.demand import Demand
 from planner.forecast import FIRST_EXCESS, Forecast
 from planner.objectives import Objective
@@ -73,6 +74,11 @@ class Caution:
         by a load that is clearly more: else an estimate between two counts would go back and forth.
         """
         return 1.0 if excess > FIRST_EXCESS else 1.0 - PATIENCE * min(max(-self.level, 0.0), 1.0)
+
+    @property
+    def band(self) -> float:
+        """Of the load at which a count was too small, below which it may be tried again: more while all goes well."""
+        return BAND + (CALM_BAND - BAND) * min(max(-self.level, 0.0), 1.0)
 
     @property
     def alarmed(self) -> bool:

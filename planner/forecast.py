@@ -160,6 +160,10 @@ class Excess:
         self.share = FIRST_EXCESS
         self._pending: deque[tuple[float, float]] = deque()
 
+    def forget_pending(self) -> None:
+        """No forecast that was made is held against what comes."""
+        self._pending.clear()
+
     def add(self, now_s: float, interval_s: float, mean: float, noise: float, forecast: float) -> None:
         """What is now, with the standard deviation that noise gives it, and what is forecast now."""
         self._pending.append((now_s + self.horizon_s, forecast))
@@ -210,6 +214,12 @@ class Forecaster:
         noise = math.sqrt(self.variance_per_s / interval_s * newest.noise_share)
         expected = self.forecast(self._excess.horizon_s).mean
         self._excess.add(self._at_s, interval_s, newest.mean, noise, expected)
+
+    def look_ahead(self, horizon_s: float) -> None:
+        """Its errors are learned over another horizon from now on."""
+        if horizon_s != self._excess.horizon_s:
+            self._excess.horizon_s = horizon_s
+            self._excess.forget_pending()
 
     @property
     def age_s(self) -> float:

@@ -52,6 +52,14 @@ class LivePolicy(ScalingPolicy, Protocol):
         """An action of its last decision was not done."""
         ...
 
+    def inherit(self, before: object) -> None:
+        """Go on from what the policy before has learned, as far as it holds here too."""
+        ...
+
+    def start_s(self, model: str) -> float:
+        """What a new worker of a model takes until it is ready."""
+        ...
+
 
 MakePolicy = Callable[[PlannerObjectives], LivePolicy]
 """Raises ConfigError where it cannot decide by these objectives."""
@@ -124,11 +132,20 @@ class PlannerLoop:
         self._book.take(report, self._clock())
         return REPORT_EVERY_S
 
+    def on_demand(self) -> Mapping[str, float]:
+        """See `LivePlanner.on_demand`. A dry run starts nothing."""
+        if self.dry_run:
+            return {}
+        models = (one.model for one in self.objectives.models if one.bounds.to_zero)
+        # A decision comes first, and the worker is seen in the interval after it is ready.
+        return {model: self._policy.start_s(model) + self.objectives.interval_s for model in models}
+
     def apply(self, objectives: PlannerObjectives, *, dry_run: bool = False) -> None:
-        """See `LivePlanner.apply`. What the policy in force had learnt of the traffic is learnt anew."""
+        """See `LivePlanner.apply`. What the policy in force has learnt is kept as far as it still holds."""
         policy = self._make_policy(objectives)
         if dry_run:
             return
+        policy.inherit(self._policy)
         for model, profiles in self._profiles.items():
             policy.know(model, *profiles)
         self.objectives, self._policy = objectives, policy

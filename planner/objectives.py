@@ -27,7 +27,11 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Least and most workers of each role. At least one each unless `to_zero`: then none while nothing comes."""
+    """Least and most workers of each role. At least one each unless `to_zero`: then none while nothing comes.
+
+    Attributes:
+        idle_s: without a request for so long, a pool that may go to zero does.
+    """
 
     min_prefill: int = 1
     min_decode: int = 1
@@ -35,6 +39,7 @@ class Bounds:
     max_decode: int = 1024
     to_zero: bool = False
     allow_aggregated: bool = False
+    idle_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ It shows a running loop (`LivePlanner`) and changes nothing in it but the policy
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -110,6 +110,10 @@ class LivePlanner(Protocol):
         """
         ...
 
+    def on_demand(self) -> Mapping[str, float]:
+        """The models that it starts from zero, and what that takes in seconds."""
+        ...
+
     def apply(self, objectives: PlannerObjectives, *, dry_run: bool = False) -> None:
         """Decide by these from the next decision on; with `dry_run` only tell whether they would do.
 
@@ -146,7 +150,10 @@ class PlannerService(PlannerServicer):
             every_s = REPORT_EVERY_S if self._relay.watched else seldom_s
             return TrafficReply(report_every_s=every_s)
         try:
-            return TrafficReply(report_every_s=self._live.take_report(request))
+            reply = TrafficReply(report_every_s=self._live.take_report(request))
+            for model, start_s in self._live.on_demand().items():
+                reply.on_demand.add(model=model, start_s=start_s)
+            return reply
         except SlipstreamError as error:
             await abort(context, error)
 

@@ -31,10 +31,13 @@ from slipstream.v1.registry_pb2 import Role, WorkerState
 
 FIRST_LOOK_S = 60.0
 """Before so much was seen, nothing is taken away, and nothing is done at all while few requests are late."""
+ENOUGH_S, ENOUGH_ANSWERS = 30.0, 150
+"""After so long and so many answers what nobody needs is let go all the same."""
+FIRST_DOWN = 0.5
+"""Of `down_cooldown_s`, until the first worker was started: a pool that somebody else chose to begin with, and that
+never was too small, cannot go back and forth."""
 CLEAR_LIMITS, LEAST_CLEAR_S, MOST_CLEAR_S = 3.0, 15.0, 60.0
 """A backlog shall be worked off within so many times the TTFT limit: what comes until then is late."""
-IDLE_S = 300.0
-"""Without a request for so long, a pool that may go to zero does."""
 DRAIN_SHARE = 0.5
 """Of a pool, what one decision may take away: what a whole window did not need."""
 WAITS_SHARE = 0.25
@@ -55,9 +58,24 @@ class _Past:
     needs: deque[tuple[float, Counts]] = field(default_factory=deque)
     bars: Bars = field(default_factory=Bars)
     caution: Caution = field(default_factory=Caution)
+    answers: int = 0
     up_s: float = -math.inf
     down_s: float = -math.inf
     flip_s: float = -math.inf
+
+    def inherit(self, before: _Past, horizon_s: float) -> None:
+        """What was learned of the traffic and the workers, and what is under way; of what hangs on the limits only
+        what was learned under the same ones."""
+        self.classes, self.coming, self.answers = before.classes, before.coming, before.answers
+        self.up_s, self.down_s, self.flip_s = before.up_s, before.down_s, before.flip_s
+        for known in self.classes.values():
+            known.requests.look_ahead(horizon_s)
+        if before.learner is not None and (
+            self.learner is None or self.learner.pair.profiles == before.learner.pair.profiles
+        ):
+            self.learner = before.learner
+        if self.objectives.objectives == before.objectives.objectives:
+            self.needs, self.bars, self.caution = before.needs, before.bars, before.caution
 
 
 class SloPolicy:
@@ -90,6 +108,13 @@ class SloPolicy:
         if before is None or before.pair.profiles != (prefill, decode):
             past.learner = Learner(Pair.of(prefill, decode))
 
+    def inherit(self, before: object) -> None:
+        """Go on from what another one has learned, as far as it holds here too. That one is done."""
+        if isinstance(before, SloPolicy):
+            for model, past in self._past.items():
+                if model in before._past:
+                    past.inherit(before._past[model], self._horizon_s(before._past[model]))
+
     def decide(self, seen: Observation) -> Decision:
         """Called once an interval, in order of time."""
         if not seen.complete:
@@ -107,7 +132,8 @@ class SloPolicy:
         ]
         wanted = choose(asks, self._objectives.gpu_budget)
         for ask in asks:
-            tried = self._past[ask.model].bars.least(looks[ask.model].load, seen.at_s)
+            past = self._past[ask.model]
+            tried = past.bars.least(looks[ask.model].load, seen.at_s, past.caution.band)
             wanted[ask.model] = unbarred(ask, wanted[ask.model], tried, self._objectives.gpu_budget)
         kept = choose(careful, self._objectives.gpu_budget)
         targets = {}
@@ -125,6 +151,11 @@ class SloPolicy:
         numbers = {"gpu_budget": float(self._objectives.gpu_budget)} | numbers_of(accounts, seen)
         considered = considered_of(asks, targets, self._objectives.gpu_budget) if self._tells_considered else ()
         return Decision(seen.at_s, targets, tuple(actions), reason_of(accounts), numbers, considered)
+
+    def start_s(self, model: str) -> float:
+        """What a new worker takes until it is ready: as seen, or as set before one was."""
+        past = self._past.get(model)
+        return (past.coming.start_s if past is not None else 0.0) or self._objectives.start_s
 
     def undone(self, action: Action) -> None:
         """An action of the last decision will not be done. Its cooldown holds: it is not tried again at once."""
@@ -149,6 +180,7 @@ class SloPolicy:
         served = [name for name in past.classes if name != BATCH]
         self._learn(past, own, traffic, seen)
         past.caution.add(traffic, past.objectives.objectives)
+        past.answers += sum(part.finished for part in traffic.values())
         forecasts = {name: past.classes[name].requests.forecast(horizon_s) for name in served}
         expected = {name: past.classes[name].demand(forecast.mean) for name, forecast in forecasts.items()}
         demands = {name: past.caution.prepared(one, forecasts[name]) for name, one in expected.items()}
@@ -203,7 +235,7 @@ class SloPolicy:
         bounds = past.objectives.bounds
         idle_s = min((one.idle_s for one in past.classes.values()), default=math.inf)
         floor = Counts(bounds.min_prefill, bounds.min_decode)
-        if bounds.to_zero and idle_s >= IDLE_S:
+        if bounds.to_zero and idle_s >= bounds.idle_s:
             floor = Counts(0, 0)
         elif bounds.allow_aggregated:
             floor = Counts(0, max(1, floor.decode))
@@ -239,7 +271,7 @@ class SloPolicy:
 
     def _settle(self, past: _Past, look: Look, wanted: Counts, kept: Counts, seen: Observation) -> Counts:
         """Up at once; down to what a whole window needed, and sooner where the other role is short."""
-        window_s = self._objectives.down_cooldown_s
+        window_s = self._down_s(past)
         past.needs.append((seen.at_s, kept))
         while past.needs[0][0] < seen.at_s - window_s:
             past.needs.popleft()
@@ -250,13 +282,14 @@ class SloPolicy:
         young, waits = age_s < min(FIRST_LOOK_S, window_s), self._waits(past, look)
         if young and not waits and not past.caution.alarmed:
             # What is known of the first requests is mostly assumed: nothing is done for that alone.
-            return _at_least(look.have, look.floor)
+            known = past.answers >= ENOUGH_ANSWERS and age_s >= ENOUGH_S
+            return _at_least(_fewest(look.have, window) if known else look.have, look.floor)
         if young or waits:
             window = look.have
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
         load = look.load
         past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)
-        tried = past.bars.least(load, seen.at_s)
+        tried = past.bars.least(load, seen.at_s, past.caution.band)
         # What was not needed lately may be flipped where the other role is short; the rest stays for the whole window.
         to_decode, to_prefill = max(0, wanted.decode - look.have.decode), max(0, wanted.prefill - look.have.prefill)
         prefill_spare = max(recent.prefill, min(window.prefill, look.have.prefill - to_decode))
@@ -267,6 +300,10 @@ class SloPolicy:
             wanted.prefill if prefill_short else min(look.have.prefill, prefill_down),
             wanted.decode if decode_short else min(look.have.decode, decode_down),
         )
+
+    def _down_s(self, past: _Past) -> float:
+        """Least time from any change to a drain."""
+        return self._objectives.down_cooldown_s * (FIRST_DOWN if past.up_s == -math.inf else 1.0)
 
     def _waits(self, past: _Past, look: Look) -> bool:
         """Whether prompts wait so long that nobody can be spared, whatever is expected."""
@@ -309,7 +346,7 @@ class SloPolicy:
             # A pool below its floor has lost workers: that is repaired at once.
             repair = look.have.prefill < look.floor.prefill or look.have.decode < look.floor.decode
             up = repair or at_s - past.up_s >= settings.up_cooldown_s
-            down = model in urgent or min(at_s - past.up_s, at_s - past.down_s) >= settings.down_cooldown_s
+            down = model in urgent or min(at_s - past.up_s, at_s - past.down_s) >= self._down_s(past)
             flip = at_s - past.flip_s >= settings.flip_cooldown_s
             limits = Limits(
                 gpus=settings.gpu_budget - used,
@@ -357,6 +394,10 @@ def _load(demands: Collection[Demand]) -> tuple[float, float]:
 
 def _at_least(one: Counts, other: Counts) -> Counts:
     return Counts(max(one.prefill, other.prefill), max(one.decode, other.decode))
+
+
+def _fewest(one: Counts, other: Counts) -> Counts:
+    return Counts(min(one.prefill, other.prefill), min(one.decode, other.decode))
 
 
 def _most(needs: Iterable[Counts]) -> Counts:

@@ -58,6 +58,7 @@ class BoundsPart(Part):
     allow_aggregated: bool = Field(
         False, description="the planner may do without prefill workers where decode alone is cheaper"
     )
+    idle_s: float = Field(300.0, gt=0, le=86400, description="with `to_zero`: time without a request before that")
 
     @model_validator(mode="after")
     def _in_order(self) -> BoundsPart:

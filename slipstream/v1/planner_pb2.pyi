@@ -116,20 +116,49 @@ class TrafficReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REPORT_EVERY_S_FIELD_NUMBER: _builtins.int
+    ON_DEMAND_FIELD_NUMBER: _builtins.int
     report_every_s: _builtins.float
     """when to report next"""
+    @_builtins.property
+    def on_demand(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartOnDemand]: ...
     def __init__(
         self,
         *,
         report_every_s: _builtins.float = ...,
+        on_demand: _abc.Iterable[Global___StartOnDemand] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["report_every_s", b"report_every_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_demand", b"on_demand", "report_every_s", b"report_every_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrafficReply: _TypeAlias = TrafficReply  # noqa: Y015
+
+@_typing.final
+class StartOnDemand(_message.Message):
+    """A model that may have no worker: the planner starts one when a request for it waits or was refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    START_S_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    start_s: _builtins.float
+    """what a start takes until the worker is ready"""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        start_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "start_s", b"start_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartOnDemand: _TypeAlias = StartOnDemand  # noqa: Y015
 
 @_typing.final
 class TrafficPart(_message.Message):

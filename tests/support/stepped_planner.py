@@ -37,6 +37,9 @@ class SteppedPlanner:
         self.reports.append(report)
         return 1.0
 
+    def on_demand(self) -> Mapping[str, float]:
+        return {"cold": 3.0}
+
     def apply(self, objectives: PlannerObjectives, *, dry_run: bool = False) -> None:
         if any(one.profile == "none" for one in objectives.models):
             raise ConfigError("profile none: cannot be read", param="profile")

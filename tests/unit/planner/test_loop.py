@@ -104,6 +104,7 @@ class Scripted:
     known: list[str] = field(default_factory=list)
     not_done: list[Action] = field(default_factory=list)
     broken: bool = False
+    before: object = None
 
     def decide(self, seen: Observation) -> Decision:
         self.seen.append(seen)
@@ -113,6 +114,12 @@ class Scripted:
 
     def know(self, model: str, prefill: Profile, decode: Profile) -> None:
         self.known.append(prefill.name)
+
+    def inherit(self, before: object) -> None:
+        self.before = before
+
+    def start_s(self, model: str) -> float:
+        return 7.0
 
     def undone(self, action: Action) -> None:
         self.not_done.append(action)

@@ -167,7 +167,9 @@ async def test_a_wrong_policy_is_refused_and_nothing_changes(policy: str, messag
 async def test_traffic_reports_reach_the_loop_and_the_wrong_ones_their_sender() -> None:
     live = SteppedPlanner()
     async with served(live) as stub:
-        assert (await stub.ReportTraffic(TrafficReport(frontend_id="f"))).report_every_s == 1.0
+        reply = await stub.ReportTraffic(TrafficReport(frontend_id="f"))
+        assert reply.report_every_s == 1.0
+        assert [(one.model, one.start_s) for one in reply.on_demand] == [("cold", 3.0)]
         assert [report.frontend_id for report in live.reports] == ["f"]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ReportTraffic(TrafficReport())
