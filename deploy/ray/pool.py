@@ -104,6 +104,7 @@ class Pool:
         self._numbers: Iterator[int] = itertools.count()
         self._view = RegistryView()
         self._failure: asyncio.Future[SlipstreamError] = asyncio.get_running_loop().create_future()
+        self._dead: dict[str, ScaledWorker] = {}
         self._died_s: dict[Role.ValueType, list[float]] = {}
         self._draining_since_s: dict[str, float] = {}
         self._choosing = asyncio.Lock()
@@ -122,16 +123,17 @@ class Pool:
     def workers(self) -> list[ScaledWorker]:
         """All that there are, also those that wait for a place.
 
-        One on a draining node counts as ending as soon as it has a successor: else a planner would see one too many,
-        and drain the other one.
+        Those that have successors count as ending: one on a draining node, and a dead one that the registry still has.
+        A planner would see one too many else, and drain the successor.
         """
         succeeded = {one.replaces for one in self._workers.values() if not one.ending}
-        return [
+        there = [
             ScaledWorker(
                 one.worker_id, self.model, one.role, one.ordered_unix_s, one.ending or one.worker_id in succeeded
             )
             for one in self._workers.values()
         ]
+        return [*there, *self._dead.values()]
 
     def records(self) -> list[WorkerRecord]:
         """The workers as the registry has them."""
@@ -352,6 +354,8 @@ class Pool:
             try:
                 await self._places.describe(worker.worker_id, timeout_s=_ANSWER_TIMEOUT_S)
             except WorkerLostError:
+                if self._is_missing(worker):
+                    return False
                 await asyncio.sleep(LOOK_EVERY_S)
             else:
                 return True
@@ -370,6 +374,10 @@ class Pool:
             log.warning("worker_not_placed", worker_id=worker.worker_id, reason=reason)
             return
         log.warning("worker_gone", worker_id=worker.worker_id, node=worker.node_id, reason=reason)
+        if worker.worker_id in self._listed():
+            self._dead[worker.worker_id] = ScaledWorker(
+                worker.worker_id, self.model, worker.role, worker.ordered_unix_s, ending=True
+            )
         if self._closing or self._successor(worker) is not None:
             return
         # The loss of a node is no fault of the worker's: nothing is gained by waiting.
@@ -422,6 +430,8 @@ class Pool:
             if record.state == WorkerState.READY:
                 worker.ready = True
                 ready[record.role] += 1
+        listed = self._listed()
+        self._dead = {worker_id: one for worker_id, one in self._dead.items() if worker_id in listed}
         cluster = self._settings.cluster
         if not self.whole and ready[Role.ROLE_PREFILL] >= cluster.prefill and ready[Role.ROLE_DECODE] >= cluster.decode:
             self.whole = True
@@ -470,9 +480,15 @@ class Pool:
         try:
             await self._places.describe(worker.worker_id, timeout_s=_ANSWER_TIMEOUT_S)
         except SlipstreamError:
-            known = {record.worker_id for record in self._view.records()}
-            if worker.ready and self._view.settled and worker.worker_id not in known:
+            if self._is_missing(worker):
                 worker.lost.set()
+
+    def _listed(self) -> set[str]:
+        return {record.worker_id for record in self._view.records()}
+
+    def _is_missing(self, worker: PoolWorker) -> bool:
+        """Whether the registry had it as ready, and has it no more."""
+        return worker.ready and self._view.settled and worker.worker_id not in self._listed()
 
     async def _sweep(self, keep: set[str]) -> None:
         """Remove placement groups that nobody uses any more."""

@@ -25,7 +25,7 @@ from unittest import mock
 import psutil
 
 from slipstream.v1.registry_pb2 import Role, WorkerState
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, wait_for
 
 _ANSWER_TIMEOUT_S = 90.0
 _GONE_TIMEOUT_S = 30.0
@@ -106,7 +106,8 @@ class RayCluster:
         del self._pids[node_id]
         for process in family:
             _kill(process)
-        psutil.wait_procs(family, timeout=_GONE_TIMEOUT_S)
+        # What Ray has started itself stays a zombie until it looks after it.
+        wait_for("the node is dead", lambda: not any(map(_runs, family)), timeout_s=_GONE_TIMEOUT_S)
 
     def processes_of(self, node_id: str) -> list[psutil.Process]:
         """All that runs on a node."""
@@ -149,7 +150,7 @@ class RayCluster:
                 owner.kill()
         for process in family:
             _kill(process)
-        psutil.wait_procs(family, timeout=_GONE_TIMEOUT_S)
+        wait_for("the Ray cluster has ended", lambda: not any(map(_runs, family)), timeout_s=_GONE_TIMEOUT_S)
 
 
 class ClusterOnRay(Cluster):
@@ -183,6 +184,13 @@ def _family(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(process: psutil.Process) -> None:
