@@ -46,7 +46,7 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
-from slipstream.model_folder import resolve
+from slipstream.model_cache import local_model
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings, WorkerSettings
@@ -204,7 +204,7 @@ class _Host:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         with self._startup.phase("model"):
-            folder = resolve(settings.model, weights=worker.engine == "vllm")
+            folder = local_model(settings, os.environ)
         self._model = settings.served_model_name or folder.served_name
         profile = _profile(worker)
         admission = self._admission

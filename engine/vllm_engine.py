@@ -7,6 +7,7 @@ the worker's service process. It is made before its process serves anything, and
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
@@ -34,8 +35,15 @@ from kv_transfer.agent_start import read_endpoint
 from kv_transfer.board import Board, Counter
 from kv_transfer.scheduler_side import ACCOUNT, RECEIVE, SEND
 from slipstream import telemetry
-from slipstream.errors import ContextLengthError, EngineDeadError, InvalidRequestError, StartupError, UnavailableError
-from slipstream.settings import Settings
+from slipstream.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    StartupError,
+    UnavailableError,
+)
+from slipstream.settings import Settings, WorkerSettings
 from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
 from slipstream.v1.worker_pb2 import Handoff
@@ -129,6 +137,8 @@ class VllmEngine:
         step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
         if step_tokens is not None:
             optional["max_num_batched_tokens"] = step_tokens
+        if worker.load_format == "runai_streamer":
+            optional |= _streamed(worker)
         if self._events is not None:
             optional["kv_events_config"] = KVEventsConfig(
                 enable_kv_cache_events=True,
@@ -320,6 +330,25 @@ class VllmEngine:
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+def _streamed(worker: WorkerSettings) -> dict[str, Any]:
+    """The arguments by which vLLM streams weights.
+
+    Raises:
+        ConfigError: the streamer is not installed.
+    """
+    if importlib.util.find_spec("runai_model_streamer") is None:
+        raise ConfigError(
+            "worker.load_format = runai_streamer: it is not installed here; install slipstream's extra `streamer`",
+            param="worker.load_format",
+        )
+    memory = -1 if worker.stream_memory_bytes is None else worker.stream_memory_bytes
+    return {
+        "load_format": "runai_streamer",
+        "use_tqdm_on_load": False,
+        "model_loader_extra_config": {"concurrency": worker.stream_readers, "memory_limit": memory},
+    }
 
 
 def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:

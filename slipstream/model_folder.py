@@ -29,8 +29,8 @@ DEFAULT_MODEL_VERSION: Final = "1"
 
 _REQUIRED: Final = ("config.json", "tokenizer.json")
 # Configuration, tokenizer and chat template, and what an engine reads weights from.
-_DESCRIPTION_PATTERNS: Final = ("*.json", "*.jinja", "*.txt", "*.model")
-_WEIGHT_PATTERNS: Final = ("*.safetensors",)
+DESCRIPTION_PATTERNS: Final = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHT_PATTERNS: Final = ("*.safetensors",)
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -67,6 +67,12 @@ def resolve(model: str, *, weights: bool = True, environ: Mapping[str, str] | No
     if folder.is_dir() or _looks_like_path(model):
         return _local(folder)
     return _from_hub(model, weights=weights)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is looked for on the Hugging Face hub."""
+    named = model.strip() and model != DEFAULT_MODEL
+    return bool(named) and not Path(model).expanduser().is_dir() and not _looks_like_path(model)
 
 
 def models_cache(environ: Mapping[str, str]) -> Path:
@@ -130,7 +136,7 @@ def _local(folder: Path) -> ModelFolder:
 
 
 def _from_hub(model: str, *, weights: bool) -> ModelFolder:
-    patterns = [*_DESCRIPTION_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    patterns = [*DESCRIPTION_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
     folder = _cached_snapshot(model, patterns, weights=weights) or _download(model, patterns)
     # Out of reach of the hub, its client returns a snapshot that is not whole as if it were.
     if missing := _missing_from_snapshot(folder, weights=weights):
@@ -151,7 +157,7 @@ def _cached_snapshot(model: str, patterns: list[str], *, weights: bool) -> Path 
 
 
 def _missing_from_snapshot(folder: Path, *, weights: bool) -> list[str]:
-    has_weights = not weights or any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS)
+    has_weights = not weights or any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
     return [*missing_files(folder), *([] if has_weights else ["*.safetensors"])]
 
 

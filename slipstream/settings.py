@@ -188,8 +188,34 @@ class WorkerSettings(Section):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the engine; all cores of the process when absent"
     )
+    load_format: Literal["auto", "runai_streamer"] = Field(
+        "auto",
+        description="how weights are read: `auto` is vLLM's choice, `runai_streamer` reads many pieces at a time while "
+        "it loads (extra `streamer`)",
+    )
+    stream_readers: int = Field(16, ge=1, le=256, description="pieces that the streamer reads at the same time")
+    stream_memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="memory for what the streamer has read and not loaded yet; no limit when absent"
+    )
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
     start_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest the engine may take to load")
+
+
+class ModelCacheSettings(Section):
+    """Models on a local disk, fetched once for all workers of a machine."""
+
+    folder: Path | None = Field(
+        None,
+        description="folder on a local disk that models are kept in; workers load from where a model is when absent",
+    )
+    limit_bytes: int | None = Field(
+        None, ge=1, description="most that the models in it may have; those used longest ago go first"
+    )
+    spare_bytes: int = Field(1 << 30, ge=0, description="disk space that is left free")
+    streams: int = Field(8, ge=1, le=64, description="files fetched at the same time")
+    timeout_s: float = Field(
+        1800.0, gt=0, le=86400, description="longest wait for another process that fetches the same model"
+    )
 
 
 class SimulatedSettings(Section):
@@ -502,6 +528,7 @@ class Settings(Section):
     frontend: FrontendSettings = FrontendSettings()
     admission: AdmissionSettings = AdmissionSettings()
     worker: WorkerSettings = WorkerSettings()
+    model_cache: ModelCacheSettings = ModelCacheSettings()
     simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()
     health: HealthSettings = HealthSettings()

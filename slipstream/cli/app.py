@@ -16,6 +16,7 @@ from slipstream.cli import (
     planner_policy,
     planner_recommend,
     planner_simulate,
+    prefetch,
     profile,
     roles,
     show,
@@ -66,6 +67,7 @@ chat.add_to(app)
 status.add_to(app)
 top.add_to(app)
 explain.add_to(app)
+prefetch.add_to(app)
 profile.add_to(app)
 transfer.add_to(ways)
 roles.add_to(app, planner)

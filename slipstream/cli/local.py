@@ -40,6 +40,7 @@ _FLAGS = select(
     "ray.*",
     "frontend.*",
     "worker.*",
+    "model_cache.*",
     "simulated.*",
     "transfer.*",
     "health.*",

@@ -27,6 +27,7 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "device",
     "dtype",
     "worker.*",
+    "model_cache.*",
     "simulated.*",
     "control_plane.address",
     "transfer.*",

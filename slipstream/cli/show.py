@@ -24,6 +24,7 @@ _ALL_FLAGS = select(
     "cluster.*",
     "frontend.*",
     "worker.*",
+    "model_cache.*",
     "control_plane.*",
     "transfer.*",
     "log.*",
