@@ -386,6 +386,25 @@ WORKERS = Dashboard(
             ),
         ),
         Row(
+            "Health",
+            (
+                Panel(
+                    "Workers that are not well",
+                    "suspect: worth a look. sick: fenced and replaced, as far as the budget goes.",
+                    (
+                        Query(f'sum by (state) (slipstream_worker_health{{state!="healthy", {_WORKER}}})', "{{state}}"),
+                        Query("slipstream_health_fenced_workers", "fenced"),
+                        Query("sum(slipstream_health_sick_in_service)", "sick, in service"),
+                    ),
+                ),
+                Panel(
+                    "Duration of the same work, over the peers' median",
+                    "health.slow_factor is the limit.",
+                    (Query(f"slipstream_health_slowness_ratio{{{_WORKER}}}", "{{worker}}"),),
+                ),
+            ),
+        ),
+        Row(
             "Transfers",
             (
                 Panel(

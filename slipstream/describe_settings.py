@@ -26,12 +26,13 @@ CHART_DECIDES: Final = frozenset(
         "served_model_name",
         *(f"control_plane.{name}" for name in ("host", "port", "address", "metrics_port")),
         *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "workers", "drain_timeout_s")),
-        *(f"worker.{name}" for name in ("worker_id", "host", "port", "metrics_port")),
+        *(f"worker.{name}" for name in ("worker_id", "node", "host", "port", "metrics_port")),
         *(f"worker.{name}" for name in ("start_timeout_s", "drain_timeout_s")),
         *(f"transfer.{name}" for name in ("host", "port")),
         "cluster",
         "planner",
-        "kubernetes",
+        *(f"kubernetes.{name}" for name in ("namespace", "selector", "lease", "leader_worker_sets")),
+        *(f"kubernetes.{name}" for name in ("kubeconfig", "context")),
     }
 )
 _OF_A_POOL: Final = ("worker", "simulated", "transfer")

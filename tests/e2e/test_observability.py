@@ -33,6 +33,11 @@ ONLY_IN_TROUBLE = {
     "slipstream_frontend_refused_total": {"class", "tenant", "reason"},
     "slipstream_frontend_preempted_total": {"tenant"},
     "slipstream_kv_path_broken": {"role", "worker", "peer"},
+    # Where there is a GPU, and where a planner can start workers.
+    "slipstream_health_slowness_ratio": {"worker"},
+    "slipstream_device_lost": {"role", "worker", "gpu", "uuid"},
+    "slipstream_device_ecc_uncorrected_errors_total": {"role", "worker", "gpu", "uuid"},
+    "slipstream_health_replacements_total": {"result"},
 }
 
 Labels = dict[str, set[str]]

@@ -109,7 +109,7 @@ containers:
     command: [slipstream]
     {{- if $leads }}
     # The address is the pod's own: it is what others are told, and what is listened on.
-    args: [{{ $role }}-worker, --host, $(POD_IP), --worker-id, $(POD_NAME)]
+    args: [{{ $role }}-worker, --host, $(POD_IP), --worker-id, $(POD_NAME), --node, $(NODE_NAME)]
     {{- else }}
     args:
       {{- toYaml $pool.followerArgs | nindent 6 }}

@@ -222,3 +222,15 @@ def test_nothing_of_the_role_reaches_beyond_the_namespace_or_is_a_wildcard() -> 
         assert not {"secrets", "configmaps", "nodes"} & set(rule["resources"])
     (subject,) = binding["subjects"]
     assert subject["name"].endswith("control-plane")
+
+
+def test_nodes_are_tainted_only_where_that_is_asked_for() -> None:
+    assert of_kind(objects(PLANNED), "ClusterRole", "ClusterRoleBinding") == []
+
+    rendered = objects(merged(PLANNED, {"config": {"kubernetes": {"taint_nodes": True}}}))
+    (role,), (binding,) = of_kind(rendered, "ClusterRole"), of_kind(rendered, "ClusterRoleBinding")
+
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "patch"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    settings = yaml.safe_load(named(rendered, "ConfigMap", "demo-slipstream")["data"]["control-plane.yaml"])
+    assert KubernetesSettings.model_validate(settings["kubernetes"]).taint_nodes

@@ -138,6 +138,7 @@ def test_a_worker_tells_others_its_pods_address_and_name(case: str, role: str) -
     _, settings = started(case, ending)
 
     assert (settings.worker.host, settings.worker.worker_id) == (POD["POD_IP"], POD["POD_NAME"])
+    assert settings.worker.node == POD["NODE_NAME"]
     assert settings.transfer.host is None
 
 
