@@ -163,13 +163,16 @@ class KubernetesApi:
         resource = asked.kind.path(asked.namespace, asked.name, asked.subresource)
         path = f"{resource}?{urlencode(query)}" if query else resource
         content = {"Content-Type": MERGE_PATCH if asked.verb == "patch" else "application/json"}
-        serialized = await self._client.param_serialize(
-            _METHODS[asked.verb],
-            path,
-            header_params={"Accept": "application/json", **content},
-            body=body,
-            auth_settings=["BearerToken"],
-        )
+        try:
+            serialized = await self._client.param_serialize(
+                _METHODS[asked.verb],
+                path,
+                header_params={"Accept": "application/json", **content},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+        except Exception as error:  # of a token file, or of whatever program a kubeconfig names
+            raise NotAuthenticatedError(f"kubernetes: {asked}: no credentials: {error}") from error
         limit = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         try:
             response = await self._client.call_api(*serialized, _request_timeout=limit)

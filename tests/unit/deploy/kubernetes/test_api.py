@@ -95,6 +95,15 @@ async def test_every_failure_has_a_type_that_planners_live_with(at: Reached, tmp
             await api.call("list", PODS)
 
 
+async def test_credentials_that_cannot_be_had_are_a_failure_like_any_other(at: Reached) -> None:
+    def refresh(configuration: object) -> None:
+        raise ValueError("Token file exists but empty.")
+
+    at.api._client.configuration.refresh_api_key_hook = refresh
+    with pytest.raises(NotAuthenticatedError, match="no credentials: Token file exists but empty"):
+        await at.api.call("list", PODS)
+
+
 async def test_what_passes_is_tried_again_until_the_deadline_and_the_last_failure_is_told(at: Reached) -> None:
     at.server.faults = [Fault("list", "pods", 429, times=2), Fault("list", "pods", 500)]
     async with at.api.within(5.0, "listing"):
