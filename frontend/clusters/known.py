@@ -63,7 +63,10 @@ class KnownFrontend:
         """It has answered how it is."""
         again = self.state is None or self.refusal != "" or self.failure != ""
         if self.state is not None and self.state.frontend_id != state.frontend_id:
+            # Another process, which has done nothing wrong yet.
             self._own_names.clear()
+            self.http.succeeded()
+            self.grpc.succeeded()
         self.state, self.heard_s, self.refusal, self.failure = state, now_s, "", ""
         if state.prefixes is not None:
             self.prefixes = frozenset(decoded(state.prefixes))
