@@ -67,7 +67,7 @@ def frontend(
 
 async def _run(plan: Plan, facts: Machine, model: str, processes: int, logs: Path, say: Say, *, dynamo: bool) -> Report:
     folder = (await asyncio.to_thread(model_folder.resolve, model, weights=False)).path
-    words = Words(_words(folder), plan.seed)
+    words = Words(words_of(folder), plan.seed)
     python, skipped = None, "not asked for (--no-dynamo)"
     if dynamo:
         say(f"looking for Dynamo {DYNAMO_VERSION}, or installing it into an environment of its own")
@@ -121,7 +121,7 @@ def _print_endured(console: Console, result: EnduranceReport) -> None:
         console.print(f"[red]{error}[/]")
 
 
-def _words(folder: Path) -> list[str]:
+def words_of(folder: Path) -> list[str]:
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     return sorted(found[1] for token in vocabulary if (found := _WORD.fullmatch(token)))
 

@@ -11,7 +11,6 @@ from statistics import median
 from benchmarks.frontend_servers import MODEL_NAME, MeasuredFrontend
 from benchmarks.report import Machine, Target, at_least, at_most, ratio
 from benchmarks.samples import percentile
-from benchmarks.server import tree_cpu_s
 from benchmarks.stream_load import Streamed, chat_request, closed_load
 from slipstream.errors import UnavailableError
 
@@ -122,23 +121,29 @@ async def measure(starting: AbstractAsyncContextManager[MeasuredFrontend], plan:
         DeadlineError: the load did not end.
     """
     async with starting as frontend:
-        await _loaded(frontend, plan, words.requests(plan.warm_requests, plan.load_words, plan.max_tokens))
-        load = await _loaded(frontend, plan, words.requests(plan.requests, plan.load_words, plan.max_tokens))
+        await load_of(frontend, plan, words.requests(plan.warm_requests, plan.load_words, plan.max_tokens))
+        load = await load_of(frontend, plan, words.requests(plan.requests, plan.load_words, plan.max_tokens))
         added = {}
         for length in plan.latency_words:
             requests = words.requests(plan.latency_requests, length, plan.max_tokens)
-            added[str(length)] = await _loaded(frontend, plan, requests, connections=1)
+            added[str(length)] = await load_of(frontend, plan, requests, connections=1)
         return Round(frontend.name, load, added)
 
 
-async def _loaded(
+async def load_of(
     frontend: MeasuredFrontend, plan: Plan, requests: list[bytes], connections: int | None = None
 ) -> Loaded:
-    before_s = tree_cpu_s(frontend.pid)
+    """Send all of these over `plan.connections` connections, if no other number is said.
+
+    Raises:
+        UnavailableError: an answer failed or was short.
+        DeadlineError: the load did not end.
+    """
+    before_s = frontend.cpu_s()
     seen = await closed_load(
         _HOST, frontend.port, requests, connections=connections or plan.connections, timeout_s=_LOAD_TIMEOUT_S
     )
-    return loaded(seen, tree_cpu_s(frontend.pid) - before_s, plan.max_tokens)
+    return loaded(seen, frontend.cpu_s() - before_s, plan.max_tokens)
 
 
 def loaded(seen: Streamed, cpu_s: float, max_tokens: int) -> Loaded:

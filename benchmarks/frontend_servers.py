@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.instant_worker import FIRST_TOKEN
-from benchmarks.server import child_environ, running
+from benchmarks.server import child_environ, running, tree_cpu_s
 from benchmarks.vllm_server import free_port
 from deploy.processes import Component
 from slipstream.errors import StartupError
@@ -53,6 +53,10 @@ class MeasuredFrontend:
     port: int
     pid: int
 
+    def cpu_s(self) -> float:
+        """Used until now."""
+        return tree_cpu_s(self.pid)
+
 
 @asynccontextmanager
 async def slipstream_frontend(
@@ -63,11 +67,13 @@ async def slipstream_frontend(
     processes: int = 1,
     first_token: int = FIRST_TOKEN,
     queue: int | None = None,
+    peer_key_sha256: str | None = None,
 ) -> AsyncIterator[MeasuredFrontend]:
     """Our frontend with a real control plane and workers that take `step_s` a token.
 
     Args:
         queue: requests that may come at the same time, none of which is to be refused; None leaves the defaults.
+        peer_key_sha256: of the key of a global frontend that may use it.
 
     Raises:
         StartupError: it did not become ready.
@@ -78,10 +84,14 @@ async def slipstream_frontend(
     common = ("--model", str(model), "--served-model-name", MODEL_NAME, "--control-plane", registry)
     frontend_flags = ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     frontend_flags += ["--workers", str(processes)] if processes > 1 else []
+    admission: dict[str, object] = {}
     if queue is not None:
+        admission |= {"realtime_queue": queue, "queue": queue, "worker_wait_s": _LONGEST_WAIT_S}
+    if peer_key_sha256 is not None:
+        admission["peer_key_sha256"] = peer_key_sha256
+    if admission:
         file = folder / "frontend.yaml"
-        limits = {"realtime_queue": queue, "queue": queue, "worker_wait_s": _LONGEST_WAIT_S}
-        file.write_text(json.dumps({"admission": limits}))
+        file.write_text(json.dumps({"admission": admission}))
         frontend_flags += ["--config", str(file)]
     workers = (*(sys.executable, "-P", "-m", "benchmarks.instant_worker"), registry, MODEL_NAME)
     async with AsyncExitStack() as stack:
@@ -96,6 +106,30 @@ async def slipstream_frontend(
         ready = _until_ok(f"http://127.0.0.1:{http_port}/health/ready")
         pid = await start("frontend", (*program, "frontend", *common, *frontend_flags), ready)
         yield MeasuredFrontend("slipstream", http_port, pid)
+
+
+@asynccontextmanager
+async def global_frontend(
+    clusters: Mapping[str, MeasuredFrontend], key: str, folder: Path
+) -> AsyncIterator[MeasuredFrontend]:
+    """A global frontend before these clusters.
+
+    Raises:
+        StartupError: it did not become ready.
+    """
+    port, file = free_port(), folder / "peers.yaml"
+    peers = [
+        {"name": name, "http": [f"http://127.0.0.1:{one.port}"], "key": key, "max_in_flight": 1 << 20}
+        for name, one in clusters.items()
+    ]
+    faces = {"http_port": port, "grpc_port": free_port()}
+    file.write_text(json.dumps({"frontend": faces, "global_frontend": {"clusters": peers}}))
+    argv = (sys.executable, "-P", "-m", "slipstream", "global-frontend", "--config", str(file))
+    component = Component("global-frontend", argv, child_environ(os.environ), folder / "global-frontend.log")
+    ready = _until_ok(f"http://127.0.0.1:{port}/health/ready")
+    limits = {"start_timeout_s": _START_TIMEOUT_S, "stop_timeout_s": _STOP_TIMEOUT_S}
+    async with running(component, ready, **limits) as process:
+        yield MeasuredFrontend("global", port, process.pid)
 
 
 @asynccontextmanager
