@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.grafana_json import Dashboard, Panel, Query, Row, Variable, quantiles, rate, ratio, render
+from deploy.planner_dashboard import PLANNER
 
 FOLDER = Path(__file__).parent / "grafana"
 
@@ -539,7 +540,13 @@ ROUTING = Dashboard(
     ),
 )
 
-DASHBOARDS = {"overview": OVERVIEW, "frontend": FRONTEND, "workers": WORKERS, "routing": ROUTING}
+DASHBOARDS = {
+    "overview": OVERVIEW,
+    "frontend": FRONTEND,
+    "workers": WORKERS,
+    "routing": ROUTING,
+    "planner": PLANNER,
+}
 
 
 def main() -> None:

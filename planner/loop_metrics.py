@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from planner.loop import PlannerLoop
 from planner.scaling import Counts
+from planner.traffic import CLASSES
 
 _KINDS = ("start", "drain", "flip")
 _RESULTS = ("done", "failed")
@@ -45,6 +46,8 @@ class PlannerCollector(Collector):
         yield CounterMetricFamily(
             "slipstream_planner_decisions", "Decisions made.", value=latest.number if latest else 0
         )
+        if latest is not None:
+            yield from _numbers(loop, latest.decision.numbers)
         actions = CounterMetricFamily(
             "slipstream_planner_actions",
             "Workers started, drained and flipped, by result. A steady rate of all three: the policy oscillates.",
@@ -70,6 +73,40 @@ class PlannerCollector(Collector):
         for call in _CALLS:
             errors.add_metric((call,), loop.errors[call])
         yield errors
+
+
+_BY_MODEL = {
+    "predicted_ttft_s": ("predicted_ttft_seconds", "Predicted of the ready workers, at the objective's percentile."),
+    "predicted_itl_s": ("predicted_itl_seconds", "Predicted of the ready workers, at the objective's percentile."),
+    "caution": ("caution", "1: more requests were late than the objective allows; below 0: fewer for long."),
+    "backlog_s": ("backlog_seconds", "Prompts that wait, in seconds of one worker's time."),
+}
+_BY_CLASS = {
+    "ttft_s": ("seen_ttft_seconds", "Seen in the last interval, at the objective's percentile; absent without any."),
+    "itl_s": ("seen_itl_seconds", "Seen in the last interval, at the objective's percentile; absent without any."),
+    "ttft_limit_s": ("ttft_limit_seconds", "What the objective asks for."),
+    "itl_limit_s": ("itl_limit_seconds", "What the objective asks for."),
+    "forecast_requests_per_s": ("forecast_requests_per_second", "What is prepared for, within the horizon."),
+    "requests_per_s": ("seen_requests_per_second", "What came, over a quarter of an hour."),
+}
+
+
+def _numbers(loop: PlannerLoop, numbers: Mapping[str, float]) -> Iterable[Metric]:
+    """Of what the last decision was computed from, what is worth a line in a picture."""
+    models = [one.model for one in loop.objectives.models]
+    for key, (name, text) in _BY_MODEL.items():
+        family = GaugeMetricFamily(f"slipstream_planner_{name}", text, labels=("model",))
+        for model in models:
+            if (value := numbers.get(f"{model}.{key}")) is not None:
+                family.add_metric((model,), value)
+        yield family
+    for key, (name, text) in _BY_CLASS.items():
+        family = GaugeMetricFamily(f"slipstream_planner_{name}", text, labels=("model", "class"))
+        for model in models:
+            for service_class in CLASSES:
+                if (value := numbers.get(f"{model}.{service_class}.{key}")) is not None:
+                    family.add_metric((model, service_class), value)
+        yield family
 
 
 def _counts(name: str, text: str, by_model: Mapping[str, Counts]) -> GaugeMetricFamily:
