@@ -6,12 +6,14 @@ role its pods begin, and an annotation that names their model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from deploy.kubernetes.api import DEPLOYMENTS, LEADER_WORKER_SETS, Kind, Object
+from deploy.kubernetes.api import DEPLOYMENTS, LEADER_WORKER_SETS, PODS, Kind, Object
+from deploy.kubernetes.errors import ApiBrokenError
 from slipstream import telemetry
 from slipstream.v1.registry_pb2 import Role
 
@@ -117,17 +119,28 @@ class Pod:
 def pools_of(items: Iterable[Object], kind: Kind) -> list[Pool]:
     """Those that can be used; the others are named in the log."""
     found = []
-    for item in items:
-        pool = _pool(item, kind)
-        if isinstance(pool, Pool):
-            found.append(pool)
-        else:
-            log.warning("pool_unusable", kind=kind.plural, name=item["metadata"].get("name"), reason=pool)
+    with _understood(kind):
+        for item in items:
+            pool = _pool(item, kind)
+            if isinstance(pool, Pool):
+                found.append(pool)
+            else:
+                log.warning("pool_unusable", kind=kind.plural, name=item["metadata"].get("name"), reason=pool)
     return found
 
 
 def pods_of(items: Iterable[Object]) -> list[Pod]:
-    return [_pod(item) for item in items]
+    with _understood(PODS):
+        return [_pod(item) for item in items]
+
+
+@contextmanager
+def _understood(kind: Kind) -> Iterator[None]:
+    """What is written otherwise than the API documents it is a failure of the server, and no end of the planner."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ApiBrokenError(f"kubernetes: an object among the {kind.plural} is not understood: {error!r}") from error
 
 
 def members(pool: Pool, pods: Iterable[Pod]) -> list[Pod]:

@@ -23,7 +23,7 @@ from deploy.kubernetes.errors import (
     RefusedError,
     ThrottledError,
 )
-from deploy.kubernetes.objects import Pool, pools_of
+from deploy.kubernetes.objects import Pool, pods_of, pools_of
 from deploy.kubernetes.seats import add_seats
 from slipstream.errors import DeadlineError, UnavailableError
 from slipstream.settings import KubernetesSettings
@@ -111,7 +111,7 @@ async def test_what_passes_is_tried_again_until_the_deadline_and_the_last_failur
     assert at.server.asked["list", "pods"] == 4
     at.server.faults = [Fault("list", "pods", 429, times=99, retry_after="7")]
     with pytest.raises(ThrottledError) as caught:
-        async with at.api.within(0.2, "listing"):
+        async with at.api.within(0.5, "listing"):
             await at.api.call("list", PODS)
     assert caught.value.retry_after_s == 7.0
     assert at.server.asked["list", "pods"] == 5, "it waited for as long as it was told to"
@@ -186,3 +186,11 @@ def test_a_pool_that_cannot_be_used_is_left_out() -> None:
         item(selector={**selector, "matchExpressions": [{"key": "c"}]}),
     ):
         assert pools_of([wrong], DEPLOYMENTS) == []
+
+
+def test_objects_that_are_none_are_a_failure_of_the_server() -> None:
+    for wrong in ({}, {"metadata": None}, {"metadata": {"name": "p", "creationTimestamp": "yesterday"}}):
+        with pytest.raises(ApiBrokenError, match="among the pods"):
+            pods_of([wrong])
+        with pytest.raises(ApiBrokenError, match="among the deployments"):
+            pools_of([wrong], DEPLOYMENTS)

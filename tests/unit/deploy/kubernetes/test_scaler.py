@@ -106,13 +106,15 @@ async def test_where_another_pod_fails_and_goes_instead_the_chosen_one_goes_too_
     tmp_path: Path,
 ) -> None:
     async with world(tmp_path) as at:
-        at.server.acts_after_s = 0.1
         at.server.add_deployment("decode", 3)
         at.all_ready()
         chosen, unlucky, stays = at.names("decode")
+        at.server.paused = True
         draining = asyncio.create_task(at.scaler.drain(chosen))
         await until(lambda: at.seats("decode") == 2)
         at.server.controllers.set_ready(at.pod(unlucky), False)
+        at.server.controllers.act()
+        at.server.paused = False
         await draining
         await until(lambda: len(at.names("decode")) == 2)
         assert stays in at.names("decode")
