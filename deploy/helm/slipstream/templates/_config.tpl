@@ -50,9 +50,9 @@ models:
 {{- $root := index . 0 -}}
 {{- $pool := index $root.Values (index . 1) -}}
 {{- $fabric := dict -}}
-{{- if eq $root.Values.fabric.kind "efa" -}}
-{{- /* NIXL takes EFA only when it is asked for; `auto` could fall back to TCP without a word. */ -}}
-{{- $fabric = dict "transfer" (dict "transport" "nixl" "nixl_backend" "LIBFABRIC") -}}
+{{- if ne $root.Values.fabric.kind "tcp" -}}
+{{- /* RDMA is NIXL's work: a worker whose image lacks it shall not start, where `auto` would take TCP. */ -}}
+{{- $fabric = dict "transfer" (dict "transport" "nixl" "nixl_backend" (ternary "LIBFABRIC" "UCX" (eq $root.Values.fabric.kind "efa"))) -}}
 {{- end -}}
 {{- $own := dict "worker" (dict
   "port" 7700 "metrics_port" 7701

@@ -227,11 +227,20 @@ def test_no_setting_in_an_images_environment_goes_before_the_charts() -> None:
             assert str(getattr(getattr(settings, section), name)) == value, f"{variable} in {dockerfile.name}"
 
 
-@pytest.mark.parametrize("case", ["efa", "efa-large-groups", "privileged"])
-def test_on_efa_workers_are_told_to_use_nixl_with_libfabric(case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "transport", "backend"),
+    [
+        ("efa", "nixl", "LIBFABRIC"),
+        ("efa-large-groups", "nixl", "LIBFABRIC"),
+        ("infiniband", "nixl", "UCX"),
+        ("roce", "nixl", "UCX"),
+        ("defaults", "auto", "UCX"),
+    ],
+)
+def test_on_a_fast_network_workers_take_nothing_slower(case: str, transport: str, backend: str) -> None:
     for role in ROLES:
         _, settings = started(case, f"{role} (leader)" if "groups" in case else role)
-        assert (settings.transfer.transport, settings.transfer.nixl_backend) == ("nixl", "LIBFABRIC")
+        assert (settings.transfer.transport, settings.transfer.nixl_backend) == (transport, backend)
 
 
 def test_what_is_written_to_lies_in_a_volume() -> None:
