@@ -54,6 +54,9 @@ models:
 {{- /* RDMA is NIXL's work: a worker whose image lacks it shall not start, where `auto` would take TCP. */ -}}
 {{- $fabric = dict "transfer" (dict "transport" "nixl" "nixl_backend" (ternary "LIBFABRIC" "UCX" (eq $root.Values.fabric.kind "efa"))) -}}
 {{- end -}}
+{{- if and $root.Values.model.prefetch (not (hasPrefix "/" $root.Values.model.name)) -}}
+{{- $_ := set $fabric "model_cache" (dict "folder" "/cache/models") -}}
+{{- end -}}
 {{- $own := dict "worker" (dict
   "port" 7700 "metrics_port" 7701
   "start_timeout_s" (int $pool.startSeconds) "drain_timeout_s" (int $pool.drainSeconds)) -}}

@@ -103,6 +103,22 @@ topologySpreadConstraints:
 resourceClaims:
   - {name: gpu, resourceClaimTemplateName: {{ include "slipstream.fullname" $root }}-gpu}
 {{- end }}
+{{- if $values.model.prefetch }}
+initContainers:
+  - name: prefetch
+    {{- include "slipstream.image" (list $root "worker") | nindent 4 }}
+    command: [slipstream]
+    args: [prefetch]
+    env:
+      {{- include "slipstream.env" (list $root (printf "%s.yaml" $role) (deepCopy $pool.env)) | nindent 6 }}
+    resources:
+      {{- toYaml $pool.resources | nindent 6 }}
+    {{- include "slipstream.plainSecurity" $root | nindent 4 }}
+    volumeMounts:
+      - {name: settings, mountPath: /etc/slipstream, readOnly: true}
+      - {name: tmp, mountPath: /tmp}
+      - {name: cache, mountPath: /cache}
+{{- end }}
 containers:
   - name: slipstream
     {{- include "slipstream.image" (list $root "worker") | nindent 4 }}

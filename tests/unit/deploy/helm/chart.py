@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "roce": preset("roce"),
     "simulated": preset("simulated"),
     "planner": {"scaling": {"mode": "planner"}},
+    "planner-taints": {"scaling": {"mode": "planner"}, "config": {"kubernetes": {"taint_nodes": True}}},
     "planner-groups": {"scaling": {"mode": "planner"}, "planner": {"dryRun": True}, **pools(**_GROUPS)},
     "hpa": {"scaling": {"mode": "hpa"}, "frontend": {"autoscaling": {"enabled": True}}},
     "keda": {"scaling": {"mode": "keda"}},
@@ -71,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
             "cache": {"type": "persistentVolumeClaim", "sharedWithFrontends": True},
         }
     },
+    "prefetched": {"model": {"prefetch": True, "cache": {"type": "hostPath"}}},
     "existing-claim": {"model": {"cache": {"type": "persistentVolumeClaim", "existingClaim": "models"}}},
     "watched": {"monitoring": {"serviceMonitors": True, "rules": True, "dashboards": True, "labels": {"team": "a"}}},
     "closed": {

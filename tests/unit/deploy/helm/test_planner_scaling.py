@@ -18,6 +18,7 @@ from deploy.kubernetes.connection import connected
 from deploy.kubernetes.errors import AccessDeniedError
 from deploy.kubernetes.scaler import KubernetesScaler
 from planner.policy_file import parse_policy
+from slipstream.scaler import SickWorker
 from slipstream.settings import KubernetesSettings
 from slipstream.v1.registry_pb2 import Role
 from tests.support.kubernetes_objects import RefusalError, Store
@@ -53,8 +54,8 @@ class GuardedServer(KubernetesServer):
 
     def _check_allowed(self, request: web.Request, verb: str, resource: str, group: str, namespace: str | None) -> None:
         KubernetesServer._check_allowed(self, request, verb, resource, group, namespace)
-        parts = request.path.split("/namespaces/")[1].split("/")
-        name = parts[2] if len(parts) > 2 else ""
+        below = request.path.rpartition(f"/{resource.partition('/')[0]}")[2]
+        name = below.removeprefix("/").partition("/")[0]
         for number, rule in enumerate(self.rules):
             fits = group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"]
             if fits and name in rule.get("resourceNames", [name]):
@@ -83,8 +84,8 @@ async def cluster(values: Mapping[str, Any], folder: Path) -> AsyncIterator[Clus
     """The chart's pools on a server, with the scaler that its control plane would have."""
     rendered = objects(values)
     settings = yaml.safe_load(named(rendered, "ConfigMap", "demo-slipstream")["data"]["control-plane.yaml"])
-    (role,) = of_kind(rendered, "Role")
-    async with GuardedServer(store=Store(NAMESPACE), rules=role["rules"]) as server:
+    rules = [rule for role in of_kind(rendered, "Role", "ClusterRole") for rule in role["rules"]]
+    async with GuardedServer(store=Store(NAMESPACE), rules=rules) as server:
         for kind, plural in PLURALS.items():
             for pool in of_kind(rendered, kind):
                 if "slipstream.dev/pool" in pool["metadata"]["labels"]:
@@ -137,6 +138,20 @@ async def test_the_role_reaches_no_other_deployment_and_no_other_lease(tmp_path:
             await at.api.call("get", DEPLOYMENTS, "demo-slipstream-frontend", "scale")
         with pytest.raises(AccessDeniedError):
             await at.api.call("get", LEASES, "another")
+
+
+@pytest.mark.parametrize("taints", [False, True])
+async def test_a_node_with_a_sick_gpu_is_tainted_only_where_the_values_say_so(taints: bool, tmp_path: Path) -> None:
+    async with cluster(merged(PLANNED, {"config": {"kubernetes": {"taint_nodes": taints}}}), tmp_path) as at:
+        at.server.store.create("nodes", {"metadata": {"name": "node-1"}, "spec": {}})
+        (worker, *_) = await at.scaler.workers()
+
+        await at.scaler.report(SickWorker(worker.worker_id, "node-1", ("GPU-1",), True, ("Xid 79",)))
+
+        keys = [each["key"] for each in at.server.store.get("nodes", "node-1")["spec"].get("taints", [])]
+        assert keys == (["slipstream.dev/sick"] if taints else [])
+        node_rules = {number for number, rule in enumerate(at.server.rules) if "nodes" in rule["resources"]}
+        assert {number for number, _ in at.server.used} >= node_rules
 
 
 async def test_no_more_workers_start_than_the_values_allow(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_privileged_is_a_choice_that_the_notes_warn_of() -> None:
 def test_only_a_node_cache_reaches_the_nodes_files(case: str) -> None:
     for _, pod in pod_templates(objects(CASES[case])):
         paths = [volume["name"] for volume in pod["spec"]["volumes"] if "hostPath" in volume]
-        assert paths == (["cache"] if case == "node-cache" and is_worker(pod) else [])
+        assert paths == (["cache"] if case in ("node-cache", "prefetched") and is_worker(pod) else [])
 
 
 @pytest.mark.parametrize("case", CASES)

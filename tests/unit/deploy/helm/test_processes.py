@@ -227,6 +227,20 @@ def test_no_setting_in_an_images_environment_goes_before_the_charts() -> None:
             assert str(getattr(getattr(settings, section), name)) == value, f"{variable} in {dockerfile.name}"
 
 
+def test_a_model_is_fetched_before_the_worker_starts_where_it_will_look_for_it() -> None:
+    rendered = objects(CASES["prefetched"])
+    for role in ROLES:
+        pod = next(template for name, template in pod_templates(rendered) if name.endswith(role))
+        (first,) = pod["spec"]["initContainers"]
+        fetching = {**pod, "spec": {**pod["spec"], "containers": [first]}}
+
+        assert first["command"] + first["args"] == ["slipstream", "prefetch"]
+        assert str(loaded(rendered, fetching).model_cache.folder) == "/cache/models"
+        assert loaded(rendered, pod).model_cache.folder == loaded(rendered, fetching).model_cache.folder
+        assert not any("gpu" in name for name in first["resources"]["limits"])
+        assert first["securityContext"]["readOnlyRootFilesystem"] is True
+
+
 @pytest.mark.parametrize(
     ("case", "transport", "backend"),
     [
