@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,8 @@ def pools(**values: Any) -> dict[str, Any]:
     return dict.fromkeys(ROLES, values)
 
 
+# The pure Python one takes most of the time of these tests.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _GROUPS = {"workload": "LeaderWorkerSet"}
 _LARGE_GROUPS = _GROUPS | {"groupSize": 2, "allowUnsupportedGroups": True, "followerArgs": ["--version"]}
 _CLIENTS = [{"namespaceSelector": {"matchLabels": {"team": "apps"}}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}]
@@ -128,18 +131,23 @@ def texts(values: Values) -> dict[str, str]:
     return {name.rpartition("templates/")[2]: text for name, text in rendered.items()}
 
 
-@functools.lru_cache(maxsize=64)
-def _objects(values: str) -> tuple[str, ...]:
-    found = []
+@functools.lru_cache(maxsize=256)
+def _objects(values: str) -> tuple[Object, ...]:
+    found: list[Object] = []
     for name, text in texts(json.loads(values)).items():
         if not name.endswith(".txt"):
-            found += [json.dumps(each) for each in yaml.safe_load_all(text) if each]
+            found += [each for each in yaml.load_all(text, Loader=_LOADER) if each]
     return tuple(found)
 
 
 def objects(values: Values) -> list[Object]:
-    """All that would be sent to the API server."""
-    return [json.loads(each) for each in _objects(json.dumps(values, sort_keys=True))]
+    """All that would be sent to the API server. Shared between tests: not to be changed."""
+    return list(_objects(json.dumps(values, sort_keys=True)))
+
+
+def own_objects(values: Values) -> list[Object]:
+    """The same, to be changed."""
+    return copy.deepcopy(objects(values))
 
 
 def of_kind(rendered: list[Object], *kinds: str) -> list[Object]:

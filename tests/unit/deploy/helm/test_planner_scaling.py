@@ -32,6 +32,7 @@ from tests.unit.deploy.helm.chart import (
     named,
     objects,
     of_kind,
+    own_objects,
     pools,
     texts,
 )
@@ -82,7 +83,7 @@ class Cluster:
 @asynccontextmanager
 async def cluster(values: Mapping[str, Any], folder: Path) -> AsyncIterator[Cluster]:
     """The chart's pools on a server, with the scaler that its control plane would have."""
-    rendered = objects(values)
+    rendered = own_objects(values)
     settings = yaml.safe_load(named(rendered, "ConfigMap", "demo-slipstream")["data"]["control-plane.yaml"])
     rules = [rule for role in of_kind(rendered, "Role", "ClusterRole") for rule in role["rules"]]
     async with GuardedServer(store=Store(NAMESPACE), rules=rules) as server:
@@ -131,7 +132,7 @@ async def test_the_planner_can_do_its_work_with_the_charts_role_and_needs_all_of
 
 async def test_the_role_reaches_no_other_deployment_and_no_other_lease(tmp_path: Path) -> None:
     async with cluster(PLANNED, tmp_path) as at:
-        for one in of_kind(objects(PLANNED), "Deployment"):
+        for one in of_kind(own_objects(PLANNED), "Deployment"):
             if one["metadata"]["name"].endswith("frontend"):
                 at.server.store.create("deployments", merged(one, {"spec": {"replicas": 2}}))
         with pytest.raises(AccessDeniedError):

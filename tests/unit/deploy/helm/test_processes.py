@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.unit.deploy.helm.chart import (
     is_worker,
     named,
     objects,
+    own_objects,
     pod_templates,
 )
 
@@ -83,9 +85,14 @@ def mounted(rendered: list[Object], pod: Object, path: str) -> Path:
     return file
 
 
+@functools.cache
+def _cli() -> Any:
+    return typer.main.get_command(app)
+
+
 def flags(arguments: list[str]) -> dict[str, Any]:
     """The settings that a command line gives; fails where the command or a flag does not exist."""
-    command: Any = typer.main.get_command(app)
+    command = _cli()
     while hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
     # Not resilient: an unknown flag, or a value of the wrong type, is an error.
@@ -104,7 +111,7 @@ def test_the_product_takes_every_command_flag_and_setting(case: str) -> None:
 
 
 def test_the_check_sees_a_flag_and_a_setting_that_do_not_exist() -> None:
-    rendered = objects(CASES["defaults"])
+    rendered = own_objects(CASES["defaults"])
     pod = next(template for name, template in pod_templates(rendered) if name.endswith("decode"))
     with pytest.raises(Exception, match="No such option: --hots"):
         flags(["decode-worker", "--hots", "x"])
