@@ -13,6 +13,7 @@ import yaml
 
 from slipstream import config
 from slipstream.cli.app import app
+from slipstream.config_layer import setting_fields
 from slipstream.errors import ConfigError
 from slipstream.settings import Settings
 from tests.unit.deploy.helm.chart import (
@@ -53,7 +54,8 @@ def loaded(rendered: list[Object], pod: Object) -> Settings:
     """
     variables = {name: filled(value) for name, value in environment(pod).items()}
     arguments = [filled(each) for each in container(pod)["args"]]
-    values = flags(arguments)
+    # Without the command's own flags, which are no settings.
+    values = {name: value for name, value in flags(arguments).items() if name in setting_fields()}
     file = mounted(rendered, pod, variables["SLIPSTREAM_CONFIG"])
     return config.load(values, variables, file).settings
 
