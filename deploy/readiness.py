@@ -79,7 +79,8 @@ def counted(wanted: Mapping[Role.ValueType, int], pool: str, report: Report) -> 
 
 
 def _is_ready(record: WorkerRecord) -> bool:
-    return record.state == registry_pb2.READY
+    """A fenced worker was ready too: that it is sick is another matter, and no reason to wait for it."""
+    return record.state in (registry_pb2.READY, registry_pb2.FENCED)
 
 
 async def _until_registered(registry: str, enough: Enough, control_plane: str, report: Report) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from deploy.readiness import all_named, until_ready
 from deploy.supervisor import State
-from slipstream.v1.registry_pb2 import ROLE_PREFILL, STARTING, WorkerSet
+from slipstream.v1.registry_pb2 import FENCED, ROLE_PREFILL, STARTING, WorkerSet
 from tests.unit.slipstream.scripted_registry import record, serve
 
 TIMEOUT_S = 30.0
@@ -87,6 +87,11 @@ async def test_a_frontend_that_is_not_ready_keeps_it_waiting(status: str) -> Non
                     await wait(registry, port, reports, {"decode-0"})
     assert reports.of["decode-0"] == ["ready"]
     assert "ready" not in reports.of.get("frontend", [])
+
+
+def test_a_worker_that_is_fenced_already_was_ready() -> None:
+    assert all_named({"decode-0"}, Reports())([record("decode-0", state=FENCED)])
+    assert not all_named({"decode-0"}, Reports())([record("decode-0", state=STARTING)])
 
 
 async def test_a_control_plane_that_comes_late_is_found() -> None:

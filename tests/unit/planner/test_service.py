@@ -22,6 +22,8 @@ from slipstream.registration import Registration
 from slipstream.settings import ControlPlaneSettings
 from slipstream.v1.registry_pb2 import (
     DeregisterRequest,
+    Health,
+    HealthState,
     Load,
     RegisterRequest,
     TransferPath,
@@ -114,7 +116,10 @@ async def test_changes_of_load_are_gathered_and_the_newest_arrives() -> None:
 async def test_a_watch_of_identities_hears_of_workers_and_not_of_their_load_or_paths() -> None:
     async with a_plane(lease_s=30) as (_, stub):
         paths = [TransferPath(peer_worker_id="p", transport="shm")]
-        await stub.Register(RegisterRequest(worker=a_record(load=Load(running=1), renewals=1, paths=paths)))
+        health = Health(state=HealthState.SUSPECT)
+        await stub.Register(
+            RegisterRequest(worker=a_record(load=Load(running=1), renewals=1, paths=paths, health=health))
+        )
         whole, identities = stub.Watch(WatchRequest()), stub.Watch(WatchRequest(identities=True))
         first = await set_where(identities, lambda workers: workers.workers)
         expected = a_record()

@@ -18,7 +18,17 @@ from slipstream.cli.app import app
 from slipstream.config_layer import setting_fields
 from slipstream.settings import Settings
 from slipstream.v1 import inference_pb2
-from slipstream.v1.registry_pb2 import DRAINING, ROLE_PREFILL, STARTING, WorkerSet
+from slipstream.v1.registry_pb2 import (
+    DRAINING,
+    FENCED,
+    ROLE_DECODE,
+    ROLE_PREFILL,
+    SICK,
+    STARTING,
+    Health,
+    HealthReason,
+    WorkerSet,
+)
 from tests.unit.slipstream import scripted_inference, scripted_registry
 from tests.unit.slipstream.scripted_registry import record
 
@@ -212,6 +222,24 @@ def test_status_shows_a_row_for_each_worker() -> None:
         ["decode-0", "decode", "ready"],
     ]
     assert rows[2][3:13] == ["tiny", "127.0.0.1:7001", "3", "1", "50/200", "25%", "2", "1,234", "5,000,000,000", "7"]
+
+
+def test_status_says_what_is_wrong_with_those_that_are_not_well() -> None:
+    sick = record("decode-0", ROLE_DECODE, FENCED)
+    reasons = [HealthReason(code="xid_79", state=SICK, text="GPU 0 has fallen off the bus")]
+    sick.health.CopyFrom(Health(state=SICK, reasons=reasons, fenced_because="GPU 0 has fallen off the bus"))
+    with scripted_registry.serve([WorkerSet(workers=[sick, record("decode-1")], settled=True)] * 2) as address:
+        table = invoke("status", "--control-plane", address).stdout
+        shown = json.loads(invoke("status", "--json", "--control-plane", address).stdout)
+    below = table[table.index("not well") :]
+    assert "decode-0" in below
+    assert "GPU 0 has fallen off the bus" in below
+    assert "fenced: GPU 0" in below
+    assert "decode-1" not in below
+    assert [(row["state"], row["health"], row["reasons"]) for row in shown["workers"]] == [
+        ("fenced", "sick", ["GPU 0 has fallen off the bus"]),
+        ("ready", "", []),
+    ]
 
 
 def test_status_json_is_for_programs() -> None:

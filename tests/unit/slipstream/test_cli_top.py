@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import io
 import json
 import os
 import pty
@@ -18,11 +19,22 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from slipstream.cli.scrape import Page, fetch, parse, quantile
 from slipstream.cli.top_figures import Figures, Look, figures
+from slipstream.cli.top_page import page
 from slipstream.errors import UnavailableError
-from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
+from slipstream.v1.registry_pb2 import (
+    Capacity,
+    Health,
+    HealthReason,
+    HealthState,
+    Load,
+    Role,
+    WorkerRecord,
+    WorkerState,
+)
 from tests.support.scripted_cluster import ScriptedCluster, scripted_cluster
 from tests.support.scripted_frontend import listening_frontend
 from tests.support.scripted_worker import MODEL
@@ -247,3 +259,14 @@ async def test_a_page_that_is_none_is_an_error_with_its_address(tmp_path: Path) 
         with pytest.raises(UnavailableError, match="404"):
             await fetch(f"{url}/nothing", 5)
     assert Page().total("anything") == 0
+
+
+def test_a_sick_worker_is_named_with_what_is_wrong() -> None:
+    sick = a_worker(5)
+    sick.state = WorkerState.FENCED
+    reasons = [HealthReason(code="xid_79", state=HealthState.SICK, text="GPU 0 has fallen off the bus")]
+    sick.health.CopyFrom(Health(state=HealthState.SICK, reasons=reasons))
+    shown = figures(a_look(10.0, "", sick), a_look(20.0, "", sick))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(page(shown, "r"))
+    assert "! d0 is sick: GPU 0 has fallen off the bus" in console.export_text()
