@@ -7,6 +7,8 @@ places.py        placement groups and actors: made, found again by name, ended
 orders.py        from settings to what a worker shall be
 adoption.py      what an earlier pool has left: taken over, or drained
 draining.py      until when a worker on a node that will go may wait for its replacement; pure
+placing.py       a place for each worker, one after the other
+pool_worker.py   one worker as the pool knows it
 pool.py          the workers that shall be there: started, drained, replaced when they or their nodes go
 scaler.py        the pool as a planner's scaler
 scaler_service.py  that over gRPC

@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 
 from deploy.ray.adoption import Adopted, found_workers
-from deploy.ray.draining import leave_at_s
-from deploy.ray.nodes import RayNode
+from deploy.ray.draining import DrainingNodes
 from deploy.ray.orders import Orders
-from deploy.ray.placement import choose_node
 from deploy.ray.places import Places
+from deploy.ray.placing import Placing
+from deploy.ray.pool_worker import PoolWorker
 from deploy.supervisor import RestartPolicy
 from slipstream import registry_watch, telemetry
 from slipstream.background import background, first_error
@@ -50,33 +48,6 @@ _KILL_AFTER_DRAIN_S = 10.0
 _CLEAN_UP_S = 10.0
 
 
-@dataclass(slots=True, eq=False)
-class PoolWorker:
-    """One worker that shall be there, or is on its way to its end.
-
-    Attributes:
-        role: that it has, as far as it is known here.
-        must: it is placed again and again until there is room; a planner's wish is dropped instead.
-        replaces: the worker on a draining node whose place it takes.
-        node_id: empty while it has no place.
-        ready: the registry has had it as ready.
-        reserved: done once it has a place, or has failed to get one.
-        lost: set to have it taken for dead.
-    """
-
-    worker_id: str
-    role: Role.ValueType
-    ordered_unix_s: float
-    must: bool = True
-    replaces: str = ""
-    node_id: str = ""
-    ready: bool = False
-    ending: bool = False
-    reserved: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-
 class Pool:
     """See the module. `run` must run for as long as anything is asked of it.
 
@@ -97,6 +68,7 @@ class Pool:
         self._orders = orders
         self._settings = orders.settings
         self._places = places
+        self._placing = Placing(places, orders)
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._unix_clock = unix_clock
@@ -106,9 +78,10 @@ class Pool:
         self._failure: asyncio.Future[SlipstreamError] = asyncio.get_running_loop().create_future()
         self._dead: dict[str, ScaledWorker] = {}
         self._died_s: dict[Role.ValueType, list[float]] = {}
-        self._draining_since_s: dict[str, float] = {}
-        self._choosing = asyncio.Lock()
-        self._sick_nodes: dict[str, str] = {}
+        self._draining = DrainingNodes(
+            drain_timeout_s=orders.settings.worker.drain_timeout_s,
+            start_limit_s=orders.settings.ray.place_timeout_s + orders.settings.worker.start_timeout_s,
+        )
         self._closing = False
 
     @property
@@ -189,9 +162,8 @@ class Pool:
     def bar(self, worker_id: str, why: str) -> None:
         """Place nothing new on the node of this worker, whose device is sick, as long as the node is in the cluster."""
         worker = self._workers.get(worker_id)
-        if worker is not None and worker.node_id not in self._sick_nodes:
-            self._sick_nodes[worker.node_id] = why
-            log.warning("node_barred", node=worker.node_id, worker_id=worker_id, reason=why)
+        if worker is not None:
+            self._placing.bar(worker.node_id, why)
 
     async def close(self) -> None:
         """Drain all workers and wait for their end, as long as a drain may take. Nothing of them is left on Ray."""
@@ -297,14 +269,10 @@ class Pool:
         log.info("worker_placed", worker_id=worker.worker_id, role=Role.Name(worker.role), node=found.node_id)
 
     async def _place(self, worker: PoolWorker) -> None:
-        bundle, timeout_s = self._orders.bundle, self._settings.ray.place_timeout_s
         while True:
             try:
-                nodes = await self._choose(worker)
-                chosen = worker.node_id or None
-                worker.node_id = await self._places.place(worker.worker_id, bundle, nodes, chosen, timeout_s)
+                await self._placing.place(worker, [one for one in self._workers.values() if not one.ending])
             except UnavailableError as error:
-                worker.node_id = ""
                 if not (worker.must and self.whole):
                     raise
                 log.warning("worker_waits_for_room", worker_id=worker.worker_id, reason=error.message)
@@ -312,18 +280,6 @@ class Pool:
             else:
                 worker.reserved.set_result(None)
                 return
-
-    async def _choose(self, worker: PoolWorker) -> list[RayNode]:
-        """Note the node that it shall have, one worker after the other, so that each sees what was chosen before it."""
-        async with self._choosing:
-            nodes = [self._as_known(node) for node in await self._places.nodes()]
-            placed = [(one.node_id, one.role) for one in self._workers.values() if one.node_id and not one.ending]
-            worker.node_id = choose_node(nodes, self._orders.bundle, worker.role, placed) or ""
-            return nodes
-
-    def _as_known(self, node: RayNode) -> RayNode:
-        """A node with a sick device gets nothing new, as one that is about to go: Ray may give out the same device."""
-        return replace(node, gone_at_s=node.gone_at_s or math.inf) if node.node_id in self._sick_nodes else node
 
     async def _until_ended(self, worker: PoolWorker) -> str:
         """How it has ended.
@@ -448,25 +404,17 @@ class Pool:
     async def _see_to_draining_nodes(self) -> None:
         """First the replacement, then the drain; the drain alone where time runs out."""
         now_s = self._unix_clock()
-        going = {node.node_id: node.gone_at_s for node in await self._places.nodes() if node.gone_at_s is not None}
-        self._draining_since_s = {node_id: self._draining_since_s.get(node_id, now_s) for node_id in going}
+        leave_s = self._draining.look(await self._places.nodes(), now_s)
         if not self.whole or self._closing:
             return
         for worker in list(self._workers.values()):
-            gone_at_s = going.get(worker.node_id)
-            if gone_at_s is None or worker.ending:
+            if worker.node_id not in leave_s or worker.ending:
                 continue
             successor = self._successor(worker)
             if successor is None:
                 successor = self._add(worker.role, replaces=worker.worker_id)
                 log.info("node_draining", node=worker.node_id, worker_id=worker.worker_id, by=successor.worker_id)
-            leave_s = leave_at_s(
-                self._draining_since_s[worker.node_id],
-                gone_at_s,
-                drain_timeout_s=self._settings.worker.drain_timeout_s,
-                start_limit_s=self._settings.ray.place_timeout_s + self._settings.worker.start_timeout_s,
-            )
-            if successor.ready or not worker.ready or now_s >= leave_s:
+            if successor.ready or not worker.ready or now_s >= leave_s[worker.node_id]:
                 self._end(worker)
 
     async def _ask_again_and_again(self) -> None:

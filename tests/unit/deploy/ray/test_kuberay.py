@@ -115,7 +115,7 @@ def test_a_field_that_the_crd_has_not_is_refused(cluster: dict[str, Any]) -> Non
 def test_pods_are_valid_for_kubernetes(cluster: dict[str, Any], group: str) -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group}, "spec": pods(cluster)[group]}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-    wrong = {**pod, "spec": {**pod["spec"], "terminationGraceSeconds": 3}}
+    wrong = {**pod, "spec": {**pods(cluster)[group], "terminationGraceSeconds": 3}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 

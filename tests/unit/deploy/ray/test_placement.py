@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.ray.draining import leave_at_s
+from deploy.ray.draining import DrainingNodes, leave_at_s
 from deploy.ray.nodes import RayNode
 from deploy.ray.placement import choose_node, describe_bundle, describe_room
 from slipstream.v1.registry_pb2 import ROLE_DECODE, ROLE_PREFILL, Role
@@ -77,3 +77,11 @@ def test_a_worker_leaves_before_its_node_is_gone_and_gives_its_replacement_half_
 
 def test_a_node_that_goes_at_no_known_time_is_left_when_a_replacement_should_long_be_there() -> None:
     assert leave_at_s(100.0, math.inf, drain_timeout_s=30.0, start_limit_s=300.0) == 400.0
+
+
+def test_the_notice_counts_from_when_it_was_first_seen() -> None:
+    draining = DrainingNodes(drain_timeout_s=30.0, start_limit_s=300.0)
+    going = [node("a", gone_at_s=1120.0), node("b")]
+    assert draining.look(going, 1000.0) == {"a": 1085.0}
+    assert draining.look(going, 1050.0) == {"a": 1085.0}
+    assert draining.look([node("a"), node("b")], 1060.0) == {}
