@@ -171,6 +171,14 @@ class ClusterFleet:
         breaker.probing += probing
         metrics.IN_FLIGHT.labels(predicted.cluster).inc()
         metrics.CHOICES.labels(predicted.cluster, choice.reason.value).inc()
+        log.debug(
+            "cluster_chosen",
+            endpoint=predicted.endpoint,
+            reason=choice.reason.value,
+            predicted_ttft_s={one.endpoint: round(one.ttft_s, 4) for one in choice.considered},
+            new_tokens=predicted.new_tokens,
+            cached_bytes=predicted.cached_bytes,
+        )
         return Visit(member, choice, face, now_s, probing)
 
     def _check_model(self, model: str, members: Sequence[Member], now_s: float) -> None:

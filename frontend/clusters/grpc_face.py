@@ -15,6 +15,7 @@ from frontend.clusters.asked import Asked, of_call
 from frontend.clusters.breaker import Health
 from frontend.clusters.fleet import ClusterFleet, Member, Visit
 from frontend.clusters.forward import CLUSTER_HEADER
+from frontend.clusters.resume import Passed, resumable
 from frontend.inference import INTERNAL_ERROR
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import SESSION_HEADER
@@ -144,11 +145,12 @@ class _Call:
         self._excluded: set[str] = set()
         self._avoided: set[str] = set()
         self._last: list[SlipstreamError] = []
+        request.request_id = self._request_id
+        self._passed = Passed(request) if resumable(request) else None
 
     async def run(self) -> SlipstreamError | None:
         """Answer it; returns why not."""
         ends_s = self._fleet.clock() + self._timeout_s
-        self._request.request_id = self._request_id
         for _ in range(self._fleet.settings.max_attempts):
             left_s = ends_s - self._fleet.clock()
             if left_s <= 0:
@@ -158,7 +160,7 @@ class _Call:
                     self._asked, "grpc", self._class, frozenset(self._excluded), frozenset(self._avoided)
                 )
             except UnavailableError as error:
-                return self._best() or error
+                return self._broken() or self._best() or error
             outcome = "cancelled"
             try:
                 outcome, failure = await self._visit(visit, left_s)
@@ -168,7 +170,9 @@ class _Call:
                 return failure
             assert failure is not None, "only failures are tried again"
             self._last.append(failure)
-        return self._best()
+            if outcome == "resumed" and await self._took_over():
+                return None
+        return self._broken() or self._best()
 
     async def _visit(self, visit: Visit, left_s: float) -> tuple[str, SlipstreamError | None]:
         known, begun = visit.member.known, False
@@ -180,7 +184,7 @@ class _Call:
                 if not begun:
                     begun = True
                     self._fleet.answered(visit, self._asked, measured=True)
-                await self._context.write(message)
+                await self._context.write(message if self._passed is None else self._passed.pass_on(message))
             trailing = [(str(name), value) for name, value in await call.trailing_metadata() or ()]
             cluster = (CLUSTER_HEADER, f"{known.cluster}; {visit.choice.reason.value}")
             self._context.set_trailing_metadata((*trailing, cluster))
@@ -195,13 +199,7 @@ class _Call:
         told = any(name == "slipstream-code" for name, _ in error.trailing_metadata() or ())
         lost = not told and error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
         if begun:
-            if not lost:
-                return "lost", failure
-            visit.member.breaker("grpc").failed(self._fleet.clock(), unreachable=False)
-            log.warning("cluster_lost", request_id=self._request_id, endpoint=known.endpoint, reason=failure.message)
-            return "lost", ClusterLostError(
-                f"The cluster was lost in the middle of the answer ({failure.message}); ask again."
-            )
+            return self._after_beginning(visit, failure, lost=lost)
         self._excluded.add(known.endpoint)
         self._avoided.add(known.cluster)
         if isinstance(failure, OverloadedError):
@@ -216,6 +214,38 @@ class _Call:
             self._fleet.failed(visit, self._request_id, why, failure.message, unreachable=lost)
             return "failed", failure
         return "refused", failure
+
+    def _after_beginning(self, visit: Visit, failure: SlipstreamError, *, lost: bool) -> tuple[str, SlipstreamError]:
+        known = visit.member.known
+        if not lost and not isinstance(failure, UnavailableError):
+            return "lost", failure
+        visit.member.breaker("grpc").failed(self._fleet.clock(), unreachable=False)
+        resumed = self._passed is not None and self._passed.exact
+        log.warning("cluster_lost", request_id=self._request_id, endpoint=known.endpoint, reason=failure.message,
+                    resumed=resumed)  # fmt: skip
+        broken = ClusterLostError(f"The cluster was lost in the middle of the answer ({failure.message}); ask again.")
+        if not resumed:
+            return "lost", broken
+        self._excluded.add(known.endpoint)
+        self._avoided.add(known.cluster)
+        metrics.FAILOVERS.labels(known.cluster, "resumed").inc()
+        return "resumed", broken
+
+    async def _took_over(self) -> bool:
+        """Whether that was the end of the answer already."""
+        assert self._passed is not None, "only what is kept is resumed"
+        following = self._passed.take_over()
+        if isinstance(following, inference_pb2.GenerateResponse):
+            await self._context.write(following.SerializeToString())
+            return True
+        self._request = following
+        return False
+
+    def _broken(self) -> SlipstreamError | None:
+        """What is said of an answer that has begun and does not go on."""
+        if self._passed is None or not self._passed.generated:
+            return None
+        return next((one for one in reversed(self._last) if isinstance(one, ClusterLostError)), None)
 
     def _best(self) -> SlipstreamError | None:
         overloaded = [one for one in self._last if isinstance(one, OverloadedError)]

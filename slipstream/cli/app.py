@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from slipstream import __version__
 from slipstream.cli import (
     chat,
+    clusters,
     explain,
     local,
     planner_decisions,
@@ -65,6 +66,7 @@ configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 local.add_to(app)
 chat.add_to(app)
 status.add_to(app)
+clusters.add_to(app)
 top.add_to(app)
 explain.add_to(app)
 prefetch.add_to(app)

@@ -148,6 +148,13 @@ def test_a_wrong_key_is_said_and_that_cluster_gets_nothing(frontend: GlobalFront
     assert (shown["locked"]["health"], shown["near"]["health"], shown["far"]["health"]) == ("down", "up", "up")
     assert "refuses this global frontend's key" in shown["locked"]["why"]
     assert "refuses this global frontend's key" in frontend.log.read_text()
+    argv = [sys.executable, "-m", "slipstream", "clusters", "--frontend-http-port", str(frontend.port)]
+    printed = subprocess.run(
+        argv, capture_output=True, text=True, check=True, timeout=30, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert [line.split()[:3] for line in printed.stdout.splitlines()[1:]] == [
+        ["near/0", "up", "sim"], ["far/0", "up", "sim"], ["locked/0", "down", "0.0"]
+    ]  # fmt: skip
 
 
 async def test_load_goes_to_both_clusters(frontend: GlobalFrontend) -> None:
