@@ -47,6 +47,7 @@ from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
 from slipstream.model_cache import local_model
+from slipstream.model_folder import ModelFolder
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
 from slipstream.settings import Settings, WorkerSettings
@@ -204,7 +205,9 @@ class _Host:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         with self._startup.phase("model"):
-            folder = local_model(settings, os.environ)
+            folder = await self._fetched_model()
+        if folder is None:  # stopped while fetching
+            return
         self._model = settings.served_model_name or folder.served_name
         profile = _profile(worker)
         admission = self._admission
@@ -311,6 +314,22 @@ class _Host:
             return
         async with background(self._path_watch.follow(), name="path-watch"):
             yield
+
+    async def _fetched_model(self) -> ModelFolder | None:
+        """The model's folder, fetched in a thread: that may take minutes, and a wish to stop is heard meanwhile."""
+        fetching = _in_daemon_thread(lambda: local_model(self._settings, os.environ))
+        stopped = asyncio.create_task(self._stop.wait())
+        awaited: set[asyncio.Future[Any]] = {fetching, stopped}
+        try:
+            # No deadline: it downloads, and each of the hub client's waits has one; so has a wait for another process.
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if fetching.done():
+            return fetching.result()
+        self.load_abandoned = True
+        log.warning("load_abandoned", stopped=True)
+        return None
 
     @asynccontextmanager
     async def _loaded_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine | None]:

@@ -70,3 +70,29 @@ def test_a_load_that_takes_too_long_ends_the_worker_and_says_so(model: Path) -> 
     assert worker.returncode == 1
     assert "did not load within 0.2 s (worker.start_timeout_s)" in log
     assert not board.exists()
+
+
+FETCHING = """
+import sys, time
+from engine import host_process
+from slipstream.settings import Settings
+from slipstream.v1.registry_pb2 import Role
+
+def fetch(settings, environ):
+    print("fetching", flush=True)
+    time.sleep(60)
+
+host_process.local_model = fetch
+host_process.run(Settings(model="org/name"), Role.ROLE_DECODE, lambda *service: ())
+"""
+
+
+def test_a_worker_stopped_while_it_fetches_its_model_ends_at_once() -> None:
+    command = [sys.executable, "-c", FETCHING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "fetching\n"
+        worker.send_signal(signal.SIGTERM)
+        _, log = worker.communicate(timeout=20)
+    assert worker.returncode == 0, log
+    assert "load_abandoned" in log
