@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +32,7 @@ from benchmarks.failover_windows import Recovery, Windows, recovery, windows
 from benchmarks.load import Answer, LoadClient, Question
 from benchmarks.prompts import Prompts, word_ids
 from benchmarks.report import Machine, Target, at_most, equals, machine, targets_table
+from benchmarks.server import Server
 from slipstream import model_folder
 from slipstream.errors import SlipstreamError
 from slipstream.settings import DEFAULT_MODEL
@@ -38,6 +41,7 @@ from slipstream.v1.registry_pb2 import WorkerRecord
 _RUN_TIMEOUT_S = 1200.0
 _ANSWER_TIMEOUT_S = 120.0
 _CALM_CLIENTS = 12
+_METRICS_TIMEOUT_S = 10.0
 _WATCH_S = 0.2
 NORMAL_WITHIN_S = 30.0
 _NONE_FAILED = "no failed request"
@@ -79,6 +83,7 @@ class Outcome:
         recomputed_tokens: of all accounts.
         wrong: answers that are not what the undisturbed cluster says.
         cut: answers without as many tokens as were asked for.
+        migrations: by what a worker did and how far the request was, as the frontend counted.
         longest_gap_ms: between two tokens of an answer that was moved.
         replaced_s: from the loss until as many workers of each role are ready as before; None: never.
         late_ms: the longest that a request was sent after its time: the client was too slow then.
@@ -94,6 +99,7 @@ class Outcome:
     recomputed_tokens: int
     wrong: int
     cut: int
+    migrations: dict[str, int]
     longest_gap_ms: float
     replaced_s: float | None
     late_ms: float
@@ -142,9 +148,10 @@ async def _run(facts: Machine, plan: Plan, folder: Path, say: Say) -> Report:
                 driving = group.create_task(drive(server, client, arrivals, plan.max_tokens))
                 losing = group.create_task(_lose_a_node(failing, plan, say))
             driven, loss = driving.result(), losing.result()
+            migrations = await migrations_of(server)
             say(f"{len(driven.failures)} failed; the same prompts again, undisturbed")
             calm = await _calm(client, arrivals, plan.max_tokens)
-    return report(facts, plan, driven, calm, loss)
+    return report(facts, plan, driven, calm, loss, migrations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +203,21 @@ async def _calm(client: LoadClient, arrivals: Sequence[Arrival], max_tokens: int
     return texts
 
 
-def report(facts: Machine, plan: Plan, driven: Driven, calm: Sequence[str], loss: Loss) -> Report:
+async def migrations_of(server: Server) -> dict[str, int]:
+    """Those that the frontend has counted, by reason and stage; without what is 0."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        page = (await client.get(f"{server.url}/metrics", timeout=_METRICS_TIMEOUT_S)).text
+    return {
+        f"{sample.labels['reason']} in {sample.labels['stage']}": int(sample.value)
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "slipstream_migrations_total" and sample.value
+    }
+
+
+def report(
+    facts: Machine, plan: Plan, driven: Driven, calm: Sequence[str], loss: Loss, migrations: dict[str, int]
+) -> Report:
     """From what was seen."""
     answers = [one for one in driven.answers if one is not None]
     accounts = [account for one in answers if (account := one.account)]
@@ -215,6 +236,7 @@ def report(facts: Machine, plan: Plan, driven: Driven, calm: Sequence[str], loss
         recomputed_tokens=sum(int(one.get("recomputed_tokens", 0)) for one in accounts),
         wrong=sum(1 for one, text in zip(driven.answers, calm, strict=True) if one is not None and one.text != text),
         cut=sum(1 for one in answers if one.completion_tokens != plan.max_tokens),
+        migrations=migrations,
         longest_gap_ms=round(max(gaps, default=0.0) * 1e3, 1),
         replaced_s=None if loss.replaced_s is None else round(loss.replaced_s, 2),
         late_ms=round(driven.late_s * 1e3, 1),

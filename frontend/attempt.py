@@ -18,6 +18,7 @@ from frontend.attempt_trace import AttemptTrace
 from frontend.deadlines import NEVER_S
 from frontend.router import Fleet, Route
 from frontend.router.candidate import Share
+from frontend.signs_of_life import SignsOfLife
 from frontend.worker_call import DecodeCall, PrefillCall
 from frontend.worker_failure import FailureKind, WorkerFailure
 from frontend.worker_stream import WorkerStreams
@@ -36,6 +37,8 @@ from slipstream.v1.worker_pb2 import (
 )
 
 HANDOFF_ID_BYTES = 16
+_PATIENCE = 3.0
+"""Times the predicted time of a prompt that a worker may be silent: predictions are wrong, and first ones most."""
 COMPUTED_GRACE_S = 0.2
 """How long prefill's word may come after decode's first tokens: it was sent before them, on another connection."""
 
@@ -46,6 +49,7 @@ class Surroundings:
 
     Attributes:
         frontend_id: by which workers tell this frontend's requests from others'.
+        signs: of prefill workers that compute.
     """
 
     settings: FrontendSettings
@@ -53,6 +57,7 @@ class Surroundings:
     fleet: Fleet
     clock: Callable[[], float]
     frontend_id: str = ""
+    signs: SignsOfLife = field(default_factory=SignsOfLife)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +216,22 @@ class Attempt:
         request.frontend_id = self.around.frontend_id
         self._prefill = call = self.around.streams.prefill(worker, request, self.trace.prefill(worker))
         call.on_event, call.on_failure = self._prefill_said, self._prefill_failed
-        self._expect(call, self.around.settings.prefill_timeout_s)
+        self._expect(call, self._silence_left_s(worker) or 0.0)
         return handoff
+
+    def _silence_left_s(self, worker: WorkerRecord) -> float | None:
+        """How long the prefill worker may go on as it does: to its limit if it is seen to compute, else less.
+
+        None: it is over."""
+        around, now_s = self.around, self.around.clock()
+        end_s = self.began_s + around.settings.prefill_timeout_s
+        seen_s = around.signs.last_s(worker.worker_id)
+        if seen_s is not None:
+            predicted = self.route.predicted
+            expected_s = predicted.queue_s + predicted.prefill_s if predicted is not None else 0.0
+            patience_s = max(around.settings.prefill_silence_s, _PATIENCE * expected_s)
+            end_s = min(end_s, max(seen_s, self.began_s) + patience_s)
+        return end_s - now_s if end_s > now_s else None
 
     @property
     def _prefill_is_open(self) -> bool:
@@ -229,6 +248,7 @@ class Attempt:
             self._prefill_failed(WorkerFailure(worker, FailureKind.FAILED, lost))
             return
         self._prefill.expect_by(NEVER_S)
+        self.around.signs.computed(worker.worker_id, self.around.clock())
         self.computed = event.computed
         self.trace.computed(event.computed)
         self.prefill_s = self.around.clock() - self.began_s
@@ -245,12 +265,23 @@ class Attempt:
         if not self._prefill_is_open or self._prefill is None:
             return  # a prompt that was computed is decode's business
         if isinstance(error, TimeoutError):
-            limit_s = self.around.settings.prefill_timeout_s
-            error = self._too_late(self._prefill.worker, "computed prompt", limit_s)
+            worker = self._prefill.worker
+            left_s = self._silence_left_s(worker)
+            if left_s is not None and self.around.clock() < self.job.deadline_s:
+                self._expect(self._prefill, left_s)
+                return
+            error = self._gave_no_prompt(worker)
         self._prefill_failure = error
         self._settle_prefill()
         if not self.tokens_came and self._decode is not None:
             self._decode.failed(error)
+
+    def _gave_no_prompt(self, worker: WorkerRecord) -> Exception:
+        limit_s = self.around.settings.prefill_timeout_s
+        if self.around.clock() >= min(self.began_s + limit_s, self.job.deadline_s):
+            return self._too_late(worker, "computed prompt", limit_s)
+        lost = WorkerLostError("it has prompts to compute, and was not seen to compute any of them")
+        return WorkerFailure(worker, FailureKind.SILENT, lost)
 
     def _settle_prefill(self) -> None:
         if self._prefill_settled is not None:

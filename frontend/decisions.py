@@ -45,6 +45,8 @@ class Decision(msgspec.Struct, kw_only=True):
     """One dispatch of one sequence.
 
     Attributes:
+        after: of a dispatch that another one's end made necessary: who failed, and how.
+        resumes: tokens of the answer that its client had by then.
         considered: the best choices, the first one was taken; empty where the policy predicts nothing.
         actual: None until the dispatch has ended.
     """
@@ -63,6 +65,8 @@ class Decision(msgspec.Struct, kw_only=True):
     excluded: tuple[str, ...]
     suspects: tuple[str, ...]
     considered: tuple[Parts, ...]
+    after: str = ""
+    resumes: int = 0
     actual: Actual | None = None
 
 

@@ -79,7 +79,7 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
-        around = Surroundings(settings.frontend, streams, fleet, time.monotonic, fleet.tie_break)
+        around = Surroundings(settings.frontend, streams, fleet, time.monotonic, fleet.tie_break, caches.signs)
         router = Router(settings.frontend.policy, always_hand_off=settings.frontend.handoff == "always")
         yield ClusterDispatcher(around, watch, conversations, Routing(fleet, router))
 
@@ -229,7 +229,8 @@ class ClusterDispatcher:
             route = progress.settle(self.routing.choose(ask, self._around.clock()))
         progress.attempts += 1
         note_route(route)
-        self.routing.decided(progress.request.request_id, ask, route, time.time())
+        decision = self.routing.decided(progress.request.request_id, ask, route, time.time())
+        decision.after, decision.resumes = progress.after, len(progress.generated)
         if route.fallback is not None and progress.noted_fallback is None:
             progress.noted_fallback = route.fallback
             FALLBACKS.labels(route.fallback.value).inc()
@@ -259,7 +260,7 @@ class ClusterDispatcher:
     def _note_attempt(self, attempt: Attempt, progress: Progress, chain: PrefixChain) -> None:
         """An attempt ended, in whatever way."""
         self.routing.ended(attempt)
-        if progress.lost:
+        if progress.attempts > 1:
             self._migrations.attempt_ended(attempt, progress)
         lost = progress.last_failure
         if attempt.tokens_came and (lost is None or lost.worker.worker_id != attempt.route.decode.worker_id):

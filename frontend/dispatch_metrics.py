@@ -19,7 +19,7 @@ FALLBACKS = Counter(
 )
 WORKER_FAILURES = Counter(
     "slipstream_frontend_worker_failures",
-    "Calls to workers that failed, by role and kind (lost, timeout, refused, failed).",
+    "Calls to workers that failed, by role and kind (lost, timeout, silent, refused, failed).",
     ["role", "kind"],
 )
 OPEN_REQUESTS = Gauge(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from frontend.block_index import BlockIndex
 from frontend.depths import Depths
 from frontend.owner_places import OwnerPlaces
+from frontend.signs_of_life import SignsOfLife
 from slipstream import telemetry
 from slipstream.performance import Profile, decode_profile
 from slipstream.v1.registry_pb2 import Load
@@ -62,6 +63,7 @@ class KnownCaches:
 
     def __init__(self, listener: LoadListener | None = None) -> None:
         self.index = BlockIndex()
+        self.signs = SignsOfLife()
         self._listener = listener
         self._workers: dict[str, KnownWorker] = {}
         self._names: dict[int, str] = {}  # by owner
@@ -105,6 +107,10 @@ class KnownCaches:
         elif update.snapshot:
             self._leave(worker)
         worker.tells_blocks = update.blocks_known
+        if worker.tells_blocks:
+            self.signs.begins(worker_id, now_s)
+            if update.stored:
+                self.signs.computed(worker_id, now_s)
         if update.stored or update.removed:
             owner = self._owner(worker_id, worker, update.tier)
             self.index.remove(owner, _array(update.removed))
@@ -126,6 +132,7 @@ class KnownCaches:
 
     def forget(self, worker_id: str) -> None:
         """A worker is gone, and everything it had with it."""
+        self.signs.forget(worker_id)
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
             self._leave(worker)

@@ -29,9 +29,9 @@ class Refusal(StrEnum):
 
 MIGRATIONS = Counter(
     "slipstream_migrations",
-    "Times a request was sent to other workers after one failed it, by what that one did (lost, timeout, refused, "
-    "failed) and how far the request had come (prefill, first_token, answer). Clients did not notice; a steady rate "
-    "points at a sick worker.",
+    "Times a request was sent to other workers after one failed it, by what that one did (lost, timeout, silent, "
+    "refused, failed) and how far the request had come (prefill, first_token, answer). Clients did not notice; a "
+    "steady rate points at a sick worker.",
     ["reason", "stage"],
 )
 MIGRATIONS_REFUSED = Counter(

@@ -106,8 +106,8 @@ class Migrations:
         log.warning("replay_diverged", request_id=progress.request.request_id, tokens_passed=len(progress.generated))
 
     def attempt_ended(self, attempt: Attempt, progress: Progress) -> None:
-        """One of those that a lost worker made necessary, or the one that was lost."""
-        if progress.attempts > 1 and attempt.tokens_came:
+        """One that a failed worker made necessary."""
+        if attempt.tokens_came:
             RECOMPUTED_TOKENS.inc(progress.note_recomputed(attempt))
 
     def _refuse(self, refusal: Refusal, progress: Progress) -> None:

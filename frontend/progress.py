@@ -37,6 +37,7 @@ class Progress:
         attempts: dispatches so far.
         lost: workers that were lost so far.
         last_failure: the newest one of a decode worker.
+        after: the newest one of any, in words.
         silent_since_s: of what the client has, the last came then; None while the answer comes as it should.
         silent_stage: how far the request was then.
         noted_fallback: the one that was counted and logged; one request counts once.
@@ -50,6 +51,7 @@ class Progress:
     lost: int = 0
     generated: list[int] = field(default_factory=list)
     last_failure: WorkerFailure | None = None
+    after: str = ""
     silent_since_s: float | None = None
     silent_stage: Stage = Stage.PREFILL
     noted_fallback: Fallback | None = None
@@ -152,12 +154,13 @@ class Progress:
         """
         worker = failure.worker
         self._failed.add((worker.worker_id, worker.epoch))
+        self.after = f"{failure.role} {worker.worker_id} {failure.kind.value}"
         if worker.role == Role.ROLE_PREFILL:
             self._prefill_failure = failure
             self._decode_alone = self.attempts >= self.max_attempts
         else:
             self.last_failure = failure
-        if failure.kind.suspicious:
+        if failure.kind.fatal:
             self.lost += 1
             if self.lost > self.max_migrations:
                 raise MigrationLimitError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from frontend.attempt import Attempt
-from frontend.decisions import Decisions, actual
+from frontend.decisions import Decision, Decisions, actual
 from frontend.dispatch_metrics import PREDICTION_RATIO, ROUTES
 from frontend.router import Ask, Fleet, Route, Router
 from frontend.router.learning import AnswerLengths, Outcome, learn
@@ -24,10 +24,10 @@ class Routing:
         """`Router.choose`, with what experience says of the answer's length; raises the same."""
         return self.router.choose(replace(ask, expected_tokens=self._lengths.of(ask.model)), self.fleet, now_s)
 
-    def decided(self, request_id: str, ask: Ask, route: Route, unix_s: float) -> None:
+    def decided(self, request_id: str, ask: Ask, route: Route, unix_s: float) -> Decision:
         """A request is dispatched by this route, which may be another one than was chosen."""
         ROUTES.labels(self.router.policy, route.reason).inc()
-        self.decisions.record(request_id, ask, route, self.router.policy, unix_s)
+        return self.decisions.record(request_id, ask, route, self.router.policy, unix_s)
 
     def ended(self, attempt: Attempt) -> None:
         """A dispatch ended, in whatever way."""

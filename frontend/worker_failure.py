@@ -18,21 +18,30 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord
 
 
 class FailureKind(StrEnum):
-    """LOST and TIMEOUT: nobody is there, avoid the worker. REFUSED: it said no. FAILED: it broke on this request."""
+    """LOST and TIMEOUT: nobody is there, avoid the worker. SILENT: it is there, and does not compute; avoid it too.
+    REFUSED: it said no. FAILED: it broke on this request."""
 
     LOST = "lost"
     TIMEOUT = "timeout"
+    SILENT = "silent"
     REFUSED = "refused"
     FAILED = "failed"
 
     @property
     def suspicious(self) -> bool:
+        """Whether others had better not go there either."""
+        return self in (FailureKind.LOST, FailureKind.TIMEOUT, FailureKind.SILENT)
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the request may be what the worker died of. Of a silent one that would be a guess upon a guess."""
         return self in (FailureKind.LOST, FailureKind.TIMEOUT)
 
 
 _FALLBACKS = {
     FailureKind.LOST: Fallback.PREFILL_LOST,
     FailureKind.TIMEOUT: Fallback.PREFILL_TIMEOUT,
+    FailureKind.SILENT: Fallback.PREFILL_TIMEOUT,
     FailureKind.REFUSED: Fallback.PREFILL_REFUSED,
     FailureKind.FAILED: Fallback.PREFILL_FAILED,
 }

@@ -48,6 +48,13 @@ class FrontendSettings(Section):
         le=3600,
         description="longest wait for a prefill worker to compute a prompt before decode does it alone",
     )
+    prefill_silence_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="a prefill worker that has prompts and is seen to compute nothing for this long (and for three "
+        "times a prompt's predicted time) is left for another one; only where workers tell what they cache",
+    )
     first_token_timeout_s: float = Field(
         120.0,
         gt=0,

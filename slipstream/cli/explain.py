@@ -125,6 +125,9 @@ def lines(decision: Decision) -> list[str]:
         f"  {where}decode [bold]{decision.decode_worker}[/bold], because: {decision.reason}"
         + (f" ({decision.fallback})" if decision.fallback else ""),
     ]
+    if decision.after:
+        had = f", its client had {decision.resumes} tokens" if decision.resumes else ""
+        said.append(f"  sent again after: {decision.after}{had}")
     for what, workers in (("failed it before", decision.excluded), ("not answering", decision.suspects)):
         if workers:
             said.append(f"  left out, {what}: {', '.join(workers)}")

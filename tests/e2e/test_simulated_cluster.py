@@ -11,10 +11,11 @@ import httpx
 import psutil
 import pytest
 
+from slipstream.client import AsyncClient
 from slipstream.performance import decode_profile
 from slipstream.v1 import worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role
-from tests.support.cluster import Cluster, wait_for
+from tests.support.cluster import Cluster, scrape, wait_for
 from tests.support.text_model_folder import write_model_folder
 
 LONG = "hello world " * 40
@@ -25,7 +26,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = write_model_folder(tmp_path_factory.mktemp("model"), config={"max_position_embeddings": 8192})
     folder = tmp_path_factory.mktemp("cluster") / "run"
     flags = ("--engine", "simulated", "--prefill", "2", "--decode", "2", "--served-model-name", "sim")
-    with Cluster(model, folder, *flags) as running:
+    with Cluster(model, folder, *flags, "--prefill-silence-s", "1") as running:
         yield running
 
 
@@ -59,6 +60,25 @@ async def test_an_answer_goes_on_the_same_when_its_worker_dies(simulated: Cluste
         busy = await asyncio.to_thread(wait_for, "a decode worker is busy", lambda: _busy(simulated), timeout_s=20)
         psutil.Process(busy).kill()
         assert (await again).json()["choices"][0]["text"] == whole
+
+
+async def test_prompts_leave_a_frozen_prefill_worker_for_the_other_one(simulated: Cluster) -> None:
+    frozen, other = (one for one in simulated.workers() if one.role == Role.ROLE_PREFILL)
+    process = psutil.Process(frozen.pid)
+    async with AsyncClient(simulated.grpc_target) as client:
+        process.suspend()
+        try:
+            asked = [client.complete(f"{n} frozen {LONG}", max_tokens=3) for n in range(6)]
+            async with asyncio.timeout(30):
+                answers = await asyncio.gather(*asked)
+        finally:
+            process.resume()
+    accounts = [answer.account for answer in answers]
+    assert {account.prefill_worker for account in accounts if account is not None} == {other.worker_id}
+    assert {account.fallback for account in accounts if account is not None} == {""}
+    assert max(account.attempts for account in accounts if account is not None) == 2
+    # Not by the pings that it did not answer, which take fifteen seconds.
+    assert scrape(f"{simulated.http_url}/metrics")["slipstream_migrations_total:silent:prefill"] > 0
 
 
 def _busy(cluster: Cluster) -> int | None:

@@ -77,7 +77,7 @@ def test_failed_wrong_and_cut_answers_are_counted_apart() -> None:
     cut.completion_tokens = 2
     driven = Driven((*good, wrong, cut, None), ("lost",), 0.001, CpuUse(40.0, 1.0, 1.0, 8.0))
     calm = ["a b c"] * 43
-    found = report(machine(), PLAN, driven, calm, Loss(20.0, ("d0",), 6.0))
+    found = report(machine(), PLAN, driven, calm, Loss(20.0, ("d0",), 6.0), {})
     seen = found.outcome
     assert (seen.requests, seen.failed, seen.wrong, seen.cut, seen.moved) == (43, 1, 1, 1, 1)
     assert [target.met for target in found.targets] == [False, False, True, True]

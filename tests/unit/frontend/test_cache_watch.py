@@ -112,6 +112,19 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_an_engine_that_fills_blocks_is_seen_to_compute(watch: CacheWatch, caches: KnownCaches) -> None:
+    async with CachingWorker("a") as telling, CachingWorker("b", tells=False) as silent:
+        await watch.retain([telling.record, silent.record])
+        await until(lambda: caches.signs.last_s("a") is not None)
+        first_s = caches.signs.last_s("a")
+        assert first_s is not None
+        telling.stores(1)
+        await until(lambda: (caches.signs.last_s("a") or 0.0) > first_s)
+        assert caches.signs.last_s("b") is None
+        await watch.retain([silent.record])
+        assert caches.signs.last_s("a") is None
+
+
 async def test_a_frontend_knows_what_its_workers_have(watch: CacheWatch, caches: KnownCaches) -> None:
     async with CachingWorker("a") as first, CachingWorker("b") as second:
         await watch.retain([first.record, second.record])

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -16,6 +17,7 @@ from prometheus_client import REGISTRY
 from frontend.dispatch import open_dispatcher
 from planner.server import open_control_plane
 from slipstream import grpc_channels
+from slipstream.cli.explain import lines
 from slipstream.errors import (
     ContextLengthError,
     DeadlineError,
@@ -383,6 +385,10 @@ async def test_an_answer_goes_on_in_the_way_that_its_sampling_needs(sampling: di
         assert account is not None
         assert (account.attempts, account.migrations) == (2, 1)
         assert account.recomputed_tokens >= 3
+        first, second = cluster.dispatcher.routing.decisions.of("r1")
+        assert (first.after, first.resumes) == ("", 0)
+        assert (second.after, second.resumes) == ("decode d0 lost", 3)
+        assert "  sent again after: decode d0 lost, its client had 3 tokens" in lines(second)
     assert went_on.grown() == 1
 
 
@@ -670,3 +676,35 @@ async def test_a_peer_that_accepts_connections_but_never_answers_is_lost_within_
             with pytest.raises(WorkerLostError):
                 async with asyncio.timeout(5):
                     await cluster.answer(a_request())
+
+
+async def test_a_prompt_leaves_a_prefill_worker_that_is_not_seen_to_compute_long_before_its_limit() -> None:
+    moved = Counting("slipstream_migrations_total", stage="prefill", reason="silent")
+    async with scripted_cluster(prefill=2, prefill_timeout_s=60, prefill_silence_s=0.3) as cluster:
+        signs = cluster.dispatcher._around.signs
+        for worker in cluster.prefills:
+            signs.begins(worker.worker_id, time.monotonic())
+        cluster.prefills[1].set_state(WorkerState.DRAINING)
+        await until(lambda: cluster.dispatcher.models()[0].prefill_workers == 1)
+        cluster.prefills[0].script = Script(hang_at=0)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: cluster.prefills[0].seen.prefills)
+        for _ in range(8):  # as long as it fills blocks it is waited for
+            signs.computed("p0", time.monotonic())
+            await asyncio.sleep(0.1)
+        assert moved.grown() == 0
+        cluster.prefills[1].set_state(WorkerState.READY)
+        deltas = await answering
+        assert tokens_of(deltas) == ANSWER
+        account = deltas[-1].account
+        assert account is not None
+        assert (account.prefill_worker, account.attempts, account.migrations, account.fallback) == ("p1", 2, 0, "")
+    assert moved.grown() == 1
+
+
+async def test_a_prefill_worker_that_does_not_tell_what_it_caches_has_its_whole_time() -> None:
+    async with scripted_cluster(prefill_silence_s=0.1) as cluster:
+        cluster.prefills[0].script = Script(delay_s=0.5)
+        account = (await cluster.answer(a_request()))[-1].account
+        assert account is not None
+        assert account.attempts == 1
