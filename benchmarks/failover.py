@@ -167,7 +167,7 @@ async def _lose_a_node(failing: Failing, plan: Plan, say: Say) -> Loss:
     await asyncio.sleep(plan.kill_at_s)
     before = await failing.workers()
     at_s = time.monotonic()
-    lost = await asyncio.to_thread(failing.kill)
+    lost = await asyncio.to_thread(failing.kill, before)
     say(f"killed a node with {', '.join(lost)}")
     while time.monotonic() < at_s + plan.after_s:
         if whole(before, await failing.workers(), lost):

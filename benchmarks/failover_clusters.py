@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -38,13 +37,14 @@ class Failing:
     """A running cluster of which a third can be killed.
 
     Attributes:
-        kill: ends one node with all that runs on it, at once; returns the ids of the workers that were there.
+        kill: ends one node with all that runs on it, at once, of those that have workers of both roles the one that
+            has the most to do; takes the workers as they are now, and returns the ids of those that were there.
     """
 
     server: Server
     registry: str
     nodes: int
-    kill: Callable[[], Sequence[str]]
+    kill: Callable[[Sequence[WorkerRecord]], Sequence[str]]
 
     async def workers(self) -> list[WorkerRecord]:
         """The registry's view now; none while it does not answer."""
@@ -72,11 +72,10 @@ async def cluster(on: str, folder: Path, each: int, profile: str) -> AsyncIterat
         environ = child_environ(os.environ) | dict(extra)
         environ |= {"SLIPSTREAM_FRONTEND__HANDOFF": "always", "SLIPSTREAM_WORKER__PROFILE": profile}
         server, registry = await stack.enter_async_context(_running(folder, environ, options, 2 * NODES * each))
-        found = await workers_of(registry)
         if ray is None:
-            yield Failing(server, registry, NODES, lambda: _kill_processes(found, each))
+            yield Failing(server, registry, NODES, lambda workers: _kill_processes(workers, each))
         else:
-            yield Failing(server, registry, NODES, lambda: _kill_node(ray, found))
+            yield Failing(server, registry, NODES, lambda workers: _kill_node(ray, workers))
 
 
 async def workers_of(registry: str) -> list[WorkerRecord]:
@@ -133,9 +132,10 @@ async def _is_ready(client: httpx.AsyncClient, port: int) -> bool:
 
 
 def _kill_processes(workers: Sequence[WorkerRecord], each: int) -> list[str]:
-    """As many workers of each role as a node has."""
+    """As many workers of each role as a node has: those that have the most to do."""
+    busiest = sorted(workers, key=lambda one: -one.load.running)
     victims = [
-        one for role in (Role.ROLE_PREFILL, Role.ROLE_DECODE) for one in [w for w in workers if w.role == role][:each]
+        one for role in (Role.ROLE_PREFILL, Role.ROLE_DECODE) for one in [w for w in busiest if w.role == role][:each]
     ]
     for one in victims:
         psutil.Process(one.pid).kill()
@@ -143,15 +143,14 @@ def _kill_processes(workers: Sequence[WorkerRecord], each: int) -> list[str]:
 
 
 def _kill_node(ray: Any, workers: Sequence[WorkerRecord]) -> list[str]:
-    """The node with the most decode workers, and of those the one with the most workers."""
     on_node: dict[str, list[WorkerRecord]] = {}
     for node_id in ray.node_ids:
         pids = {process.pid for process in ray.processes_of(node_id)}
         on_node[node_id] = [one for one in workers if one.pid in pids]
 
     def weight(node_id: str) -> tuple[int, int]:
-        roles = Counter(one.role for one in on_node[node_id])
-        return min(roles[Role.ROLE_DECODE], roles[Role.ROLE_PREFILL]), len(on_node[node_id])
+        roles = {one.role for one in on_node[node_id]}
+        return len(roles), sum(one.load.running for one in on_node[node_id])
 
     victim = max(on_node, key=weight)
     if not on_node[victim]:
