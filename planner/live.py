@@ -88,7 +88,7 @@ async def open_planner(
             posted = followed.posted
         scaler: Scaler = NoScaler()
         if settings.scaler:
-            opened = scalers.get(settings.scaler, partial(RemoteScaler, settings.scaler))
+            opened = _scaler_of(settings.scaler, scalers)
             scaler = await stack.enter_async_context(opened(lambda: posted().workers))
         loop = PlannerLoop(objectives, make_policy, scaler, posted, dry_run=settings.dry_run, health=health)
         if settings.follow is not None:
@@ -104,6 +104,18 @@ async def open_planner(
             scaler=settings.scaler,
         )
         yield loop
+
+
+def _scaler_of(name: str, scalers: Mapping[str, OpenScaler]) -> OpenScaler:
+    if name in scalers:
+        return scalers[name]
+    if ":" not in name:
+        known = ", ".join(scalers) or "none here"
+        raise ConfigError(
+            f"planner.scaler: {name!r} is no address (host:port, unix:PATH), and no scaler has that name ({known})",
+            param="planner.scaler",
+        )
+    return partial(RemoteScaler, name)
 
 
 def profiles_of(objectives: PlannerObjectives, find_profile: FindProfile) -> Mapping[str, Profile]:

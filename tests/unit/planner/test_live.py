@@ -78,6 +78,9 @@ async def test_a_scaler_of_another_kind_goes_by_its_name_and_is_open_while_the_p
         await until(lambda: loop.history.latest is not None)
         assert opened == ["w"]
     assert opened == ["w", "closed"]
+    with pytest.raises(ConfigError, match=r"'othr' is no address .* no scaler has that name \(other\)"):
+        async with open_planner(settings(policy, scaler="othr"), lambda: posted, Path, {"other": open_scaler}):
+            pass
 
 
 async def test_a_profile_that_is_named_must_be_there_also_in_a_policy_that_comes_later(policy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from deploy.kubernetes.errors import AccessDeniedError
 from slipstream.errors import UnavailableError
 from slipstream.scaler import SickWorker
 from slipstream.v1.registry_pb2 import Role
-from tests.support.kubernetes_objects import set_condition
+from tests.support.kubernetes_objects import is_ready, set_condition
 from tests.support.kubernetes_server import Fault
 from tests.support.scripted_worker import until
 from tests.unit.deploy.kubernetes.world import World, planner, world
@@ -120,6 +121,28 @@ async def test_where_another_pod_fails_and_goes_instead_the_chosen_one_goes_too_
         assert stays in at.names("decode")
         assert not {chosen, unlucky} & set(at.names("decode"))
         assert at.seats("decode") == 2
+
+
+async def test_whatever_went_before_the_chosen_pod_goes_and_every_ready_one_stays(tmp_path: Path) -> None:
+    chance = random.Random(6)
+    async with world(tmp_path) as at:
+        at.server.add_deployment("decode", 3)
+        for _ in range(40):
+            happens = chance.choice(("start", "ready", "unready", "drain", "drain"))
+            names = at.names("decode")
+            if happens == "start" and len(names) < 6:
+                assert await at.scaler.start("m", DECODE) in at.names("decode")
+            elif happens == "drain" and names:
+                chosen = chance.choice(names)
+                ready = {one for one in names if is_ready(at.pod(one))}
+                assert await at.scaler.drain(chosen) == chosen
+                at.server.controllers.act()
+                left = set(at.names("decode"))
+                assert chosen not in left
+                assert ready - {chosen} <= left
+                assert len(left) == at.seats("decode") == len(names) - 1
+            elif names:
+                at.server.controllers.set_ready(at.pod(chance.choice(names)), happens == "ready")
 
 
 async def test_seats_are_of_pools_and_roles_are_of_workers(tmp_path: Path) -> None:
