@@ -235,6 +235,8 @@ class PlannerLoop:
                 self._replacements.failed(step, now_s)
                 continue
             self._replacements.done(step, outcome.worker_id, now_s)
+            if isinstance(action, Drain) and outcome.worker_id != action.worker_id:
+                log.warning("another_than_the_sick_worker_ends", sick=action.worker_id, ends=outcome.worker_id)
             # As the scaler will list them from now on.
             if isinstance(action, Start):
                 new = ScaledWorker(outcome.worker_id, action.model, action.role, unix_s)

@@ -17,6 +17,7 @@ from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import HealthState, Role, WorkerRecord, WorkerState
 
 RETRY_S = 10.0
+HOUR_S = 3600.0
 OWED_FOR_S = 900.0
 """How long a replacement is tried for whose worker had to be ended first."""
 CLOCK_S = 1.0
@@ -62,6 +63,7 @@ class Replacements:
     _no_room: dict[str, float] = field(default_factory=dict)
     _tried: dict[str, float] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
+    _others_end: dict[Pool, float] = field(default_factory=dict)
     _drained: set[tuple[str, int]] = field(default_factory=set)
     _started: list[float] = field(default_factory=list)
     _since: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -73,6 +75,9 @@ class Replacements:
         """What to do now for the workers that are to be replaced; try it, and say what came of it."""
         by_id, own = {one.worker_id: one for one in records}, {one.worker_id: one for one in scaled}
         wanted = [one for one in wanting(records) if one.worker_id in own and not own[one.worker_id].ending]
+        self._others_end = {pool: at_s for pool, at_s in self._others_end.items() if now_s - at_s < HOUR_S}
+        # Where what runs them ends another one than is meant, replacing would only take well ones away.
+        wanted = [one for one in wanted if (one.model, one.role) not in self._others_end]
         self._forget(wanted, now_s)
         ill = {one.worker_id for one in records if _is_ill(one)}
         self._paired = {name: other for name, other in self._paired.items() if name in ill}
@@ -117,6 +122,8 @@ class Replacements:
             return
         sick = step.sick
         assert sick is not None, "only a worker that is there is ended"
+        if worker_id != sick.worker_id:
+            self._others_end[sick.model, sick.role] = now_s
         self._drained.add((sick.worker_id, sick.epoch))
         self._no_room.pop(sick.worker_id, None)
         if step.owes:
@@ -129,7 +136,7 @@ class Replacements:
 
     def _starts_left(self, now_s: float) -> int:
         """As many as may be fenced within an hour may be replaced."""
-        self._started = [at_s for at_s in self._started if now_s - at_s < 3600.0]
+        self._started = [at_s for at_s in self._started if now_s - at_s < HOUR_S]
         return self.limits.replacements_per_hour - len(self._started)
 
     def _forget(self, wanted: Sequence[WorkerRecord], now_s: float) -> None:

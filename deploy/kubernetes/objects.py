@@ -82,6 +82,7 @@ class Pod:
         stuck_since_unix_s: since when.
         fell_unix_s: when it stopped being ready although its container had started well; 0 while that is not so.
         group: of a LeaderWorkerSet.
+        sick: it was reported to be.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Pod:
     stuck_since_unix_s: float
     fell_unix_s: float
     group: int
+    sick: bool = False
 
     @property
     def over(self) -> bool:
@@ -205,6 +207,7 @@ def _pod(item: Object) -> Pod:
         stuck_since_unix_s=stuck_since_s,
         fell_unix_s=_fell_s(status),
         group=_number(labels.get(LWS_GROUP_LABEL)),
+        sick=SICK_ANNOTATION in annotations,
     )
 
 

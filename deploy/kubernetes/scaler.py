@@ -128,6 +128,11 @@ class KubernetesScaler:
             if found is None or not found[1].active or self._is_ending(found[1]):
                 return worker_id
             pool, pod = found
+            if pool.ends_last and pod.sick:
+                # Its seat is not the last one: it keeps it, and its group is made anew. One that was started in its
+                # place is one more, until the planner finds that it is not needed.
+                await self._delete(pod)
+                return worker_id
             if pool.ends_last:
                 return await self._drain_last(pool, look.members(pool))
             await self._choose(pod)

@@ -154,6 +154,17 @@ def test_within_an_hour_only_so_many_are_started() -> None:
     assert world.starts == 2
 
 
+def test_where_another_one_ends_than_is_meant_no_more_are_taken_away() -> None:
+    world = a_world()
+    world.make_sick("a")
+    world.step()
+    world.ready()
+    (step,) = world.replacements.steps(list(world.records.values()), list(world.scaled.values()), 200.0, UNIX_S)
+    world.replacements.done(step, "b", 200.0)
+    world.now_s = 300.0
+    assert world.step(600.0) == []
+
+
 def test_workers_that_somebody_else_runs_are_let_be() -> None:
     world = a_world()
     del world.scaled["a"]

@@ -257,6 +257,22 @@ async def test_the_last_group_of_a_leader_worker_set_goes_whichever_was_meant(tm
         assert sorted(await roles(at)) == ["lws-decode-0", "lws-decode-1"]
 
 
+async def test_a_sick_group_goes_itself_and_keeps_its_seat(tmp_path: Path) -> None:
+    async with world(tmp_path, leader_worker_sets=True) as at:
+        group = at.server.add_leader_worker_set("decode", 3, size=2)
+        sick = at.server.store.objects["pods"]["lws-decode-0"]["metadata"]["uid"]
+        await at.scaler.report(SickWorker("lws-decode-0", "node-1", (), device=True, reasons=("Xid 79",)))
+        assert await at.scaler.drain("lws-decode-0") == "lws-decode-0"
+        assert group["spec"]["replicas"] == 3
+
+        def made_anew() -> bool:
+            pod = at.server.store.objects["pods"].get("lws-decode-0")
+            return pod is None or pod["metadata"]["uid"] != sick
+
+        await until(made_anew)
+        assert {"lws-decode-1", "lws-decode-2"} <= set(await roles(at))
+
+
 async def test_a_drain_that_is_refused_leaves_the_pod_as_it_was(tmp_path: Path) -> None:
     async with world(tmp_path) as at:
         at.server.add_deployment("decode", 2)
