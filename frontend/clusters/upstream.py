@@ -115,6 +115,13 @@ class Upstream:
         else:
             connection.abort()
 
+    def abort_silent(self, silent_s: float) -> None:
+        """Close the connections in use on which nothing has come for so long: nobody may be there any more."""
+        now_s = asyncio.get_running_loop().time()
+        for connection in list(self._open):
+            if now_s - connection.heard_s > silent_s:
+                connection.abort()
+
     def close(self) -> None:
         """Close all connections, also those in use."""
         for connection in list(self._open):
@@ -198,6 +205,7 @@ class _Connection(asyncio.Protocol):
         self._lost: str | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._paused = False
+        self.heard_s = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -219,6 +227,7 @@ class _Connection(asyncio.Protocol):
         if self._transport is None or self._lost is not None:
             raise UpstreamError(self._lost or "not connected")
         self._keeps_alive = False
+        self.heard_s = asyncio.get_running_loop().time()
         self._transport.write(content)
         while not self._head_complete:
             await self._news()
@@ -255,6 +264,7 @@ class _Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.heard_s = asyncio.get_running_loop().time()
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
         self._complete = True  # nothing is asked yet
         self._keeps_alive = True
@@ -262,6 +272,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.answer_begun = True
+        self.heard_s = asyncio.get_running_loop().time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:

@@ -51,6 +51,9 @@ async def _follow(fleet: ClusterFleet, member: Member) -> NoReturn:
         except (UpstreamError, msgspec.MsgspecError, TimeoutError) as error:
             failure = str(error) or "no answer"
             known.silent(failure)
+        if failure and known.stale(fleet.clock(), fleet.settings.stale_after_s):
+            # Whoever waits there for an answer need not wait for the end of the request's time.
+            member.upstream.abort_silent(fleet.settings.stale_after_s)
         if failure != told:
             if failure:
                 log.warning("cluster_silent", endpoint=known.endpoint, reason=failure)

@@ -25,12 +25,13 @@ class Seen:
 
 @dataclass(slots=True)
 class ScriptedPeer:
-    """One. `script` writes the answer to each POST."""
+    """One. `script` writes the answer to each POST; a deaf one answers nothing, and keeps its connections."""
 
     script: Script
     key: str = "s3cret"
     wait_s: float = 0.0
     port: int = 0
+    deaf: bool = False
     seen: list[Seen] = field(default_factory=list)
     _connections: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -60,6 +61,8 @@ class ScriptedPeer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 headers = dict(line.split(": ", 1) for line in head[1:] if line)
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
+                if self.deaf:
+                    continue
                 method, path, _ = head[0].split(" ")
                 if method == "GET" and path.startswith(STATE_PATH):
                     self._tell(headers, writer)

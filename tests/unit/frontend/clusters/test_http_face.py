@@ -177,6 +177,16 @@ async def test_a_request_that_is_not_answered_in_time_ends_with_its_deadline() -
         assert [one.known.in_flight for one in fleet.members] == [0]
 
 
+async def test_a_request_leaves_a_cluster_that_falls_silent_without_a_word() -> None:
+    async def falls_silent(writer: asyncio.StreamWriter) -> None:
+        first.deaf = True
+
+    first, second = ScriptedPeer(falls_silent), ScriptedPeer(says(200, ANSWER), wait_s=5.0)
+    async with global_frontend(first, second, stale_after_s=0.4) as (client, _):
+        answer = await client.post("/v1/completions", json=BODY)
+    assert (answer.status_code, answer.headers["x-slipstream-cluster"]) == (200, "c1; failover")
+
+
 async def test_limits_models_and_unknown_paths_are_answered_without_a_cluster() -> None:
     peer = ScriptedPeer(says(200, ANSWER))
     async with global_frontend(peer) as (client, _):
