@@ -8,24 +8,21 @@ and then is needed.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 
 from planner.account import Account, Look, numbers_of, reason_of
-from planner.bars import Bars
 from planner.capacity import Corrections, Pair, PrefillQueue
-from planner.caution import Caution
 from planner.choose import PoolAsk, choose, unbarred
 from planner.considered import considered_of
 from planner.corrections import Learner
 from planner.demand import Demand, DemandSeen, together
-from planner.objectives import ModelObjectives, Objective, PlannerObjectives
+from planner.objectives import Objective, PlannerObjectives
 from planner.observation import Observation, Traffic, WorkerSeen
+from planner.past import Past, at_least, fewest, most
 from planner.pool_model import Asked, PoolModel
 from planner.scaling import Action, Counts, Decision, Flip, Start
 from planner.schedule import active
-from planner.steps import Coming, Limits, counts_of, room, steps
+from planner.steps import Limits, counts_of, room, steps
 from slipstream.performance import Profile
 from slipstream.v1.registry_pb2 import Role, WorkerState
 
@@ -47,37 +44,6 @@ BATCH_OBJECTIVE = Objective(ttft_s=3600.0, itl_s=10.0, percentile=50.0)
 BATCH_CLEAR_S = 600.0
 
 
-@dataclass(slots=True)
-class _Past:
-    """One model: what was seen of it, and when something was done to it last."""
-
-    objectives: ModelObjectives
-    learner: Learner | None = None
-    classes: dict[str, DemandSeen] = field(default_factory=dict)
-    coming: Coming = field(default_factory=Coming)
-    needs: deque[tuple[float, Counts]] = field(default_factory=deque)
-    bars: Bars = field(default_factory=Bars)
-    caution: Caution = field(default_factory=Caution)
-    answers: int = 0
-    up_s: float = -math.inf
-    down_s: float = -math.inf
-    flip_s: float = -math.inf
-
-    def inherit(self, before: _Past, horizon_s: float) -> None:
-        """What was learned of the traffic and the workers, and what is under way; of what hangs on the limits only
-        what was learned under the same ones."""
-        self.classes, self.coming, self.answers = before.classes, before.coming, before.answers
-        self.up_s, self.down_s, self.flip_s = before.up_s, before.down_s, before.flip_s
-        for known in self.classes.values():
-            known.requests.look_ahead(horizon_s)
-        if before.learner is not None and (
-            self.learner is None or self.learner.pair.profiles == before.learner.pair.profiles
-        ):
-            self.learner = before.learner
-        if self.objectives.objectives == before.objectives.objectives:
-            self.needs, self.bars, self.caution = before.needs, before.bars, before.caution
-
-
 class SloPolicy:
     """A `planner.scaling.ScalingPolicy`.
 
@@ -95,7 +61,7 @@ class SloPolicy:
     ) -> None:
         self._objectives = objectives
         self._tells_considered = tells_considered
-        self._past = {one.model: _Past(one) for one in objectives.models}
+        self._past = {one.model: Past(one) for one in objectives.models}
         for model, profile in (profiles or {}).items():
             self.know(model, *(profile if isinstance(profile, tuple) else (profile, profile)))
 
@@ -139,7 +105,7 @@ class SloPolicy:
         targets = {}
         for model in self._past:
             look, past = looks[model], self._past[model]
-            floor_only = _at_least(look.have, look.floor)
+            floor_only = at_least(look.have, look.floor)
             targets[model] = self._settle(past, look, wanted.get(model, floor_only), kept.get(model, floor_only), seen)
         urgent = self._fit_budget(targets, wanted, asks)
         actions, notes = self._act(looks, targets, urgent, seen)
@@ -165,7 +131,7 @@ class SloPolicy:
 
     # -- what is ------------------------------------------------------------------------------------------
 
-    def _look(self, past: _Past, seen: Observation) -> Look:
+    def _look(self, past: Past, seen: Observation) -> Look:
         model = past.objectives.model
         own = [one for one in seen.workers if one.model == model]
         workers = past.coming.seen(own, seen.at_s)
@@ -200,11 +166,11 @@ class SloPolicy:
             past.caution.patience(max((one.excess for one in forecasts.values()), default=0.0)),
         )
 
-    def _horizon_s(self, past: _Past) -> float:
+    def _horizon_s(self, past: Past) -> float:
         """At least what a start takes, as seen, or as set before one was."""
         return max(self._objectives.horizon_s, past.coming.start_s or self._objectives.start_s)
 
-    def _learn(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic], seen: Observation) -> None:
+    def _learn(self, past: Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic], seen: Observation) -> None:
         if past.learner is None:
             return
         whole = Traffic()
@@ -213,7 +179,7 @@ class SloPolicy:
         now = together([one.demand(one.requests.forecast(0.0).mean) for one in past.classes.values()])
         past.learner.learn(workers, whole, now, seen.at_s, seen.interval_s)
 
-    def _backlog_s(self, past: _Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic]) -> float:
+    def _backlog_s(self, past: Past, workers: list[WorkerSeen], traffic: Mapping[str, Traffic]) -> float:
         """Prompts that wait, as seconds of one worker's time: in the frontends, and accepted but not computed."""
         if past.learner is None:
             return 0.0
@@ -223,7 +189,7 @@ class SloPolicy:
         waiting = queued * (1.0 - now.hit_rate) + sum(one.waiting_tokens for one in workers)
         return waiting / max(1.0, now.input_tokens * (1.0 - now.hit_rate)) * queue.mean_s
 
-    def _batch(self, past: _Past, traffic: Mapping[str, Traffic]) -> Demand | None:
+    def _batch(self, past: Past, traffic: Mapping[str, Traffic]) -> Demand | None:
         known = past.classes.get(BATCH)
         if known is None:
             return None
@@ -231,7 +197,7 @@ class SloPolicy:
         rate = known.requests.forecast(0.0).mean + queued / BATCH_CLEAR_S
         return known.demand(rate) if rate * BATCH_CLEAR_S >= 0.5 else None
 
-    def _floor(self, past: _Past, seen: Observation) -> Counts:
+    def _floor(self, past: Past, seen: Observation) -> Counts:
         bounds = past.objectives.bounds
         idle_s = min((one.idle_s for one in past.classes.values()), default=math.inf)
         floor = Counts(bounds.min_prefill, bounds.min_decode)
@@ -241,12 +207,12 @@ class SloPolicy:
             floor = Counts(0, max(1, floor.decode))
         for window in past.objectives.schedule:
             if active(window, seen.unix_s, self._horizon_s(past)):
-                floor = _at_least(floor, window.floor)
+                floor = at_least(floor, window.floor)
         return Counts(min(floor.prefill, bounds.max_prefill), min(floor.decode, bounds.max_decode))
 
     # -- what shall be ------------------------------------------------------------------------------------
 
-    def _ask(self, past: _Past, look: Look, learner: Learner, margin: float) -> PoolAsk:
+    def _ask(self, past: Past, look: Look, learner: Learner, margin: float) -> PoolAsk:
         objectives = past.objectives.objectives
         ready = sum(one.role == Role.ROLE_PREFILL and one.state == WorkerState.READY for one in look.workers)
         asked = []
@@ -269,7 +235,7 @@ class SloPolicy:
             look.have,
         )
 
-    def _settle(self, past: _Past, look: Look, wanted: Counts, kept: Counts, seen: Observation) -> Counts:
+    def _settle(self, past: Past, look: Look, wanted: Counts, kept: Counts, seen: Observation) -> Counts:
         """Up at once; down to what a whole window needed, and sooner where the other role is short."""
         window_s = self._down_s(past)
         past.needs.append((seen.at_s, kept))
@@ -277,18 +243,18 @@ class SloPolicy:
             past.needs.popleft()
         age_s = max((one.requests.age_s for one in past.classes.values()), default=seen.at_s)
         recent_s = seen.at_s - self._objectives.flip_cooldown_s
-        window = _most(counts for _, counts in past.needs)
-        recent = _most(counts for at_s, counts in past.needs if at_s >= recent_s)
+        window = most(counts for _, counts in past.needs)
+        recent = most(counts for at_s, counts in past.needs if at_s >= recent_s)
         young, waits = age_s < min(FIRST_LOOK_S, window_s), self._waits(past, look)
         if young and not waits and not past.caution.alarmed:
             # What is known of the first requests is mostly assumed: nothing is done for that alone.
             known = past.answers >= ENOUGH_ANSWERS and age_s >= ENOUGH_S
-            return _at_least(_fewest(look.have, window) if known else look.have, look.floor)
+            return at_least(fewest(look.have, window) if known else look.have, look.floor)
         if young or waits:
             window = look.have
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode
         load = look.load
-        past.bars.set(_at_least(look.have, look.floor), wanted, load, seen.at_s)
+        past.bars.set(at_least(look.have, look.floor), wanted, load, seen.at_s)
         tried = past.bars.least(load, seen.at_s, past.caution.band)
         # What was not needed lately may be flipped where the other role is short; the rest stays for the whole window.
         to_decode, to_prefill = max(0, wanted.decode - look.have.decode), max(0, wanted.prefill - look.have.prefill)
@@ -301,11 +267,11 @@ class SloPolicy:
             wanted.decode if decode_short else min(look.have.decode, decode_down),
         )
 
-    def _down_s(self, past: _Past) -> float:
+    def _down_s(self, past: Past) -> float:
         """Least time from any change to a drain."""
         return self._objectives.down_cooldown_s * (FIRST_DOWN if past.up_s == -math.inf else 1.0)
 
-    def _waits(self, past: _Past, look: Look) -> bool:
+    def _waits(self, past: Past, look: Look) -> bool:
         """Whether prompts wait so long that nobody can be spared, whatever is expected."""
         limit_s = min((one.ttft_s for one in past.objectives.objectives.values()), default=math.inf)
         return look.backlog_s > WAITS_SHARE * limit_s * max(1, look.have.prefill)
@@ -316,6 +282,11 @@ class SloPolicy:
         """Where one model is short, another keeps nothing that it does not need; returns which give at once."""
         over = sum(ask.gpus(targets[ask.model]) for ask in asks) - self._objectives.gpu_budget
         giving = []
+        # Batch work alone is never short: what another one keeps for its own reasons comes to it when that lets go.
+        for ask in (ask for ask in asks if not ask.pool.asked and over > 0):
+            less = at_least(fewest(targets[ask.model], ask.now), ask.floor)
+            over -= ask.gpus(targets[ask.model]) - ask.gpus(less)
+            targets[ask.model] = less
         for ask in sorted(asks, key=lambda ask: (ask.weight, ask.model)):
             surplus = ask.gpus(targets[ask.model]) - ask.gpus(wanted[ask.model])
             if over <= 0:
@@ -342,16 +313,22 @@ class SloPolicy:
             model = past.objectives.model
             look, target, at_s = looks[model], targets[model], seen.at_s
             own = [one for one in seen.workers if one.model == model]
-            most = _at_least(look.floor, Counts(past.objectives.bounds.max_prefill, past.objectives.bounds.max_decode))
+            ceiling = at_least(
+                look.floor, Counts(past.objectives.bounds.max_prefill, past.objectives.bounds.max_decode)
+            )
             # A pool below its floor has lost workers: that is repaired at once.
             repair = look.have.prefill < look.floor.prefill or look.have.decode < look.floor.decode
             up = repair or at_s - past.up_s >= settings.up_cooldown_s
+            past.gave_s = at_s if model in urgent else past.gave_s
+            if not any(one.requests_per_s > 0.0 for one in look.demands.values()):
+                # Batch work does not take back at once what another model was given: it may be short again.
+                up = repair or (up and at_s - past.gave_s >= settings.down_cooldown_s)
             down = model in urgent or min(at_s - past.up_s, at_s - past.down_s) >= self._down_s(past)
             flip = at_s - past.flip_s >= settings.flip_cooldown_s
             limits = Limits(
                 gpus=settings.gpu_budget - used,
                 gpus_each=self._gpus(model),
-                room=room(own, look.workers, past.coming.starts, most),
+                room=room(own, look.workers, past.coming.starts, ceiling),
                 ups=settings.max_actions if up else 0,
                 downs=max(1, math.floor(look.have.total * DRAIN_SHARE)) if down else 0,
                 flips=max(1, math.floor(look.have.total * DRAIN_SHARE)) if flip else 0,
@@ -390,18 +367,3 @@ def _load(demands: Collection[Demand]) -> tuple[float, float]:
         sum(one.requests_per_s * one.input_tokens * (1.0 - one.hit_rate) for one in demands),
         sum(one.requests_per_s * one.output_tokens for one in demands),
     )
-
-
-def _at_least(one: Counts, other: Counts) -> Counts:
-    return Counts(max(one.prefill, other.prefill), max(one.decode, other.decode))
-
-
-def _fewest(one: Counts, other: Counts) -> Counts:
-    return Counts(min(one.prefill, other.prefill), min(one.decode, other.decode))
-
-
-def _most(needs: Iterable[Counts]) -> Counts:
-    most = Counts(0, 0)
-    for counts in needs:
-        most = _at_least(most, counts)
-    return most
