@@ -8,7 +8,6 @@ import socket
 import uuid
 from collections.abc import Callable
 
-from frontend import access_log
 from frontend.clusters import watch
 from frontend.clusters.fleet import ClusterFleet
 from frontend.clusters.grpc_face import GlobalGrpcFace
@@ -50,7 +49,6 @@ async def serve(settings: Settings, listening: Callable[[str, str], None] = lamb
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
-        access_log.writing(settings.log),
         contextlib.closing(ClusterFleet(settings.global_frontend, uuid.uuid4().hex)) as fleet,
     ):
         calm_collector()
