@@ -16,7 +16,7 @@ log = telemetry.get_logger(__name__)
 
 SILENT_AFTER_S = 5.0
 """A pool asks each of its actors every second; one that has not for this long is gone."""
-_GIVE_UP_S = 10.0
+_GIVE_UP_S = 7.0
 _POLL_S = 0.5
 
 

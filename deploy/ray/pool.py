@@ -73,6 +73,7 @@ class Pool:
         self._clock = clock
         self._unix_clock = unix_clock
         self._workers: dict[str, PoolWorker] = {}
+        self._ever: set[str] = set()
         self._numbers: Iterator[int] = itertools.count()
         self._view = RegistryView()
         self._failure: asyncio.Future[SlipstreamError] = asyncio.get_running_loop().create_future()
@@ -178,7 +179,7 @@ class Pool:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=_CLEAN_UP_S)
-        await self._sweep(set())
+        await self._sweep(lambda worker_id: worker_id in self._ever)
 
     async def abandon(self) -> None:
         """Let go of the workers without ending them."""
@@ -196,7 +197,7 @@ class Pool:
         """Go on with what an earlier pool of this cluster has left, and order what is missing."""
         cluster = self._settings.cluster
         found = await found_workers(self._places, self._orders.settings_id)
-        await self._sweep({one.worker_id for one in found.ours} | found.others)
+        await self._sweep(lambda worker_id: worker_id not in found.names)
         taken = [int(name.rpartition("-")[2]) for name in found.names if name.rpartition("-")[2].isdigit()]
         self._numbers = itertools.count(max(taken, default=-1) + 1)
         for one in found.ours:
@@ -223,6 +224,7 @@ class Pool:
         worker.ready = one.started
         worker.reserved.set_result(None)
         self._workers[one.worker_id] = worker
+        self._ever.add(one.worker_id)
         worker.task = asyncio.create_task(self._care(worker, adopted=one), name=f"care {one.worker_id}")
         log.info("worker_found_again", worker_id=one.worker_id, node=one.node_id)
 
@@ -230,6 +232,7 @@ class Pool:
         name = f"worker-{next(self._numbers)}"
         worker = PoolWorker(name, role, self._unix_clock(), must=must, replaces=replaces)
         self._workers[name] = worker
+        self._ever.add(name)
         worker.task = asyncio.create_task(self._care(worker, delay_s=delay_s), name=f"care {name}")
         return worker
 
@@ -438,9 +441,9 @@ class Pool:
         """Whether the registry had it as ready, and has it no more."""
         return worker.ready and self._view.settled and worker.worker_id not in self._listed()
 
-    async def _sweep(self, keep: set[str]) -> None:
+    async def _sweep(self, unused: Callable[[str], bool]) -> None:
         """Remove placement groups that nobody uses any more."""
-        for worker_id in sorted(await self._places.groups() - keep):
+        for worker_id in sorted(filter(unused, await self._places.groups())):
             log.info("group_left_over", worker_id=worker_id)
             await self._places.forget(worker_id)
 

@@ -111,12 +111,34 @@ async def test_each_node_has_workers_of_both_roles(cluster: ClusterOnRay, ray: R
         assert cluster.nodes_of(role) == dict.fromkeys(ray.node_ids, 1)
 
 
-async def test_the_planner_starts_and_drains_workers_and_no_request_notices(cluster: ClusterOnRay) -> None:
+async def test_the_planner_starts_and_drains_workers_and_no_request_notices(
+    cluster: ClusterOnRay, model: Path, tmp_path: Path
+) -> None:
+    """Nor does anybody notice a second cluster that is started by the same name, which refuses to."""
+    command = [
+        sys.executable,
+        "-m",
+        "slipstream",
+        "up",
+        "--on",
+        "ray",
+        "--name",
+        NAME,
+        "--address",
+        cluster.ray.address,
+    ]
+    command += ["--engine", "simulated", "--model", str(model), "--log-dir", str(tmp_path / "run")]
+    command += ["--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0"]
+    second = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
     async with under_load(cluster):
         apply(cluster, objectives(2, 3))
         await until("a third decode worker", lambda: is_whole(cluster, decode=3))
         apply(cluster, objectives(2, 2))
         await until("two again", lambda: is_whole(cluster) and len(names(cluster)) == 4)
+    _, said = await asyncio.wait_for(second.communicate(), WAIT_S)
+    assert second.returncode != 0
+    assert "belongs to another `slipstream up --on ray` that runs" in said.decode()
+    assert len(names(cluster)) == 4
 
 
 async def test_a_killed_worker_is_replaced_under_another_name(cluster: ClusterOnRay) -> None:
