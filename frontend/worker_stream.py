@@ -20,7 +20,7 @@ from frontend.deadlines import Deadlines
 from frontend.worker_call import DecodeCall, Event, PrefillCall, WorkerCall
 from frontend.worker_channels import WorkerChannels
 from frontend.worker_failure import failure_of
-from slipstream.errors import RequestTooLargeError, WorkerLostError
+from slipstream.errors import RequestTooLargeError, SlipstreamError, WorkerLostError
 from slipstream.grpc_channels import MAX_MESSAGE_BYTES
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1.registry_pb2 import WorkerRecord
@@ -157,8 +157,7 @@ class WorkerStream(Generic[Request, Event]):
         calls = [*self._calls.values()]
         self._calls.clear()
         for call in calls:
-            cause = WorkerLostError("the connection was closed") if error is None else from_rpc_error(error)
-            call.broke(failure_of(call.worker, cause))
+            call.broke(failure_of(call.worker, _cause(error)))
 
     async def _write(self, stream: Any) -> None:
         # A write that fails is told by the read, with the reason.
@@ -232,6 +231,15 @@ class WorkerStreams:
         for streams in (self._prefill, self._decode):
             for address in [one for one, stream in streams.items() if one not in addresses and stream.idle]:
                 await streams.pop(address).close()
+
+
+def _cause(error: grpc.aio.AioRpcError | None) -> SlipstreamError:
+    """Why a stream ended. What a worker says of one request comes on the stream, never as its end; where gRPC finds no
+    better word for a connection that broke than INTERNAL ("Internal error from Core"), nobody is there all the same."""
+    if error is None:
+        return WorkerLostError("the connection was closed")
+    cause = from_rpc_error(error)
+    return WorkerLostError(cause.message) if type(cause) is SlipstreamError else cause
 
 
 def _messages(requests: list[Request]) -> list[list[Request]]:

@@ -7,16 +7,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import grpc.aio
 import pytest
 
 from frontend import worker_call, worker_stream
 from frontend.worker_channels import WorkerChannels
-from frontend.worker_failure import FailureKind, WorkerFailure
+from frontend.worker_failure import FailureKind, WorkerFailure, failure_of
 from frontend.worker_stream import WorkerStreams
 from planner.server import open_control_plane
 from slipstream.errors import CancelledByClientError, RequestTooLargeError
 from slipstream.settings import ControlPlaneSettings
-from slipstream.v1.registry_pb2 import Role
+from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.sampling_pb2 import SamplingParams
 from slipstream.v1.worker_pb2 import DecodeRequest
 from tests.support.scripted_worker import Script, ScriptedWorker, expected_answer, until
@@ -97,6 +98,13 @@ async def test_a_broken_stream_fails_all_its_requests_and_the_next_request_opens
         with pytest.raises(WorkerFailure) as caught:
             await late.read()
         assert caught.value.kind is FailureKind.LOST
+
+
+def test_a_stream_that_breaks_with_no_good_word_is_a_lost_worker_too() -> None:
+    nothing = grpc.aio.Metadata()
+    broken = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, details="Internal error from Core")
+    failure = failure_of(WorkerRecord(worker_id="d0"), worker_stream._cause(broken))
+    assert (failure.kind, str(failure)) == (FailureKind.LOST, "Internal error from Core")
 
 
 async def test_a_call_that_is_ended_is_aborted_and_the_others_go_on() -> None:
