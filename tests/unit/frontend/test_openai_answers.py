@@ -11,7 +11,7 @@ import pytest
 
 from frontend.generation import TokenDelta, TokenRequest
 from frontend.tokenizer import TextModel
-from slipstream.errors import NoWorkerError, WorkerLostError
+from slipstream.errors import MigrationLimitError, NoWorkerError, WorkerLostError
 from slipstream.v1.sampling_pb2 import Candidate, FinishReason, RequestAccount, TokenLogprobs
 from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 
@@ -206,6 +206,16 @@ async def test_an_error_before_the_first_token_of_a_stream_is_a_status(
     assert caught.value.status_code == 503
     assert caught.value.response.headers["Retry-After"] == "4"
     assert caught.value.code == "no_worker"
+
+
+async def test_a_request_that_workers_die_of_is_not_sent_again_by_its_client(
+    client: openai.AsyncOpenAI, dispatcher: ScriptedDispatcher
+) -> None:
+    dispatcher.script = lambda request: [MigrationLimitError("4 workers were lost while they had this request")]
+    with pytest.raises(openai.InternalServerError, match="4 workers were lost") as caught:
+        await chat(client.with_options(max_retries=2))
+    assert (caught.value.status_code, caught.value.code) == (503, "migration_limit")
+    assert len(dispatcher.requests) == 1
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_an_event_the_client_raises(
