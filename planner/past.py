@@ -27,7 +27,6 @@ class Past:
     needs: deque[tuple[float, Counts]] = field(default_factory=deque)
     bars: Bars = field(default_factory=Bars)
     caution: Caution = field(default_factory=Caution)
-    answers: int = 0
     up_s: float = -math.inf
     down_s: float = -math.inf
     flip_s: float = -math.inf
@@ -36,7 +35,7 @@ class Past:
     def inherit(self, before: Past, horizon_s: float) -> None:
         """What was learned of the traffic and the workers, and what is under way; of what hangs on the limits only
         what was learned under the same ones."""
-        self.classes, self.coming, self.answers = before.classes, before.coming, before.answers
+        self.classes, self.coming = before.classes, before.coming
         self.up_s, self.down_s, self.flip_s = before.up_s, before.down_s, before.flip_s
         self.gave_s = before.gave_s
         for known in self.classes.values():

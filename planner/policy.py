@@ -28,8 +28,6 @@ from slipstream.v1.registry_pb2 import Role, WorkerState
 
 FIRST_LOOK_S = 60.0
 """Before so much was seen, nothing is taken away, and nothing is done at all while few requests are late."""
-ENOUGH_S, ENOUGH_ANSWERS = 30.0, 150
-"""After so long and so many answers what nobody needs is let go all the same."""
 FIRST_DOWN = 0.5
 """Of `down_cooldown_s`, until the first worker was started: a pool that somebody else chose to begin with, and that
 never was too small, cannot go back and forth."""
@@ -146,7 +144,6 @@ class SloPolicy:
         served = [name for name in past.classes if name != BATCH]
         self._learn(past, own, traffic, seen)
         past.caution.add(traffic, past.objectives.objectives)
-        past.answers += sum(part.finished for part in traffic.values())
         forecasts = {name: past.classes[name].requests.forecast(horizon_s) for name in served}
         expected = {name: past.classes[name].demand(forecast.mean) for name, forecast in forecasts.items()}
         demands = {name: past.caution.prepared(one, forecasts[name]) for name, one in expected.items()}
@@ -248,8 +245,7 @@ class SloPolicy:
         young, waits = age_s < min(FIRST_LOOK_S, window_s), self._waits(past, look)
         if young and not waits and not past.caution.alarmed:
             # What is known of the first requests is mostly assumed: nothing is done for that alone.
-            known = past.answers >= ENOUGH_ANSWERS and age_s >= ENOUGH_S
-            return at_least(fewest(look.have, window) if known else look.have, look.floor)
+            return at_least(look.have, look.floor)
         if young or waits:
             window = look.have
         prefill_short, decode_short = wanted.prefill > look.have.prefill, wanted.decode > look.have.decode

@@ -59,7 +59,7 @@ def test_a_jump_is_answered_and_what_it_needed_is_let_go_after_it() -> None:
 
 
 def test_flips_come_before_new_workers() -> None:
-    plant = Plant(PROFILE, lambda at_s: 3.0 if at_s <= 40.0 else 14.0, Counts(1, 4))
+    plant = Plant(PROFILE, lambda at_s: 3.0 if at_s <= 50.0 else 14.0, Counts(1, 4))
     plant.run(policy(gpus=8), 300.0)
     actions = [action for one in plant.decisions for action in one.actions]
     assert isinstance(actions[0], Flip)
@@ -71,9 +71,7 @@ def test_the_first_requests_alone_change_nothing_while_they_are_in_time(prefill:
     # What is not known yet is assumed: a planner that was just restarted has no better reason to turn things over.
     plant = Plant(PROFILE, lambda _: rate, Counts(prefill, 1))
     plant.run(policy(gpus=prefill + 1), 55.0)
-    done = [(one.at_s, action, one.reason) for one in plant.decisions for action in one.actions]
-    # What hundreds of answers show that nobody needs is let go a little sooner.
-    assert all(at_s >= 30.0 and isinstance(action, Drain) for at_s, action, _ in done), done
+    assert plant.changes == 0, [one.reason for one in plant.decisions if one.actions]
 
 
 def test_nothing_is_done_before_all_have_been_heard() -> None:
