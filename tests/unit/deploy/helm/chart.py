@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from helm_python import Chart
+
+from tests.support import helm
 
 ROOT = Path(__file__).resolve().parents[4]
 CHART = ROOT / "deploy" / "helm" / "slipstream"
@@ -116,18 +117,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
-def chart() -> Chart:
-    return Chart.load(str(CHART))
-
-
 def texts(values: Values) -> dict[str, str]:
     """Every template's text by its name, NOTES.txt too.
 
     Raises:
-        HelmError: the values are refused, by the schema or by a template.
+        RefusedError: the values are refused, by the schema or by a template.
     """
-    rendered: dict[str, str] = chart().render(merged(BASE, values), name=RELEASE, namespace=NAMESPACE)
+    rendered = helm.render(CHART, merged(BASE, values), name=RELEASE, namespace=NAMESPACE)
     return {name.rpartition("templates/")[2]: text for name, text in rendered.items()}
 
 

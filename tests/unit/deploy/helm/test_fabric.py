@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helm_python import HelmError
 
+from tests.support.helm import RefusedError
 from tests.unit.deploy.helm.chart import (
     CASES,
     Object,
@@ -75,20 +75,20 @@ def test_no_list_of_transports_turns_rdma_off(case: str) -> None:
 @pytest.mark.parametrize("fabric", FABRICS)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_pool_without_the_fabrics_devices_is_refused(fabric: str, role: str) -> None:
-    with pytest.raises(HelmError, match=rf"{role}.fabricDevices: fabric.kind is {fabric}, but these pods"):
+    with pytest.raises(RefusedError, match=rf"{role}.fabricDevices: fabric.kind is {fabric}, but these pods"):
         texts(merged(preset(fabric), {role: {"fabricDevices": 0}}))
 
 
 def test_devices_of_no_resource_are_refused() -> None:
-    with pytest.raises(HelmError, match=r"decode.fabricDevices: of which resource\? Set fabric.resource"):
+    with pytest.raises(RefusedError, match=r"decode.fabricDevices: of which resource\? Set fabric.resource"):
         texts({"decode": {"fabricDevices": 1}})
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_group_that_the_engine_would_refuse_is_refused_before(role: str) -> None:
-    with pytest.raises(HelmError, match=rf"{role}.groupSize: this version's engine runs one GPU a worker"):
+    with pytest.raises(RefusedError, match=rf"{role}.groupSize: this version's engine runs one GPU a worker"):
         texts({role: {"workload": "LeaderWorkerSet", "groupSize": 2}})
-    with pytest.raises(HelmError, match=rf"{role}.groupSize: more than 1 needs {role}.workload: LeaderWorkerSet"):
+    with pytest.raises(RefusedError, match=rf"{role}.groupSize: more than 1 needs {role}.workload: LeaderWorkerSet"):
         texts({role: {"groupSize": 2}})
 
 

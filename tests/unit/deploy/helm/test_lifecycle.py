@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helm_python import HelmError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.helm import RefusedError
 from tests.unit.deploy.helm.chart import (
     CASES,
     ROLES,
@@ -66,7 +66,7 @@ def test_whatever_times_are_given_they_fit_together_or_are_refused(values: dict[
     refused = ""
     try:
         texts(values)
-    except HelmError as error:
+    except RefusedError as error:
         refused = str(error)
     if not refused:
         check_ends(values)
@@ -112,7 +112,7 @@ def test_no_disruption_budget_keeps_a_node_from_being_drained(case: str) -> None
 
 @pytest.mark.parametrize("amount", [0, "0%", -1, "101%", "none"])
 def test_a_budget_of_nothing_is_refused(amount: object) -> None:
-    with pytest.raises(HelmError, match="/prefill/maxUnavailable"):
+    with pytest.raises(RefusedError, match="/prefill/maxUnavailable"):
         texts({"prefill": {"maxUnavailable": amount}})
 
 

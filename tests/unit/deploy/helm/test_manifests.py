@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from helm_python import lint
 
+from tests.support import helm
 from tests.unit.deploy.helm import custom_resources
 from tests.unit.deploy.helm.chart import BASE, CASES, CHART, Object, objects, of_kind, own_objects, pod_templates
 
@@ -81,7 +81,7 @@ def test_no_two_objects_have_the_same_name(case: str) -> None:
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_helm_finds_nothing_to_warn_of(version: str) -> None:
-    report: dict[str, Any] = lint(str(CHART), dict(BASE), strict=True, kube_version=f"v{version}.0")
+    report: dict[str, Any] = helm.lint(CHART, BASE, kube_version=f"v{version}.0")
 
     said = [each["error"] for each in report["messages"]]
     assert report["errors"] == []

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from aiohttp import web
-from helm_python import HelmError
 
 from deploy.kubernetes.api import DEPLOYMENTS, LEASES, KubernetesApi
 from deploy.kubernetes.connection import connected
@@ -21,6 +20,7 @@ from planner.policy_file import parse_policy
 from slipstream.scaler import SickWorker
 from slipstream.settings import KubernetesSettings
 from slipstream.v1.registry_pb2 import Role
+from tests.support.helm import RefusedError
 from tests.support.kubernetes_objects import RefusalError, Store
 from tests.support.kubernetes_server import KubernetesServer
 from tests.unit.deploy.helm.chart import (
@@ -222,7 +222,7 @@ def test_without_the_planner_there_is_no_role_and_no_policy(mode: str) -> None:
 
 
 def test_the_planner_and_an_autoscaler_cannot_be_had_together() -> None:
-    with pytest.raises(HelmError, match="/scaling/mode"):
+    with pytest.raises(RefusedError, match="/scaling/mode"):
         texts({"scaling": {"mode": ["planner", "hpa"]}})
 
     assert of_kind(objects(PLANNED), "HorizontalPodAutoscaler", "ScaledObject") == []

@@ -9,11 +9,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from helm_python import Chart, HelmError
+import yaml
 
 from slipstream.describe_settings import CHART_SCHEMA, render_chart_schema
 from slipstream.settings import Settings
-from tests.unit.deploy.helm.chart import BASE, CASES, CHART, chart, merged, preset, texts
+from tests.support import helm
+from tests.support.helm import RefusedError
+from tests.unit.deploy.helm.chart import BASE, CASES, CHART, merged, preset, texts
 
 REFUSED = [
     ({"modell": {}}, "modell"),
@@ -46,7 +48,7 @@ NOT_FITTING = [
 
 @pytest.mark.parametrize(("values", "field"), REFUSED, ids=[field for _, field in REFUSED])
 def test_a_value_that_does_not_exist_is_refused_by_name(values: dict[str, Any], field: str) -> None:
-    with pytest.raises(HelmError) as refused:
+    with pytest.raises(RefusedError) as refused:
         texts(values)
 
     assert "don't meet the specifications of the schema" in str(refused.value)
@@ -55,15 +57,15 @@ def test_a_value_that_does_not_exist_is_refused_by_name(values: dict[str, Any], 
 
 @pytest.mark.parametrize(("values", "field"), NOT_FITTING, ids=[field for _, field in NOT_FITTING])
 def test_values_that_do_not_fit_together_are_refused_by_name(values: dict[str, Any], field: str) -> None:
-    with pytest.raises(HelmError) as refused:
+    with pytest.raises(RefusedError) as refused:
         texts(values)
 
     assert field in str(refused.value)
 
 
 def test_without_a_models_name_nothing_is_rendered() -> None:
-    with pytest.raises(HelmError, match=r"model.name: a Hugging Face id, or a folder in the model cache, is needed"):
-        chart().render({}, name="demo", namespace="llm")
+    with pytest.raises(RefusedError, match=r"model.name: a Hugging Face id, or a folder in the model cache, is needed"):
+        helm.render(CHART, {}, name="demo", namespace="llm")
 
 
 def schema() -> dict[str, Any]:
@@ -130,7 +132,7 @@ def test_every_value_of_the_schema_has_a_default_in_the_values_file() -> None:
         else:
             yield path
 
-    defaults = chart().values
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = []
     for path in known(schema(), ""):
         if path == "global" or ".resources." in path or ".image" in path:
@@ -164,12 +166,12 @@ def test_a_preset_is_one_that_is_tested_and_fits_the_schema(name: str) -> None:
     fabric = name.removeprefix("values-").removesuffix(".yaml")
 
     assert CASES[fabric] == preset(fabric)
-    chart().validate_schema(merged(BASE, preset(fabric)))
+    helm.validate_schema(CHART, merged(BASE, preset(fabric)))
 
 
 def test_a_packaged_chart_holds_the_alerts_and_dashboards_that_it_links_to(tmp_path: Path) -> None:
-    archive = chart().save(str(tmp_path))
+    archive = helm.package(CHART, tmp_path)
 
-    packaged = Chart.load(archive).render(merged(BASE, CASES["watched"]), name="demo", namespace="llm")
-    assert packaged == chart().render(merged(BASE, CASES["watched"]), name="demo", namespace="llm")
+    packaged = helm.render(archive, merged(BASE, CASES["watched"]), name="demo", namespace="llm")
+    assert packaged == helm.render(CHART, merged(BASE, CASES["watched"]), name="demo", namespace="llm")
     assert "SlipstreamNoDecodeWorker" in packaged["slipstream/templates/monitors.yaml"]
