@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.support.tiny_model import make_tiny_model
 # `pytest --hypothesis-profile=default`.
 settings.register_profile("repeatable", derandomize=True, parent=settings.get_profile("default"))
 settings.load_profile("repeatable")
+
+# What is started in the background ignores Ctrl-C, and so would every program that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A logged traceback with colours and all locals holds up the event loop for a third of a second.
 _plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
