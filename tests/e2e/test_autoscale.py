@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -17,7 +16,7 @@ from slipstream.performance import DecodePoint, PrefillPoint, Profile, encode_pr
 from slipstream.v1.planner_pb2 import ApplyRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import Role
-from tests.support.cluster import START_TIMEOUT_S, Cluster, wait_for
+from tests.support.cluster import START_TIMEOUT_S, Cluster, eventually
 from tests.support.rising_load import RisingLoad
 from tests.support.tiny_model import SPECIAL_TOKENS, VOCAB_SIZE
 
@@ -29,6 +28,7 @@ LOW_PER_S, FIRST_AT_ONCE = 0.3, 16
 TTFT_LIMIT_S = 4.0
 """Far above what one prompt takes, also where other programs compute."""
 WAIT_S = START_TIMEOUT_S
+until = partial(eventually, timeout_s=WAIT_S)
 
 
 def tiny_profile() -> Profile:
@@ -102,12 +102,6 @@ def apply(cluster: Cluster, objectives: PlannerObjectives) -> None:
 def prompts_at(cluster: Cluster) -> int:
     """Prefill workers that have prompts."""
     return sum(one.role == PREFILL and one.load.running > 0 for one in cluster.workers())
-
-
-async def until(what: str, probe: Callable[[], object]) -> None:
-    began_s = time.monotonic()
-    await asyncio.to_thread(wait_for, what, probe, timeout_s=WAIT_S, every_s=0.2)
-    print(f"{what}: {time.monotonic() - began_s:.1f} s")  # noqa: T201 - shown where the test fails
 
 
 async def test_real_workers_are_started_flipped_and_drained_as_the_load_rises_and_falls(

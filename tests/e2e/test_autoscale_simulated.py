@@ -5,7 +5,6 @@ Simulated engines take the time that their profile says, and no CPU: what is see
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from planner.objectives import ModelObjectives, Objective, PlannerObjectives
 from planner.policy_file import write_policy
 from slipstream.client import AsyncClient
 from slipstream.v1.registry_pb2 import Role
-from tests.support.cluster import Cluster, scrape, wait_for
+from tests.support.cluster import Cluster, eventually, scrape, wait_for
 from tests.support.rising_load import RisingLoad
 from tests.support.text_model_folder import write_model_folder
 
@@ -31,6 +31,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 256, 8
 LOW_PER_S, HIGH_PER_S, FIRST_AT_ONCE = 0.5, 5.0, 16
 TTFT_LIMIT_S = 1.5
 WAIT_S = 40.0
+until = partial(eventually, timeout_s=WAIT_S)
 MOST_WORKERS = 4
 
 
@@ -77,10 +78,6 @@ def standing_by(cluster: Cluster, policy: Path, log: Path) -> Iterator[Callable[
             yield lambda: scrape(found[1])["slipstream_planner_leader"] == 1.0
         finally:
             process.terminate()
-
-
-async def until(what: str, probe: Callable[[], object], timeout_s: float = WAIT_S) -> None:
-    await asyncio.to_thread(wait_for, what, probe, timeout_s=timeout_s, every_s=0.2)
 
 
 async def test_load_rises_workers_flip_and_start_a_planner_dies_the_other_drains_and_no_request_notices(

@@ -11,8 +11,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from slipstream.client import AsyncClient
 from slipstream.v1.planner_pb2 import ApplyRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import ROLE_DECODE, ROLE_PREFILL
-from tests.support.cluster import wait_for
+from tests.support.cluster import eventually
 from tests.support.ray_cluster import ClusterOnRay, RayCluster
 from tests.support.rising_load import RisingLoad
 from tests.support.text_model_folder import write_model_folder
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 NAME = "test"
 PROMPT_TOKENS, ANSWER_TOKENS, RATE_PER_S = 64, 24, 3.0
 WAIT_S = 60.0
+until = partial(eventually, timeout_s=WAIT_S)
 
 
 def objectives(prefill: int, decode: int) -> PlannerObjectives:
@@ -87,10 +89,6 @@ async def under_load(cluster: ClusterOnRay) -> AsyncIterator[RisingLoad]:
         assert load.failed() == []
         assert len(load.asked) > RATE_PER_S
         assert await load.wrong(sample=3) == []
-
-
-async def until(what: str, probe: Callable[[], object]) -> None:
-    await asyncio.to_thread(wait_for, what, probe, timeout_s=WAIT_S, every_s=0.2)
 
 
 def names(cluster: ClusterOnRay) -> set[str]:

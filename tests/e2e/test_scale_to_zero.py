@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from planner.objectives import Bounds, ModelObjectives, Objective, PlannerObject
 from planner.policy_file import write_policy
 from slipstream.client import AsyncClient
 from slipstream.errors import UnavailableError
-from tests.support.cluster import Cluster, wait_for
+from tests.support.cluster import Cluster, eventually
 from tests.support.text_model_folder import write_model_folder
 
 WAIT_S = 40.0
+until = partial(eventually, timeout_s=WAIT_S)
 START_S = 4.0
 PROMPT = list(range(10, 74))
 
@@ -40,10 +42,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     flags += ["--autoscale", "--max-workers", "2", "--planner-policy", str(tmp_path / "policy.yaml")]
     with Cluster(model, tmp_path / "run", *flags) as running:
         yield running
-
-
-async def until(what: str, probe: Callable[[], object]) -> None:
-    await asyncio.to_thread(wait_for, what, probe, timeout_s=WAIT_S, every_s=0.2)
 
 
 async def test_the_first_request_after_a_quiet_time_waits_for_a_worker_that_is_started_for_it(

@@ -7,7 +7,8 @@ through `health.file`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from planner.objectives import Bounds, ModelObjectives, Objective, PlannerObject
 from planner.policy_file import write_policy
 from slipstream.client import AsyncClient
 from slipstream.v1.registry_pb2 import HealthState, Role, WorkerRecord, WorkerState
-from tests.support.cluster import Cluster, scrape, wait_for
+from tests.support.cluster import Cluster, eventually, scrape
 from tests.support.rising_load import RisingLoad
 from tests.support.text_model_folder import write_model_folder
 
@@ -26,6 +27,7 @@ DRAIN_S = 0.5
 REPLACEMENT_S = 1.0
 """Both together are shorter than an answer takes: what is cut off has to go on elsewhere."""
 WAIT_S = 40.0
+until = partial(eventually, timeout_s=WAIT_S, every_s=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +50,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, told: Path) -> Iterator[Cl
     flags += ["--health-replacement-timeout-s", str(REPLACEMENT_S), "--health-replacements-per-hour", "1"]
     with Cluster(model, folder / "run", *flags) as running:
         yield running
-
-
-async def until(what: str, probe: Callable[[], object]) -> None:
-    await asyncio.to_thread(wait_for, what, probe, timeout_s=WAIT_S, every_s=0.1)
 
 
 def say(file: Path, line: str) -> None:

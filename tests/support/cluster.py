@@ -6,6 +6,7 @@ registry, their counters on their /metrics.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -43,6 +44,13 @@ def wait_for(what: str, probe: Callable[[], T | None], *, timeout_s: float, ever
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {timeout_s:g} s")
         time.sleep(every_s)
+
+
+async def eventually(what: str, probe: Callable[[], object], *, timeout_s: float, every_s: float = 0.2) -> None:
+    """`wait_for` in a thread, so that a test's own load goes on meanwhile; tells how long it was."""
+    began_s = time.monotonic()
+    await asyncio.to_thread(wait_for, what, probe, timeout_s=timeout_s, every_s=every_s)
+    print(f"{what}: {time.monotonic() - began_s:.1f} s")  # noqa: T201 - shown where the test fails
 
 
 class Cluster:
