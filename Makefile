@@ -95,6 +95,21 @@ test-light: install-light  ## Tests of frontend, planner and client where torch 
 	@! $(LIGHT_BIN)/python -c "import torch" 2>/dev/null || { echo "error: torch is in .venv-light" >&2; exit 1; }
 	@$(LIGHT_BIN)/python -m pytest $(AT_ONCE) $(LIGHT_TESTS) $(ARGS)
 
+.PHONY: coverage audit hooks
+# Only what the unit tests reach: whole clusters run in processes of their own, unmeasured. Not part of `make test`: it
+# costs those tests a third more time.
+coverage: install  ## Which share of each package's lines and branches the unit tests reach
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest $(AT_ONCE) --cov --cov-report= tests/unit $(ARGS)
+	@$(BIN)/python -m pytest -m nixl --cov --cov-append --cov-report= tests/unit/kv_transfer
+	@$(BIN)/python -m tests.coverage_by_package
+
+audit: install  ## Known vulnerabilities and licences of what is locked; ADVISORIES=all.zip needs no network
+	@$(BIN)/python -m tests.supply_chain $(if $(ADVISORIES),--advisories $(ADVISORIES))
+
+hooks: install  ## Have git check each commit (.pre-commit-config.yaml)
+	@$(BIN)/pre-commit install
+
 .PHONY: fuzz
 fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
 	@exec $(BIN)/python -m tests.faults.fuzz $(ARGS)
