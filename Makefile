@@ -114,6 +114,10 @@ hooks: install  ## Have git check each commit (.pre-commit-config.yaml)
 fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
 	@exec $(BIN)/python -m tests.faults.fuzz $(ARGS)
 
+.PHONY: faults
+faults: install  ## Break a cluster in every way of docs/faults.md, and write that page; ARGS="--only rolling-restart"
+	@exec $(BIN)/python -m tests.faults.table $(ARGS)
+
 ##@ Develop
 .PHONY: format proto lock bench docs clean help
 format: install  ## Put the code into the house format

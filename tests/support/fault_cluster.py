@@ -213,7 +213,7 @@ def running(
     """A cluster while the block runs. It is not ready yet when the block begins."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"prefill-{number}" for number in range(prefill)] + [f"decode-{number}" for number in range(decode)]
-    ports = iter(_free_ports(3 * len(names) + 1))
+    ports = iter(free_ports(3 * len(names) + 1))
     base = _settings(model, next(ports))
     members = []
     for name in names:
@@ -270,11 +270,15 @@ def _settings(model: Path, control_plane_port: int) -> Settings:
     )
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports outside of the range from which the kernel takes ports for outgoing connections, or any free ones."""
+def free_ports(count: int, *, above: int = 0) -> list[int]:
+    """Ports outside of the range from which the kernel takes ports for outgoing connections.
+
+    Args:
+        above: a port that was chosen before, whose owner may not have taken it yet.
+    """
     found: list[int] = []
     with ExitStack() as stack:
-        for port in range(20000 + (os.getpid() * 37 + int(time.time())) % 8000, 32000):
+        for port in range(above + 1 if above else 20000 + (os.getpid() * 37 + int(time.time())) % 8000, 32000):
             taken = stack.enter_context(socket.socket())
             try:
                 taken.bind(("127.0.0.1", port))
