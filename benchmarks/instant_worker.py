@@ -70,7 +70,13 @@ class InstantEngine:
         self._work = asyncio.Event()
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
         sequence = _Sequence(max(1, sampling.max_tokens), len(token_ids), self._first_token)
         sequence.step()  # the prompt takes no time

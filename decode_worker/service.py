@@ -51,9 +51,12 @@ class DecodeService(DecodeWorkerServicer):
             with self._admission.admitted():
                 check_model(request.model, self._model)
                 handoff = request.handoff if request.HasField("handoff") else None
-                stream = self._engine.decode(request.request_id, request.token_ids, request.sampling, handoff)
+                salt = request.cache_salt
+                stream = self._engine.decode(
+                    request.request_id, request.token_ids, request.sampling, handoff, cache_salt=salt
+                )
                 work = self._admission.work.begun(
-                    request.frontend_id, request.token_ids, computes=handoff is None, generates=True
+                    request.frontend_id, request.token_ids, computes=handoff is None, generates=True, cache_salt=salt
                 )
                 with work as begun:
                     async with aclosing(stream):

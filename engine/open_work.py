@@ -72,7 +72,7 @@ class OpenWork:
         self._open: set[OpenRequest] = set()
         self._blocks: Container[int] = ()
         self._block_tokens = 0
-        self._root = 0
+        self._model = ""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -80,19 +80,29 @@ class OpenWork:
     def know(self, model: str, block_tokens: int, blocks: Container[int]) -> None:
         """From now on the prefix cache is known: `blocks` holds the keys of what is in it, and is kept up to date."""
         self._blocks, self._block_tokens = blocks, block_tokens
-        self._root = block_keys.root_key(model, block_tokens)
+        self._model = model
 
     @contextmanager
     def begun(
-        self, frontend_id: str, token_ids: Sequence[int], *, computes: bool, generates: bool
+        self,
+        frontend_id: str,
+        token_ids: Sequence[int],
+        *,
+        computes: bool,
+        generates: bool,
+        cache_salt: str = "",
     ) -> Iterator[OpenRequest]:
         """A request, while the block runs.
 
         Args:
             computes: whether its prompt is to be computed here.
             generates: whether tokens are generated here.
+            cache_salt: of the part of the prefix cache that it shares.
         """
-        keys = block_keys.extend(self._root, token_ids, self._block_tokens) if computes and self._block_tokens else ()
+        keys: Sequence[int] = ()
+        if computes and self._block_tokens:
+            root = block_keys.root_key(self._model, self._block_tokens, cache_salt)
+            keys = block_keys.extend(root, token_ids, self._block_tokens)
         request = OpenRequest(
             self, frontend_id, len(token_ids) if computes else 0, len(token_ids) if generates else 0, keys
         )

@@ -87,6 +87,7 @@ class Engine(Protocol):
         handoff_id: bytes,
         source: Handoff | None,
         cached_only: bool,
+        cache_salt: str = "",
     ) -> PromptComputed:
         """Compute a prompt, and hand its blocks over, while it is computed, to whoever announces this handoff id.
 
@@ -96,6 +97,7 @@ class Engine(Protocol):
             source: receive what this worker lacks from there instead of computing it, as far as possible.
             cached_only: hand over what is cached, which is all but the last token. When it is not, the lease ends with
                 `NOT_CACHED` and this never returns: cancel it.
+            cache_salt: only requests with the same one share what is in the prefix cache.
 
         Raises:
             InvalidRequestError, ContextLengthError: the prompt cannot be computed here.
@@ -104,7 +106,13 @@ class Engine(Protocol):
         ...
 
     def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
         """Generate. With a handoff the prompt's missing blocks are received first; when that fails they are computed.
 

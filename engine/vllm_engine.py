@@ -191,6 +191,7 @@ class VllmEngine:
         handoff_id: bytes,
         source: Handoff | None,
         cached_only: bool,
+        cache_salt: str = "",
     ) -> PromptComputed:
         """See `Engine.prefill`."""
         self._check_prompt(token_ids)
@@ -200,7 +201,7 @@ class VllmEngine:
         params = prefill_sampling(wishes)
         transfer: dict[str, Any] = {}
         times: EngineTimes | None = None
-        async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
+        async with aclosing(self._generate(request_id, token_ids, params, cache_salt)) as outputs:
             async for output in outputs:
                 transfer = output.kv_transfer_params or transfer
                 times = _times(output)
@@ -211,7 +212,13 @@ class VllmEngine:
         return PromptComputed(computed, account.get("cached_tokens", 0), account.get("received_tokens", 0), times)
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
         """See `Engine.decode`."""
         self._check_prompt(token_ids)
@@ -219,7 +226,7 @@ class VllmEngine:
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         params = to_vllm(sampling, transfer={RECEIVE: _receive(handoff, 0.0)} if handoff else {})
         self._requests_total += 1
-        async with aclosing(self._generate(request_id, token_ids, params)) as outputs:
+        async with aclosing(self._generate(request_id, token_ids, params, cache_salt)) as outputs:
             async for output in outputs:
                 if output.outputs[0].finish_reason in ("abort", "error"):
                     raise UnavailableError("the engine gave the request up", code="engine_aborted")
@@ -228,11 +235,14 @@ class VllmEngine:
                 yield generated
 
     async def _generate(
-        self, request_id: str, token_ids: Sequence[int], params: Any
+        self, request_id: str, token_ids: Sequence[int], params: Any, cache_salt: str
     ) -> AsyncGenerator[RequestOutput, None]:
         llm = self._running()
         try:
-            stream = llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id)
+            prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+            if cache_salt:
+                prompt["cache_salt"] = cache_salt
+            stream = llm.generate(prompt, params, request_id)
             async with aclosing(stream):
                 async for output in stream:
                     yield output

@@ -71,12 +71,13 @@ class EventBatch(msgspec.Struct, array_like=True):
 class Translation:
     """Turns vLLM's events into changes. Plain data.
 
-    vLLM may hold a block more than once: it is stored with the first copy and removed with the last. Blocks that are
-    told apart by more than their tokens (adapters, images, salts) have no key here and are left out.
+    vLLM may hold a block more than once: it is stored with the first copy and removed with the last. A salt comes with
+    the first block of a prompt. Blocks that are told apart by more than that (adapters, images) have no key here and
+    are left out.
     """
 
     def __init__(self, model: str, block_tokens: int) -> None:
-        self._root = block_keys.root_key(model, block_tokens)
+        self._model = model
         self._block_tokens = block_tokens
         self._keys: dict[Hash, int] = {}
         self._copies: dict[Hash, int] = {}
@@ -116,9 +117,13 @@ class Translation:
 
     def _store(self, event: BlockStored) -> Iterator[int]:
         hashes, size = event.block_hashes, event.block_size
-        parent = self._root if event.parent_block_hash is None else self._keys.get(event.parent_block_hash)
-        plain = event.lora_name is None and not any(event.extra_keys or ())
-        if parent is None or not plain or size != self._block_tokens or len(event.token_ids) != size * len(hashes):
+        parent = self._parent(event)
+        if (
+            parent is None
+            or event.lora_name is not None
+            or size != self._block_tokens
+            or len(event.token_ids) != size * len(hashes)
+        ):
             return
         for one, key in zip(hashes, block_keys.extend(parent, event.token_ids, size), strict=True):
             copies = self._copies.get(one, 0)
@@ -126,6 +131,22 @@ class Translation:
             if copies == 0:
                 self._keys[one] = key
                 yield key
+
+    def _parent(self, event: BlockStored) -> int | None:
+        """The key that the first of these blocks is chained to; None: they have no keys."""
+        first, *others = event.extra_keys or [None]
+        if any(others):
+            return None
+        if event.parent_block_hash is not None:
+            return None if first else self._keys.get(event.parent_block_hash)
+        match first:
+            case None | []:
+                salt = ""
+            case [str(salt)]:
+                pass
+            case _:
+                return None
+        return block_keys.root_key(self._model, self._block_tokens, salt)
 
     def _remove(self, event: BlockRemoved) -> Iterator[int]:
         for one in event.block_hashes:

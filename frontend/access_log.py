@@ -148,12 +148,12 @@ def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLin
         attempts=record.attempts,
         trace_id=record.span.trace_id,
         block_tokens=BLOCK_TOKENS if blocks else 0,
-        block_keys=_keys(record.model, record.prompts) if blocks else (),
+        block_keys=_keys(record.model, record.cache_salt, record.prompts) if blocks else (),
     )
 
 
-def _keys(model: str, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    root = block_keys.root_key(model, BLOCK_TOKENS)
+def _keys(model: str, salt: str, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    root = block_keys.root_key(model, BLOCK_TOKENS, salt)
     return tuple(key for prompt in prompts for key in block_keys.extend(root, prompt, BLOCK_TOKENS))
 
 

@@ -75,6 +75,7 @@ class Job:
     token_ids: Sequence[int]
     sampling: SamplingParams
     deadline_s: float
+    cache_salt: str = ""
 
 
 @dataclass(slots=True)
@@ -137,7 +138,7 @@ class Attempt:
         request = DecodeRequest(
             request_id=job.name, model=job.model, token_ids=job.token_ids, sampling=job.sampling, handoff=handoff
         )
-        request.frontend_id = self.around.frontend_id
+        request.frontend_id, request.cache_salt = self.around.frontend_id, job.cache_salt
         trace = self.trace.decode(self.route.decode)
         self._decode = self.around.streams.decode(self.route.decode, request, trace)
 
@@ -204,6 +205,7 @@ class Attempt:
             handoff_id=handoff.id,
             cached_only=True,
             frontend_id=self.around.frontend_id,
+            cache_salt=job.cache_salt,
         )
         self._source = self.around.streams.prefill(worker, request, {})
         return handoff
@@ -213,7 +215,7 @@ class Attempt:
         request = PrefillRequest(
             request_id=job.name, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
         )
-        request.frontend_id = self.around.frontend_id
+        request.frontend_id, request.cache_salt = self.around.frontend_id, job.cache_salt
         self._prefill = call = self.around.streams.prefill(worker, request, self.trace.prefill(worker))
         call.on_event, call.on_failure = self._prefill_said, self._prefill_failed
         self._expect(call, self._silence_left_s(worker) or 0.0)

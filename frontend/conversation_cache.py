@@ -31,6 +31,7 @@ class PrefixChain:
 
     Attributes:
         block_tokens: tokens a block; 0 makes a chain that stays empty.
+        salt: of the cache that they are in.
         keys: of the first block, the second, and so on; each covers everything before it.
         tokens: how many have been appended.
     """
@@ -39,6 +40,7 @@ class PrefixChain:
     block_tokens: int
     keys: list[int] = field(default_factory=list)
     tokens: int = 0
+    salt: str = ""
     _rest: array[int] = field(default_factory=lambda: array("I"))
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -50,7 +52,7 @@ class PrefixChain:
         whole = len(self._rest) - len(self._rest) % self.block_tokens
         if whole == 0:
             return
-        last = self.keys[-1] if self.keys else root_key(self.model, self.block_tokens)
+        last = self.keys[-1] if self.keys else root_key(self.model, self.block_tokens, self.salt)
         self.keys += block_keys.extend(last, self._rest[:whole], self.block_tokens)
         del self._rest[:whole]
 

@@ -41,10 +41,10 @@ class Conversations:
         for record in records:
             self._block_tokens.setdefault(record.model, set()).add(record.capacity.block_tokens)
 
-    def begin(self, model: str, token_ids: Sequence[int]) -> PrefixChain:
+    def begin(self, model: str, token_ids: Sequence[int], salt: str = "") -> PrefixChain:
         """The chain of a request. Stays empty where workers disagree on the block size: they cannot exchange any."""
         sizes = self._block_tokens.get(model, set()) - {0}
-        chain = PrefixChain(model, next(iter(sizes)) if len(sizes) == 1 else 0)
+        chain = PrefixChain(model, next(iter(sizes)) if len(sizes) == 1 else 0, salt=salt)
         chain.extend(token_ids)
         return chain
 

@@ -150,7 +150,7 @@ class ClusterDispatcher:
         """
         deadline_s = self._around.clock() + self._settings.request_timeout_s
         progress = Progress(request, self._settings.max_attempts, deadline_s, self._settings.max_migrations)
-        chain = self._conversations.begin(request.model, request.token_ids)
+        chain = self._conversations.begin(request.model, request.token_ids, request.cache_salt)
         self._note_prefix(chain)
         with OPEN_REQUESTS.track_inprogress(), self._migrations.request():
             while True:

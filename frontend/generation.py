@@ -24,6 +24,7 @@ class TokenRequest:
         sampling: as the workers get it: `max_tokens` set, end-of-sequence ids in `stop_token_ids` (unless
             `ignore_eos`), no stop strings.
         claim: whose it is, and how urgent.
+        cache_salt: of the prefix cache that it shares (`frontend.cache_salt`).
         on_computed: called when a prefill worker has computed the prompt, if one does.
     """
 
@@ -33,6 +34,7 @@ class TokenRequest:
     sampling: SamplingParams
     claim: Claim = DEFAULT_CLAIM
     on_computed: Callable[[], None] | None = None
+    cache_salt: str = ""
 
 
 class TokenDelta(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from frontend.admission.claim import Claim
+from frontend.cache_salt import checked_salt
 from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -155,6 +156,7 @@ def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where
         sampling=checked_params(request.sampling),
         where=where,
         claim=claim,
+        cache_salt=checked_salt(request.cache_salt),
     )
 
 

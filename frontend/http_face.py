@@ -209,6 +209,7 @@ class HttpFace:
             n=1 if body.n is None else body.n,
             default_max_tokens=default_max_tokens,
             claim=self.service.tenants.of_http(request.scope["headers"], body.service_tier),
+            cache_salt=body.cache_salt or "",
         )
 
     def _respond(

@@ -20,6 +20,7 @@ from frontend import access_log
 from frontend.admission.claim import DEFAULT_CLAIM, DEFAULT_TENANT, Claim
 from frontend.admission.tenants import Tenants
 from frontend.answer_text import AnswerPiece, AnswerText
+from frontend.cache_salt import salt_of
 from frontend.cold_start import ColdStarts
 from frontend.face_metrics import TokenTimes, Where, series
 from frontend.fan_in import merged
@@ -59,6 +60,7 @@ class InferenceRequest:
         model: empty for the one served.
         sampling: as the client gave it, stop strings included.
         default_max_tokens: tokens when the client names no `max_tokens`; None is up to the context length.
+        cache_salt: what the client keeps its prefix cache apart by; empty when it does not.
     """
 
     request_id: str
@@ -69,6 +71,7 @@ class InferenceRequest:
     n: int = 1
     default_max_tokens: int | None = None
     claim: Claim = DEFAULT_CLAIM
+    cache_salt: str = ""
 
 
 class AnswerDelta(msgspec.Struct, frozen=True):
@@ -128,6 +131,7 @@ class InferenceService:
         max_n: largest `n` accepted.
         tenants: whose requests are whose; the faces ask it.
         cold: where requests wait while the planner starts a worker from zero; None: it never does.
+        isolates_tenants: whether each tenant has a prefix cache of its own.
         clock: monotonic seconds, for the metrics.
     """
 
@@ -141,6 +145,7 @@ class InferenceService:
         max_n: int,
         tenants: Tenants | None = None,
         cold: ColdStarts | None = None,
+        isolates_tenants: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.dispatcher = dispatcher
@@ -149,6 +154,7 @@ class InferenceService:
         self.tenants = tenants or Tenants(AdmissionSettings())
         self.clock = clock
         self._cold = cold
+        self._isolates_tenants = isolates_tenants
         self._request_timeout_s = request_timeout_s
         self._max_n = max_n
         self._open: set[asyncio.Timeout] = set()
@@ -229,6 +235,7 @@ class InferenceService:
                     prompts = [await self._token_ids(prompt) for prompt in request.prompts]
                 record.prompt_tokens = sum(map(len, prompts))
                 record.prompts = prompts if access_log.wants_prompts() else ()
+                record.cache_salt = self._salt(request)
                 sequences = self._sequences(request, model, prompts)
                 record.sequences = len(sequences)
                 record.prefix = request.claim.prefix if len(prompts) == 1 else ""
@@ -294,7 +301,7 @@ class InferenceService:
     def _sequences(
         self, request: InferenceRequest, model: ServedModel, prompts: Sequence[Sequence[int]]
     ) -> list[TokenRequest]:
-        several = request.n * len(prompts) > 1
+        several, salt = request.n * len(prompts) > 1, self._salt(request)
         sequences = []
         for place, token_ids in enumerate(prompts):
             params = self._worker_params(request, model, len(token_ids), request.prompts[place])
@@ -305,8 +312,12 @@ class InferenceService:
                 if params.HasField("seed"):
                     own.seed = _wrapped(params.seed + choice)
                 request_id = f"{request.request_id}-{index}" if several else request.request_id
-                sequences.append(TokenRequest(request_id, model.name, token_ids, own, request.claim))
+                sequence = TokenRequest(request_id, model.name, token_ids, own, request.claim, cache_salt=salt)
+                sequences.append(sequence)
         return sequences
+
+    def _salt(self, request: InferenceRequest) -> str:
+        return salt_of(request.claim.tenant if self._isolates_tenants else "", request.cache_salt)
 
     def _worker_params(
         self, request: InferenceRequest, model: ServedModel, prompt_tokens: int, prompt: Prompt

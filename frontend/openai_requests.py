@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from frontend.cache_salt import LONGEST_SALT
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from frontend.sampling_fields import MAX_LOGPROBS, SamplingFields, TokenId
 from slipstream.errors import InvalidRequestError, UnsupportedError
@@ -49,6 +50,9 @@ class GenerationBody(SamplingFields):
     stream_options: StreamOptions | None = None
     user: str | None = None
     service_tier: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = Field(
+        None, description="only requests with the same one share a prefix cache"
+    )
     slipstream: Extension | None = None
 
     @property

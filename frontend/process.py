@@ -160,6 +160,7 @@ async def run_faces(
         max_n=settings.max_n,
         tenants=tenants,
         cold=cold,
+        isolates_tenants=settings.prefix_cache == "tenant",
     )
     grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
     grpc_port = bind_grpc(grpc_face.server, settings)

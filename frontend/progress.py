@@ -104,7 +104,7 @@ class Progress:
             else:
                 token_ids, sampling = [*token_ids, *self.generated], rest_of(sampling, self.generated)
         name = request.request_id if self.attempts <= 1 else f"{request.request_id}~{self.attempts}"
-        return Job(request.request_id, name, request.model, token_ids, sampling, self.deadline_s)
+        return Job(request.request_id, name, request.model, token_ids, sampling, self.deadline_s, request.cache_salt)
 
     def accept(self, event: DecodeEvent, attempt: Attempt) -> TokenDelta | None:
         """An event of the decode worker becomes what the face gets; None for one that brings nothing new.

@@ -26,6 +26,7 @@ class RequestRecord:
         service_class: its priority at admission.
         session: what the client calls the conversation.
         prompts: token ids, kept only if the access log names blocks.
+        cache_salt: of the prefix cache that its prompts share.
         cached_tokens: prompt tokens that no worker had to compute.
         route: why its workers were chosen.
         attempts: dispatches, 1 when nothing went wrong.
@@ -49,6 +50,7 @@ class RequestRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     prompts: Sequence[Sequence[int]] = ()
+    cache_salt: str = ""
     first_token_s: float | None = None
     last_token_s: float | None = None
     prefill_workers: list[str] = field(default_factory=list)

@@ -98,7 +98,11 @@ class PrefillService(PrefillWorkerServicer):
 
     def _begun(self, request: PrefillRequest) -> AbstractContextManager[OpenRequest]:
         return self._admission.work.begun(
-            request.frontend_id, request.token_ids, computes=not request.cached_only, generates=False
+            request.frontend_id,
+            request.token_ids,
+            computes=not request.cached_only,
+            generates=False,
+            cache_salt=request.cache_salt,
         )
 
     def _check(self, request: PrefillRequest) -> None:
@@ -140,6 +144,7 @@ class PrefillService(PrefillWorkerServicer):
             handoff_id=request.handoff_id,
             source=request.source if request.HasField("source") else None,
             cached_only=request.cached_only,
+            cache_salt=request.cache_salt,
         )
 
     async def _until_ended(self, lease: Lease) -> Outcome:

@@ -19,7 +19,7 @@ def root_key(model: str, block_tokens: int, salt: str = "") -> int:
     """The key before the first block.
 
     Args:
-        salt: separates tenants whose prefix caches must not be shared.
+        salt: keeps apart whose prefix caches must not be shared; empty for those that share.
     """
     return xxh3_64_intdigest(f"{model}/{block_tokens}/{salt}".encode())
 

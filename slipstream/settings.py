@@ -98,6 +98,11 @@ class FrontendSettings(Section):
         description="`auto` lets a decode worker compute a prompt alone where a handoff is predicted not to be worth "
         "it; `always` hands over whenever there is a prefill worker",
     )
+    prefix_cache: Literal["shared", "tenant"] = Field(
+        "shared",
+        description="who shares computed prompts: `shared` all, whose cache tells by its speed what others have asked; "
+        "`tenant` only requests of one tenant",
+    )
     write_back: bool = Field(True, description="let a prefill worker fetch from decode workers what they generated")
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
 

@@ -76,7 +76,7 @@ class SimulatedEngine:
         self.vocabulary = 1 << 32
         self._seed = settings.simulated.seed
         self._words = words
-        self._root_key = root_key(served_name, profile.block_tokens)
+        self._served_name = served_name
         self._board = board
         self._clock = Clock(settings.simulated.speed)
         self._scheduler = Scheduler(profile, record_cache=False)
@@ -128,9 +128,10 @@ class SimulatedEngine:
         handoff_id: bytes,
         source: Handoff | None,
         cached_only: bool,
+        cache_salt: str = "",
     ) -> PromptComputed:
         """See `Engine.prefill`."""
-        stream = self._stream(request_id, token_ids, 0, cached_only=cached_only)
+        stream = self._stream(request_id, token_ids, 0, cached_only=cached_only, cache_salt=cache_salt)
         tokens = len(stream.prompt) - 1 if cached_only else len(stream.prompt)
         async with self._queued(stream, source, _SOURCE_PATIENCE_S):
             outgoing = Outgoing(handoff_id, tokens, digest_tokens(stream.prompt[:tokens]))
@@ -149,12 +150,18 @@ class SimulatedEngine:
             )
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
         """See `Engine.decode`."""
         _check_sampling(sampling)
         most = sampling.max_tokens if sampling.HasField("max_tokens") else self.profile.max_model_len
-        stream = self._stream(request_id, token_ids, most, answers=True)
+        stream = self._stream(request_id, token_ids, most, answers=True, cache_salt=cache_salt)
         stream.stop_ids, stream.min_tokens = frozenset(sampling.stop_token_ids), sampling.min_tokens
         self._requests_total += 1
         try:
@@ -262,6 +269,7 @@ class SimulatedEngine:
         *,
         answers: bool = False,
         cached_only: bool = False,
+        cache_salt: str = "",
     ) -> Stream:
         if not self._alive:
             raise EngineDeadError("the worker's engine is not running")
@@ -271,11 +279,12 @@ class SimulatedEngine:
         if max(prompt, default=0) >= self.vocabulary:
             message = f"token_ids: {max(prompt)} is not below the vocabulary's {self.vocabulary}"
             raise InvalidRequestError(message, param="token_ids")
-        keys = extend(self._root_key, prompt, self.profile.block_tokens)
+        root = root_key(self._served_name, self.profile.block_tokens, cache_salt)
+        keys = extend(root, prompt, self.profile.block_tokens)
         request = Request(request_id, len(prompt), max_tokens, keys, cached_only=cached_only)
         self._scheduler.check(request)
         answer = Answer(prompt, self._seed, self._words) if answers else None
-        return Stream(request, prompt, self.profile.block_tokens, self._root_key, answer)
+        return Stream(request, prompt, self.profile.block_tokens, root, answer)
 
     def _has(self, request: Request) -> bool:
         """Whether all that could be received is cached here."""

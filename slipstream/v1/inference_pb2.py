@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from slipstream.v1 import sampling_pb2 as slipstream_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dslipstream/v1/inference.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/sampling.proto\"\xd6\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.slipstream.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.slipstream.v1.ChatInputH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.slipstream.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"9\n\tChatInput\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.slipstream.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.slipstream.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x06 \x01(\t\x12#\n\x05usage\x18\x07 \x01(\x0b\x32\x14.slipstream.v1.Usage\x12.\n\x07\x61\x63\x63ount\x18\x08 \x01(\x0b\x32\x1d.slipstream.v1.RequestAccount\x12\r\n\x05model\x18\t \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.slipstream.v1.Model\"l\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x03 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x04 \x01(\r\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x03\x32\xad\x01\n\tInference\x12M\n\x08Generate\x12\x1e.slipstream.v1.GenerateRequest\x1a\x1f.slipstream.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .slipstream.v1.ListModelsRequest\x1a!.slipstream.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dslipstream/v1/inference.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/sampling.proto\"\xea\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.slipstream.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.slipstream.v1.ChatInputH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.slipstream.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"9\n\tChatInput\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.slipstream.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.slipstream.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x06 \x01(\t\x12#\n\x05usage\x18\x07 \x01(\x0b\x32\x14.slipstream.v1.Usage\x12.\n\x07\x61\x63\x63ount\x18\x08 \x01(\x0b\x32\x1d.slipstream.v1.RequestAccount\x12\r\n\x05model\x18\t \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.slipstream.v1.Model\"l\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x03 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x04 \x01(\r\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x03\x32\xad\x01\n\tInference\x12M\n\x08Generate\x12\x1e.slipstream.v1.GenerateRequest\x1a\x1f.slipstream.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .slipstream.v1.ListModelsRequest\x1a!.slipstream.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slipstream.v1.inference_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=79
-  _globals['_GENERATEREQUEST']._serialized_end=293
-  _globals['_TOKENIDS']._serialized_start=295
-  _globals['_TOKENIDS']._serialized_end=318
-  _globals['_CHATINPUT']._serialized_start=320
-  _globals['_CHATINPUT']._serialized_end=377
-  _globals['_CHATMESSAGE']._serialized_start=379
-  _globals['_CHATMESSAGE']._serialized_end=423
-  _globals['_GENERATERESPONSE']._serialized_start=426
-  _globals['_GENERATERESPONSE']._serialized_end=718
-  _globals['_USAGE']._serialized_start=720
-  _globals['_USAGE']._serialized_end=800
-  _globals['_LISTMODELSREQUEST']._serialized_start=802
-  _globals['_LISTMODELSREQUEST']._serialized_end=821
-  _globals['_LISTMODELSRESPONSE']._serialized_start=823
-  _globals['_LISTMODELSRESPONSE']._serialized_end=881
-  _globals['_MODEL']._serialized_start=883
-  _globals['_MODEL']._serialized_end=991
-  _globals['_INFERENCE']._serialized_start=994
-  _globals['_INFERENCE']._serialized_end=1167
+  _globals['_GENERATEREQUEST']._serialized_end=313
+  _globals['_TOKENIDS']._serialized_start=315
+  _globals['_TOKENIDS']._serialized_end=338
+  _globals['_CHATINPUT']._serialized_start=340
+  _globals['_CHATINPUT']._serialized_end=397
+  _globals['_CHATMESSAGE']._serialized_start=399
+  _globals['_CHATMESSAGE']._serialized_end=443
+  _globals['_GENERATERESPONSE']._serialized_start=446
+  _globals['_GENERATERESPONSE']._serialized_end=738
+  _globals['_USAGE']._serialized_start=740
+  _globals['_USAGE']._serialized_end=820
+  _globals['_LISTMODELSREQUEST']._serialized_start=822
+  _globals['_LISTMODELSREQUEST']._serialized_end=841
+  _globals['_LISTMODELSRESPONSE']._serialized_start=843
+  _globals['_LISTMODELSRESPONSE']._serialized_end=901
+  _globals['_MODEL']._serialized_start=903
+  _globals['_MODEL']._serialized_end=1011
+  _globals['_INFERENCE']._serialized_start=1014
+  _globals['_INFERENCE']._serialized_end=1187
 # @@protoc_insertion_point(module_scope)

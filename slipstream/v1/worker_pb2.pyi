@@ -365,6 +365,7 @@ class PrefillRequest(_message.Message):
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     handoff_id: _builtins.bytes
@@ -374,6 +375,8 @@ class PrefillRequest(_message.Message):
     frontend_id: _builtins.str
     """whose request it is"""
     call: _builtins.int
+    cache_salt: _builtins.str
+    """only requests with the same one share what is in the prefix cache"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -396,10 +399,11 @@ class PrefillRequest(_message.Message):
         frontend_id: _builtins.str = ...,
         call: _builtins.int = ...,
         trace: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "call", b"call", "frontend_id", b"frontend_id", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cached_only", b"cached_only", "call", b"call", "frontend_id", b"frontend_id", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -554,11 +558,14 @@ class DecodeRequest(_message.Message):
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     frontend_id: _builtins.str
     """whose request it is"""
     call: _builtins.int
+    cache_salt: _builtins.str
+    """as in PrefillRequest"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -580,10 +587,11 @@ class DecodeRequest(_message.Message):
         frontend_id: _builtins.str = ...,
         call: _builtins.int = ...,
         trace: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "frontend_id", b"frontend_id", "handoff", b"handoff", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "call", b"call", "frontend_id", b"frontend_id", "handoff", b"handoff", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,10 +25,18 @@ from tests.support import one_call
 @dataclass(slots=True)
 class OneTokenEngine:
     handoffs: list[Handoff | None] = field(default_factory=list)
+    salts: list[str] = field(default_factory=list)
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
+        self.salts.append(cache_salt)
         self.handoffs.append(handoff)
         yield TokensGenerated([7], finish_reason=FinishReason.FINISH_REASON_LENGTH)
 
@@ -53,9 +61,9 @@ async def serving(engine: Any, **options: float) -> AsyncIterator[grpc.aio.Chann
 async def test_the_engine_is_told_where_the_prompts_blocks_come_from_if_they_come(handoff: Handoff | None) -> None:
     engine = OneTokenEngine()
     async with serving(engine) as channel:
-        request = DecodeRequest(request_id="r", model="tiny", token_ids=[1, 2], handoff=handoff)
+        request = DecodeRequest(request_id="r", model="tiny", token_ids=[1, 2], handoff=handoff, cache_salt="s")
         events = [event async for event in one_call.decode(channel, request)]
-    assert engine.handoffs == [handoff]
+    assert (engine.handoffs, engine.salts) == ([handoff], ["s"])
     assert [list(event.token_ids) for event in events] == [[7]]
 
 

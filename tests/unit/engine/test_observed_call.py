@@ -54,7 +54,13 @@ class TimedEngine:
         return PromptComputed(2, 1, 0, self.times)
 
     async def decode(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, handoff: Handoff | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        handoff: Handoff | None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncGenerator[TokensGenerated, None]:
         self.bound = structlog.contextvars.get_contextvars()
         yield TokensGenerated([7])

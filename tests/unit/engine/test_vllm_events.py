@@ -74,12 +74,23 @@ def test_clearing_the_cache_resets(translation: Translation) -> None:
     assert translation.change([stored(2, 3), AllBlocksCleared(), stored(0, 1)]) == CacheChange(KEYS[:1], [], reset=True)
 
 
+def test_a_salt_comes_with_the_first_block_and_holds_for_those_after_it(translation: Translation) -> None:
+    salted = extend(root_key("m", SIZE, "acme"), TOKENS, SIZE)
+    first = stored(0, 2, extra_keys=[["acme"], None])
+
+    assert translation.change([first, stored(2, 3)]) == CacheChange(salted[:3], [])
+    assert translation.change([removed(0)]) == CacheChange([], salted[:1])
+    assert not set(salted) & set(KEYS)
+
+
 @pytest.mark.parametrize(
     "event",
     [
         pytest.param(stored(3, 4), id="its parent is not known"),
         pytest.param(stored(0, 1, lora_name="poet"), id="an adapter"),
-        pytest.param(stored(0, 1, extra_keys=[["image"]]), id="an image or a salt"),
+        pytest.param(stored(0, 1, extra_keys=[[["image", 0]]]), id="an image"),
+        pytest.param(stored(0, 1, extra_keys=[["acme", "more"]]), id="a salt and more"),
+        pytest.param(stored(0, 2, extra_keys=[["acme"], ["more"]]), id="more at a later block"),
         pytest.param(stored(0, 1, group=1), id="another group of layers"),
         pytest.param(stored(0, 1, medium="CPU"), id="another medium"),
         pytest.param(BlockStored(HASHES[:1], None, TOKENS[:2], 2), id="a block of another size"),

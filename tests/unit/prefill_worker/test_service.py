@@ -33,6 +33,7 @@ class ScriptedEngine:
     script: Script
     leases: list[tuple[int, int]] = field(default_factory=list)
     asked: list[tuple[bytes, Handoff | None, bool]] = field(default_factory=list)
+    salts: list[str] = field(default_factory=list)
     aborted: int = 0
 
     async def prefill(
@@ -44,7 +45,9 @@ class ScriptedEngine:
         handoff_id: bytes,
         source: Handoff | None,
         cached_only: bool,
+        cache_salt: str = "",
     ) -> PromptComputed:
+        self.salts.append(cache_salt)
         self.leases.append(lease)
         self.asked.append((handoff_id, source, cached_only))
         try:
