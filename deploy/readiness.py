@@ -10,6 +10,8 @@ import grpc
 import grpc.aio
 
 from deploy.supervisor import Report
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1 import registry_pb2
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.registry_pb2_grpc import RegistryStub
@@ -84,7 +86,8 @@ def _is_ready(record: WorkerRecord) -> bool:
 
 
 async def _until_registered(registry: str, enough: Enough, control_plane: str, report: Report) -> None:
-    async with grpc.aio.insecure_channel(registry, options=[("grpc.max_reconnect_backoff_ms", 500)]) as channel:
+    options = [("grpc.max_reconnect_backoff_ms", 500)]
+    async with open_channel(registry, peer=ComponentRole.CONTROL_PLANE, options=options) as channel:
         while True:
             try:
                 if await _watch(RegistryStub(channel).Watch, enough, control_plane, report):

@@ -22,6 +22,8 @@ from slipstream import grpc_errors, registry_watch
 from slipstream.background import background
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
 from slipstream.grpc_channels import server_options
+from slipstream.security.channels import is_local
+from slipstream.security.servers import create_local_server, create_server, listen
 from slipstream.v1.registry_pb2 import Role, WorkerSet, WorkerState
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
@@ -230,11 +232,12 @@ async def serving(cluster: LocalCluster, supervisor: Supervisor) -> AsyncIterato
         StartupError: the socket cannot be made.
     """
     address = cluster.settings.planner.scaler
-    server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
+    options = server_options(max_receive_bytes=MAX_REQUEST_BYTES)
+    server = create_local_server(options) if is_local(address) else create_server(options)
     service = ScalerService(cluster, supervisor)
     add_ScalerServicer_to_server(service, server)
     try:
-        server.add_insecure_port(address)
+        listen(server, address, what="the scaler (planner.scaler)")
     except RuntimeError as error:
         raise StartupError(f"planner.scaler: cannot listen on {address}: {error}") from error
     await server.start()

@@ -50,6 +50,9 @@ from slipstream.model_cache import local_model
 from slipstream.model_folder import ModelFolder
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
+from slipstream.security.servers import create_server, listen
 from slipstream.settings import Settings, WorkerSettings
 from slipstream.v1.registry_pb2 import (
     Health,
@@ -84,6 +87,7 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
     name = "prefill" if role == Role.ROLE_PREFILL else "decode"
     worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
     telemetry.configure(settings.log, component=worker_id)
+    identity.install(settings.security, ComponentRole.WORKER)
     host = _Host(settings, role, worker_id)
     try:
         uvloop.run(host.serve(add_services))
@@ -212,7 +216,7 @@ class _Host:
         profile = _profile(worker)
         admission = self._admission
         async with AsyncExitStack() as owned:
-            server = grpc.aio.server(options=server_options())
+            server = create_server(server_options())
             self._address = host_port(worker.host, _bind(server, worker.host, worker.port))
             board = owned.enter_context(_own_board(settings.transfer.board_slots))
             metrics = owned.enter_context(
@@ -446,7 +450,7 @@ def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     try:
-        bound = server.add_insecure_port(host_port(host, port))
+        bound = listen(server, host_port(host, port), what="the worker (worker.host)")
     except RuntimeError as error:
         raise StartupError(f"worker.port: cannot listen on {host}:{port}: {error}") from error
     if bound == 0:

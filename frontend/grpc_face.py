@@ -23,6 +23,7 @@ from frontend.sampling_fields import checked_params
 from slipstream import telemetry
 from slipstream.errors import InvalidRequestError, SlipstreamError
 from slipstream.grpc_errors import abort
+from slipstream.security.servers import create_public_server
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ class GrpcFace:
     def __init__(self, service: InferenceService, *, max_message_bytes: int, shares_port: bool = False) -> None:
         self._service = service
         self._health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(
-            options=[
+        self.server = create_public_server(
+            [
                 ("grpc.max_receive_message_length", max_message_bytes),
                 # A second server on the same port should fail, not share it, unless it is meant to.
                 ("grpc.so_reuseport", int(shares_port)),

@@ -43,6 +43,9 @@ from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
+from slipstream.security.servers import listen_publicly
 from slipstream.settings import FrontendSettings, Settings
 
 log = telemetry.get_logger(__name__)
@@ -76,6 +79,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
 
     raise_file_limit()
     grpc_wakeups.install()
+    identity.install(settings.security, ComponentRole.FRONTEND)
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
@@ -280,7 +284,7 @@ def bind_grpc(server: grpc.aio.Server, settings: FrontendSettings) -> int:
         StartupError: it cannot be had.
     """
     try:
-        return server.add_insecure_port(host_port(settings.host, settings.grpc_port))
+        return listen_publicly(server, host_port(settings.host, settings.grpc_port))
     except RuntimeError as error:
         raise port_error("grpc_port", settings.host, settings.grpc_port, str(error)) from error
 

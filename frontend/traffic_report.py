@@ -20,6 +20,8 @@ from frontend.traffic_count import TRAFFIC, Counted, Queued, TrafficCount
 from slipstream import telemetry
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.planner_pb2 import TrafficReport, WorkerSpeed
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 
@@ -78,7 +80,7 @@ class TrafficReporter:
         """Report again and again, whatever happens to the planner. Runs until cancelled."""
         every_s = FIRST_REPORT_EVERY_S
         options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+        async with open_channel(self._address, peer=ComponentRole.CONTROL_PLANE, options=options) as channel:
             stub = PlannerStub(channel)
             while True:
                 # Several frontends shall not all report at the same moment.

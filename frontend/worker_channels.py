@@ -14,6 +14,8 @@ from typing import Self
 import grpc.aio
 
 from slipstream.grpc_channels import client_options
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class WorkerChannels:
         """The channel to a worker, for one call. Pair each with one `release`."""
         entry = self._entries.get(address)
         if entry is None:
-            entry = _Entry(grpc.aio.insecure_channel(address, options=client_options()))
+            entry = _Entry(open_channel(address, peer=ComponentRole.WORKER, options=client_options()))
             self._entries[address] = entry
         entry.calls += 1
         return entry.channel

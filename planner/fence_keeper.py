@@ -20,6 +20,8 @@ from slipstream import telemetry
 from slipstream.errors import SlipstreamError
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import TrafficReport
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
@@ -117,7 +119,7 @@ class FenceKeeper:
 
 async def _set_fence(record: WorkerRecord, *, fenced: bool, because: str) -> None:
     request = SetFenceRequest(fenced=fenced, because=because, epoch=record.epoch)
-    async with grpc.aio.insecure_channel(record.address, options=client_options()) as channel:
+    async with open_channel(record.address, peer=ComponentRole.WORKER, options=client_options()) as channel:
         try:
             await WorkerStub(channel).SetFence(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:

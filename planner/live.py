@@ -31,6 +31,8 @@ from slipstream.grpc_errors import from_rpc_error
 from slipstream.performance import Profile, read_profile
 from slipstream.registry_watch import RegistryView
 from slipstream.scaler import Scaler
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.settings import HealthSettings, PlannerSettings
 from slipstream.v1.planner_pb2 import TrafficReport, WatchTrafficRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
@@ -145,7 +147,7 @@ class FollowedCluster:
     async def follow_traffic(self, take: Callable[[TrafficReport], float]) -> NoReturn:
         """Have each report taken."""
         options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+        async with open_channel(self._address, peer=ComponentRole.CONTROL_PLANE, options=options) as channel:
             while True:
                 try:
                     async for report in PlannerStub(channel).WatchTraffic(WatchTrafficRequest()):

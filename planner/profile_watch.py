@@ -13,6 +13,8 @@ from planner.loop import PlannerLoop
 from slipstream import telemetry
 from slipstream.grpc_channels import client_options
 from slipstream.performance import Profile, decode_profile
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet, WorkerState
 from slipstream.v1.worker_pb2 import CacheUpdate, WatchCacheRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
@@ -70,7 +72,7 @@ def _name(record: WorkerRecord) -> tuple[str, int]:
 async def _ask(record: WorkerRecord) -> Profile | None:
     """What the worker says in the first update of its feed; None when it has none."""
     try:
-        async with grpc.aio.insecure_channel(record.address, options=client_options()) as channel:
+        async with open_channel(record.address, peer=ComponentRole.WORKER, options=client_options()) as channel:
             call = WorkerStub(channel).WatchCache(WatchCacheRequest(), timeout=CALL_TIMEOUT_S)
             try:
                 update = await call.read()

@@ -16,6 +16,8 @@ import grpc.aio
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.scaler import ScaledWorker, SickWorker
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerRequest,
@@ -54,8 +56,10 @@ class RemoteScaler:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        channel = grpc.aio.insecure_channel(
-            self._address, options=client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
+        channel = open_channel(
+            self._address,
+            peer=ComponentRole.LAUNCHER,
+            options=client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S),
         )
         self._stub = ScalerStub(await self._stack.enter_async_context(channel))
         return self

@@ -31,6 +31,9 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.grpc_channels import server_options
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
+from slipstream.security.servers import create_server, listen
 from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1 import planner_pb2, registry_pb2
 from slipstream.v1.planner_pb2_grpc import add_PlannerServicer_to_server
@@ -78,6 +81,7 @@ async def serve(
         ConfigError: the policy cannot be read, or cannot be followed.
     """
     telemetry.configure(settings.log, component="control-plane")
+    identity.install(settings.security, ComponentRole.CONTROL_PLANE)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -136,7 +140,7 @@ async def open_control_plane(
     Raises:
         StartupError: the address cannot be listened on.
     """
-    server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
+    server = create_server(server_options(max_receive_bytes=MAX_REQUEST_BYTES))
     service = service or RegistryService(settings.lease_s)
     add_RegistryServicer_to_server(service, server)
     planner = PlannerService(live, what_if, keeper.take_report if keeper is not None else None)
@@ -176,7 +180,7 @@ async def open_control_plane(
 def _listen(server: grpc.aio.Server, settings: ControlPlaneSettings) -> int:
     wanted = host_port(settings.host, settings.port)
     try:
-        return server.add_insecure_port(wanted)
+        return listen(server, wanted, what="the control plane (control_plane.host)")
     except RuntimeError as error:
         raise StartupError(
             f"the control plane cannot listen on {wanted}: port {settings.port} is in use, or {settings.host} is not "

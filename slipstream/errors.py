@@ -171,6 +171,20 @@ class WorkerDrainingError(UnavailableError):
     default_code = "worker_draining"
 
 
+class ClusterTokenError(UnavailableError):
+    """A component does not have the token that the others share; the cluster is not set up right."""
+
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    default_code = "wrong_cluster_token"
+
+
+class RoleError(UnavailableError):
+    """A component made a call that its role may not make, or shows no certificate of this cluster."""
+
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    default_code = "role_refused"
+
+
 class EngineDeadError(UnavailableError):
     """The engine inside a worker has died; the worker ends itself."""
 

@@ -20,6 +20,8 @@ from slipstream.background import background
 from slipstream.errors import InvalidRequestError, SlipstreamError
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.registry_pb2 import DeregisterRequest, RegisterRequest, WorkerRecord
 from slipstream.v1.registry_pb2_grpc import RegistryStub
 
@@ -76,8 +78,10 @@ class Registration:
         self._changed.set()
 
     async def __aenter__(self) -> Self:
-        channel = grpc.aio.insecure_channel(
-            self._address, options=client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
+        channel = open_channel(
+            self._address,
+            peer=ComponentRole.CONTROL_PLANE,
+            options=client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S),
         )
         await self._stack.enter_async_context(channel)
         stub = RegistryStub(channel)

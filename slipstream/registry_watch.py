@@ -16,6 +16,8 @@ import grpc.aio
 
 from slipstream.grpc_channels import CONNECT_TIMEOUT_S, client_options
 from slipstream.grpc_errors import from_rpc_error
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.registry_pb2 import WatchRequest, WorkerRecord, WorkerSet
 from slipstream.v1.registry_pb2_grpc import RegistryStub
 
@@ -78,7 +80,7 @@ async def follow(
 
     request = WatchRequest(identities=identities)
     options = client_options(max_reconnect_backoff_s=RECONNECT_BACKOFF_S)
-    async with grpc.aio.insecure_channel(registry_address, options=options) as channel:
+    async with open_channel(registry_address, peer=ComponentRole.CONTROL_PLANE, options=options) as channel:
         while True:
             try:
                 reason = await _follow_one_watch(RegistryStub(channel).Watch(request), taken)

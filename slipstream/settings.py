@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from slipstream.security_settings import SecuritySettings
+from slipstream.settings_section import Section
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ControlPlaneSettings(Section):
@@ -544,6 +543,7 @@ class Settings(Section):
     simulated: SimulatedSettings = SimulatedSettings()
     transfer: TransferSettings = TransferSettings()
     health: HealthSettings = HealthSettings()
+    security: SecuritySettings = SecuritySettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -9,6 +9,8 @@ import grpc.aio
 from slipstream.errors import UnavailableError
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
+from slipstream.security.channels import open_channel
+from slipstream.security.names import ComponentRole
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 from slipstream.v1.worker_pb2 import SetRoleRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
@@ -29,7 +31,7 @@ async def change_role(
     record = next((one for one in records if one.worker_id == worker_id), None)
     if record is None or record.state != WorkerState.READY:
         raise UnavailableError(f"{worker_id} is not there, or not ready: its role cannot be changed")
-    async with grpc.aio.insecure_channel(record.address, options=client_options()) as channel:
+    async with open_channel(record.address, peer=ComponentRole.WORKER, options=client_options()) as channel:
         try:
             await WorkerStub(channel).SetRole(SetRoleRequest(role=role, epoch=record.epoch), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:

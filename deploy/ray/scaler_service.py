@@ -16,6 +16,8 @@ from slipstream import grpc_errors
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
 from slipstream.grpc_channels import server_options
 from slipstream.scaler import SickWorker
+from slipstream.security.channels import is_local
+from slipstream.security.servers import create_local_server, create_server, listen
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
     DrainWorkerRequest,
@@ -110,11 +112,12 @@ async def serving(pool: Pool, address: str) -> AsyncIterator[None]:
     Raises:
         StartupError: it cannot be listened on.
     """
-    server = grpc.aio.server(options=server_options(max_receive_bytes=MAX_REQUEST_BYTES))
+    options = server_options(max_receive_bytes=MAX_REQUEST_BYTES)
+    server = create_local_server(options) if is_local(address) else create_server(options)
     scaler = RayScaler(pool, pool.records)
     add_ScalerServicer_to_server(RayScalerService(pool, scaler), server)
     try:
-        server.add_insecure_port(address)
+        listen(server, address, what="the scaler (planner.scaler)")
     except RuntimeError as error:
         raise StartupError(f"planner.scaler: cannot listen on {address}: {error}") from error
     await server.start()

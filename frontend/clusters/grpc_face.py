@@ -30,6 +30,8 @@ from slipstream.errors import (
 )
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import abort, from_rpc_error
+from slipstream.security.channels import open_public_channel, public_credentials
+from slipstream.security.servers import create_public_server
 from slipstream.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class GlobalGrpcFace:
         self._health = health.aio.HealthServicer()
         self._channels = AsyncExitStack()
         self._stubs: dict[str, grpc.aio.UnaryStreamMultiCallable[Any, Any]] = {}
-        self.server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
+        self.server = create_public_server(
+            [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
         )
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Generate": grpc.unary_stream_rpc_method_handler(
@@ -260,11 +262,5 @@ class _Call:
 
 
 def _channel(member: Member) -> grpc.aio.Channel:
-    options = client_options()
-    if not member.tls:
-        return grpc.aio.insecure_channel(member.grpc_address, options=options)
-    roots = None
-    if member.ca_file is not None:
-        with open(member.ca_file, "rb") as file:
-            roots = file.read()
-    return grpc.aio.secure_channel(member.grpc_address, grpc.ssl_channel_credentials(roots), options=options)
+    credentials = public_credentials(member.ca_file, None, None) if member.tls else None
+    return open_public_channel(member.grpc_address, credentials, client_options())

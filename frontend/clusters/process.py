@@ -25,6 +25,8 @@ from slipstream import grpc_wakeups, telemetry
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import ConfigError
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
 from slipstream.settings import Settings
 
 log = telemetry.get_logger(__name__)
@@ -46,6 +48,7 @@ async def serve(settings: Settings, listening: Callable[[str, str], None] = lamb
         )
     raise_file_limit()
     grpc_wakeups.install()
+    identity.install(settings.security, ComponentRole.FRONTEND)
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,

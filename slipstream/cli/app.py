@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from slipstream import __version__
 from slipstream.cli import (
+    authority,
     chat,
     clusters,
     explain,
@@ -62,6 +63,7 @@ app = typer.Typer(
 planner = typer.Typer(help="The control plane, and the planner of worker counts in it.", no_args_is_help=True)
 ways = typer.Typer(help="The ways of KV blocks between workers.", no_args_is_help=True)
 configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
+certificates = typer.Typer(help="Certificates and the token of a cluster.", no_args_is_help=True)
 
 local.add_to(app)
 chat.add_to(app)
@@ -78,7 +80,9 @@ planner_simulate.add_to(planner)
 planner_recommend.add_to(planner)
 planner_decisions.add_to(planner)
 show.add_to(app, configuration)
+authority.add_to(certificates)
 app.add_typer(ways, name="transfer", rich_help_panel=transfer.PANEL)
+app.add_typer(certificates, name="ca", rich_help_panel=authority.PANEL)
 app.add_typer(planner, name="planner", rich_help_panel=roles.PANEL)
 app.add_typer(configuration, name="config", rich_help_panel=show.PANEL)
 

@@ -25,9 +25,19 @@ from pydantic_core import PydanticUndefined
 from slipstream import config
 from slipstream.config_layer import setting_fields
 from slipstream.errors import ConfigError
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
 
-_SPELLED_OTHERWISE = {"control_plane.address": "--control-plane"}
-_METAVARS = {"control_plane.address": "HOST:PORT"}
+_SPELLED_OTHERWISE = {
+    "control_plane.address": "--control-plane",
+    "security.tls_folder": "--tls",
+    "security.cluster_token_file": "--cluster-token-file",
+    "security.allow_insecure": "--allow-insecure",
+}
+_METAVARS = {"control_plane.address": "HOST:PORT", "security.tls_folder": "FOLDER"}
+
+CONTROL_PLANE = ("control_plane.address", "security.tls_folder", "security.cluster_token_file")
+"""What commands need that talk to a running cluster."""
 
 ConfigFlag = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads the annotation
@@ -87,6 +97,8 @@ def with_settings(*flags: Flag) -> Callable[[Callable[..., None]], Callable[...,
         def run(**given: Any) -> None:
             values = {flag.path: given.pop(flag.parameter) for flag in flags}
             loaded = _load({path: value for path, value in values.items() if value is not None}, given, flags)
+            # What a person does; processes that serve say what they are where they begin.
+            identity.install(loaded.settings.security, ComponentRole.OPERATOR)
             command(loaded, **given)
 
         parameters = [

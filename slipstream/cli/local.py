@@ -47,6 +47,7 @@ _FLAGS = select(
     "control_plane.*",
     "planner.policy",
     "planner.dry_run",
+    "security.*",
     "log.*",
     "tracing.*",
     own={"cluster", "ray", "frontend", "worker"},

@@ -34,9 +34,11 @@ def ask_planner(address: str, call: Callable[[PlannerStub], Any], kind: type[T])
 
     from slipstream.grpc_channels import client_options
     from slipstream.grpc_errors import from_rpc_error
+    from slipstream.security.channels import open_blocking_channel
+    from slipstream.security.names import ComponentRole
     from slipstream.v1.planner_pb2_grpc import PlannerStub
 
-    with grpc.insecure_channel(address, options=client_options()) as channel:
+    with open_blocking_channel(address, peer=ComponentRole.CONTROL_PLANE, options=client_options()) as channel:
         try:
             answer = call(PlannerStub(channel))
         except grpc.RpcError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slipstream.cli.flags import select, with_settings
+from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.planner_calls import TIMEOUT_S, as_json, ask_planner, clock, moment
 from slipstream.cli.show import examples
 from slipstream.cli.status import duration
@@ -50,7 +50,7 @@ def add_to(planner: typer.Typer) -> None:
     )(history)
 
 
-@with_settings(*select("control_plane.address"))
+@with_settings(*select(*CONTROL_PLANE))
 def explain(
     loaded: LoadedConfig,
     number: Annotated[int | None, typer.Argument(min=1, help="Of the decision; the last one when absent.")] = None,
@@ -79,7 +79,7 @@ def explain(
     print_decision(console, decision, now_s)
 
 
-@with_settings(*select("control_plane.address"))
+@with_settings(*select(*CONTROL_PLANE))
 def history(
     loaded: LoadedConfig,
     since: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slipstream.cli.flags import select, with_settings
+from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.planner_calls import TIMEOUT_S, as_json, ask_planner
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -55,7 +55,7 @@ def policy(
         print(f"{file}: right; {objectives.gpu_budget} GPUs for {models}")  # noqa: T201
 
 
-@with_settings(*select("control_plane.address"))
+@with_settings(*select(*CONTROL_PLANE))
 def apply(
     loaded: LoadedConfig,
     file: Annotated[Path, typer.Argument(help="The policy file (YAML).", show_default=False)],

@@ -11,12 +11,20 @@ from slipstream.config import LoadedConfig
 PANEL = "Roles, one process each"
 
 _FRONTEND_FLAGS = select(
-    "model", "served_model_name", "frontend.*", "control_plane.address", "log.*", "tracing.*", own={"frontend"}
+    "model",
+    "served_model_name",
+    "frontend.*",
+    "control_plane.address",
+    "security.*",
+    "log.*",
+    "tracing.*",
+    own={"frontend"},
 )
 _GLOBAL_FLAGS = select(
     *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "max_body_bytes", "request_timeout_s")),
     "frontend.drain_timeout_s",
     "global_frontend.*",
+    *(f"security.{name}" for name in ("tls_folder", "face_certificate_file", "face_key_file", "face_client_ca_file")),
     "log.*",
     own={"frontend", "global_frontend"},
     without={"global_frontend.clusters"},
@@ -32,6 +40,7 @@ _WORKER_FLAGS: tuple[Flag, ...] = select(
     "control_plane.address",
     "transfer.*",
     "health.*",
+    "security.*",
     "log.*",
     "tracing.*",
     own={"worker"},
@@ -41,6 +50,7 @@ _PLANNER_FLAGS = select(
     "planner.*",
     "health.*",
     "kubernetes.*",
+    "security.*",
     "log.*",
     own={"control_plane", "planner"},
     without={"control_plane.address"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slipstream.cli.flags import select, with_settings
+from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.paths import path_rows, paths_table, worth_showing
 from slipstream.cli.show import examples
 from slipstream.cli.worker_sets import worker_sets
@@ -37,7 +37,7 @@ def add_to(app: typer.Typer) -> None:
     )(status)
 
 
-@with_settings(*select("control_plane.address"))
+@with_settings(*select(*CONTROL_PLANE))
 def status(
     loaded: LoadedConfig,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch a line for each change.")] = False,

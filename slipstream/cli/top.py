@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import typer
 
 from slipstream.addresses import host_port, reachable
-from slipstream.cli.flags import select, with_settings
+from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
 from slipstream.errors import ConfigError, UnavailableError
@@ -41,7 +41,7 @@ def add_to(app: typer.Typer) -> None:
     )(top)
 
 
-@with_settings(*select("control_plane.address", "frontend.host", "frontend.http_port"))
+@with_settings(*select(*CONTROL_PLANE, "frontend.host", "frontend.http_port"))
 def top(
     loaded: LoadedConfig,
     frontend: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from slipstream.cli.flags import select, with_settings
+from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.paths import PathRow, from_wire, paths_table
 from slipstream.cli.show import examples
 from slipstream.cli.worker_sets import current_set
@@ -46,7 +46,7 @@ def add_to(transfer: typer.Typer) -> None:
     )(probe)
 
 
-@with_settings(*select("control_plane.address"))
+@with_settings(*select(*CONTROL_PLANE))
 def probe(
     loaded: LoadedConfig,
     one: Annotated[str, typer.Argument(metavar="A", help="A worker's id, or the start of it.", show_default=False)],
@@ -135,11 +135,13 @@ async def _measure(sender: WorkerRecord, receiver: WorkerRecord, transport: str,
 
     from slipstream.grpc_channels import client_options
     from slipstream.grpc_errors import from_rpc_error
+    from slipstream.security.channels import open_channel
+    from slipstream.security.names import ComponentRole
     from slipstream.v1.worker_pb2 import ProbePathRequest
     from slipstream.v1.worker_pb2_grpc import WorkerStub
 
     request = ProbePathRequest(worker_id=sender.worker_id, peer=sender.transfer, transport=transport)
-    async with grpc.aio.insecure_channel(receiver.address, options=client_options()) as channel:
+    async with open_channel(receiver.address, peer=ComponentRole.WORKER, options=client_options()) as channel:
         try:
             path = await WorkerStub(channel).ProbePath(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:

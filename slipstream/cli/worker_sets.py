@@ -26,10 +26,12 @@ async def worker_sets(address: str, timeout_s: float) -> AsyncGenerator[WorkerSe
     import grpc.aio
 
     from slipstream.grpc_errors import from_rpc_error
+    from slipstream.security.channels import open_channel
+    from slipstream.security.names import ComponentRole
     from slipstream.v1.registry_pb2 import WatchRequest, WorkerSet
     from slipstream.v1.registry_pb2_grpc import RegistryStub
 
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address, peer=ComponentRole.CONTROL_PLANE) as channel:
         call = RegistryStub(channel).Watch(WatchRequest())
         wait_s = timeout_s
         try:

@@ -14,6 +14,7 @@ names of `slipstream.v1.SamplingParams` (see `SamplingOptions`). Errors are the 
 """
 
 from slipstream.client.asynchronous import AsyncClient, AsyncStream
+from slipstream.client.connection import Tls
 from slipstream.client.results import Account, Candidate, Completion, ModelInfo, Piece, TokenLogprob, Usage
 from slipstream.client.sampling import ChatMessage, SamplingOptions
 from slipstream.client.synchronous import Client, Stream
@@ -30,6 +31,7 @@ __all__ = [
     "Piece",
     "SamplingOptions",
     "Stream",
+    "Tls",
     "TokenLogprob",
     "Usage",
 ]

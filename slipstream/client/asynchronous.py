@@ -20,7 +20,9 @@ from slipstream.client.connection import (
     CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
+    Tls,
     checked_timeout,
+    credentials_of,
     typed_error,
 )
 from slipstream.client.results import (
@@ -33,6 +35,7 @@ from slipstream.client.results import (
     piece_from_wire,
 )
 from slipstream.client.sampling import ChatMessage, SamplingOptions, chat_request, text_request
+from slipstream.security.channels import open_public_channel
 from slipstream.v1 import inference_pb2
 from slipstream.v1.inference_pb2_grpc import InferenceStub
 
@@ -107,9 +110,12 @@ class AsyncStream:
 class AsyncClient:
     """A connection to one frontend. Arguments and errors are those of `slipstream.client.Client`."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: Tls | None = None
+    ) -> None:
         self._target = target
         self._timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
+        self._credentials = credentials_of(tls)
         self._channel: grpc.aio.Channel | None = None
         self._lazy_stub: InferenceAsyncStub | None = None
 
@@ -179,6 +185,6 @@ class AsyncClient:
     def _stub(self) -> InferenceAsyncStub:
         # The channel belongs to the running loop: made at the first call, as a client may be built before one runs.
         if self._lazy_stub is None:
-            self._channel = grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+            self._channel = open_public_channel(self._target, self._credentials, CHANNEL_OPTIONS)
             self._lazy_stub = InferenceStub(self._channel)
         return self._lazy_stub

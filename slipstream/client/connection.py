@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import grpc.aio
 
 from slipstream import errors
 from slipstream.grpc_errors import CODE_KEY, from_rpc_error
+from slipstream.security.channels import public_credentials
 
 DEFAULT_TARGET = "localhost:8001"
 DEFAULT_TIMEOUT_S = 600.0
@@ -21,6 +24,29 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """A connection over TLS.
+
+    Attributes:
+        ca_file: whom to trust; the system's authorities when None.
+        certificate_file, key_file: of this client, where the face asks for one.
+    """
+
+    ca_file: Path | str | None = None
+    certificate_file: Path | str | None = None
+    key_file: Path | str | None = None
+
+
+def credentials_of(tls: Tls | None) -> grpc.ChannelCredentials | None:
+    """What a channel needs; None for a plain one.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    return None if tls is None else public_credentials(tls.ca_file, tls.certificate_file, tls.key_file)
 
 
 def checked_timeout(timeout_s: float | None, default_s: float) -> float:

@@ -12,7 +12,9 @@ from slipstream.client.connection import (
     CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
+    Tls,
     checked_timeout,
+    credentials_of,
     typed_error,
 )
 from slipstream.client.results import (
@@ -25,6 +27,7 @@ from slipstream.client.results import (
     piece_from_wire,
 )
 from slipstream.client.sampling import ChatMessage, SamplingOptions, chat_request, text_request
+from slipstream.security.channels import open_blocking_public_channel
 from slipstream.v1 import inference_pb2
 from slipstream.v1.inference_pb2_grpc import InferenceStub
 
@@ -74,12 +77,15 @@ class Client:
     Args:
         target: host:port of the frontend's gRPC face.
         timeout_s: longest any call may take in all, unless the call says otherwise.
+        tls: whom to trust, and who this is; None: the connection is plain.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: Tls | None = None
+    ) -> None:
         self._target = target
         self._timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = open_blocking_public_channel(target, credentials_of(tls), CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
 
     def generate(

@@ -61,6 +61,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "Piece",
         "SamplingOptions",
         "Stream",
+        "Tls",
         "TokenLogprob",
         "Usage",
     ]
