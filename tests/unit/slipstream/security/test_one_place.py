@@ -25,15 +25,14 @@ ON_ITS_OWN = {"deploy/images/healthcheck.py"}
 """Imports nothing of ours, and says why."""
 
 
-def _constructs(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Attribute):
-        return False
+def _constructs(node: ast.Attribute) -> bool:
     made_by_grpc = ast.unparse(node) in ("grpc.server", "grpc.aio.server")
     return node.attr in CONSTRUCTORS or made_by_grpc
 
 
 def _uses(path: Path) -> list[int]:
-    return [node.lineno for node in ast.walk(ast.parse(path.read_text())) if _constructs(node)]
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node.lineno for node in nodes if isinstance(node, ast.Attribute) and _constructs(node)]
 
 
 def test_no_other_module_opens_a_channel_or_a_port() -> None:
