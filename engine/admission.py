@@ -5,9 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from engine.open_work import OpenWork
-from slipstream.errors import ModelNotFoundError, UnavailableError, WorkerDrainingError
+from slipstream.errors import EngineSilentError, ModelNotFoundError, UnavailableError, WorkerDrainingError
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A request that holds a place. `given_up`: its task was cancelled from here, and nobody else may be meant."""
+
+    task: asyncio.Task[Any] | None
+    given_up: bool = False
 
 
 class Admission:
@@ -27,16 +37,26 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
         self._over = asyncio.Event()
-        self.open_count = 0
+        self._open: set[_Open] = set()
+        self._standstill = ""
         self.refused_total = 0
+
+    @property
+    def open_count(self) -> int:
+        """Requests that hold a place."""
+        return len(self._open)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Hold a place while the block runs.
+        """Hold a place while the block runs, in one task.
 
         Raises:
             WorkerDrainingError, UnavailableError: there is none.
+            EngineSilentError: the engine stands still; also in the middle of the block.
         """
+        if self._standstill:
+            self.refused_total += 1
+            raise EngineSilentError(self._standstill, retry_after_s=1.0)
         if self._draining:
             self.refused_total += 1
             raise WorkerDrainingError("this worker is draining and takes no new requests")
@@ -47,14 +67,31 @@ class Admission:
                 code="worker_busy",
                 retry_after_s=1.0,
             )
-        self.open_count += 1
+        place = _Open(_own_task())
+        self._open.add(place)
         self._idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if not place.given_up or place.task is None or place.task.uncancel() > 0:
+                raise
+            raise EngineSilentError(self._standstill or "the worker's engine took no step for a while") from None
         finally:
-            self.open_count -= 1
-            if self.open_count == 0:
+            self._open.discard(place)
+            if not self._open:
                 self._idle.set()
+
+    def stand_still(self, why: str) -> None:
+        """The engine does not go on: whoever is admitted, or comes from now on, gets an error instead."""
+        self._standstill = why
+        for place in self._open:
+            if not place.given_up and place.task is not None:
+                place.given_up = True
+                place.task.cancel()
+
+    def go_on(self) -> None:
+        """The engine does again; others may come."""
+        self._standstill = ""
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -71,6 +108,13 @@ class Admission:
     async def over(self) -> None:
         """Return when there will be no more requests."""
         await self._over.wait()
+
+
+def _own_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # outside of an event loop
+        return None
 
 
 def check_model(asked: str, served: str) -> None:

@@ -36,6 +36,7 @@ from engine.health.watch import HealthWatch, cache_folder
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
+from engine.standstill import Standstill
 from engine.startup import Startup, StartupCollector, process_age_s
 from engine.worker_metrics import MetricsServer
 from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
@@ -127,6 +128,7 @@ class _Host:
         self._health: HealthWatch | None = None
         self._fenced_unix_s = 0
         self._fenced_because = ""
+        self._standstill: Standstill | None = None
         self._admission = Admission(limit=settings.worker.max_running + settings.worker.max_waiting)
         self._startup = Startup(process_age_s())
         self._registering_s = 0.0
@@ -159,8 +161,12 @@ class _Host:
 
     @property
     def _told_state(self) -> WorkerState.ValueType:
-        fenced = self._fenced_unix_s and self._state == WorkerState.READY
-        return WorkerState.FENCED if fenced else self._state
+        fenced = self._fenced_unix_s or self._stands_still
+        return WorkerState.FENCED if fenced and self._state == WorkerState.READY else self._state
+
+    @property
+    def _stands_still(self) -> bool:
+        return self._standstill is not None and self._standstill.now
 
     def set_fence(self, fenced: bool, because: str) -> None:
         """Say from now on that nothing new shall be sent here, or that it may be again.
@@ -179,10 +185,12 @@ class _Host:
             self._registration.push()
 
     def _health_message(self) -> Health | None:
-        if self._health is None and not self._fenced_unix_s:
+        if self._health is None and not self._fenced_unix_s and not self._stands_still:
             return None
         health = self._health.message() if self._health is not None else Health()
         health.fenced_unix_s, health.fenced_because = self._fenced_unix_s, self._fenced_because
+        if self._standstill is not None:
+            self._standstill.tell(health)
         return health
 
     def set_role(self, role: Role.ValueType) -> None:
@@ -264,7 +272,7 @@ class _Host:
             log.info("startup_phases", **{f"{name}_s": round(s, 3) for name, s in self._startup.seconds.items()})
             try:
                 async with self._measuring_paths():
-                    await self._until_stopped(engine)
+                    await self._until_stopped(engine, board)
             finally:
                 self._state = WorkerState.DRAINING
                 admission.drain()
@@ -388,11 +396,21 @@ class _Host:
             engine.start()
         return engine
 
-    async def _until_stopped(self, engine: Engine) -> None:
+    async def _until_stopped(self, engine: Engine, board: Board) -> None:
+        assert self._registration is not None
+        self._standstill = standstill = Standstill(
+            self._settings.worker,
+            self._device,
+            board,
+            self._admission,
+            clock=time.monotonic,
+            on_change=self._registration.push,
+        )
         while not self._stop.is_set():
             if not engine.alive:
                 log.error("engine_died")
                 raise EngineDeadError("the engine process has died")
+            standstill.look()
             try:
                 async with asyncio.timeout(_ENGINE_CHECK_S):
                     await self._stop.wait()

@@ -77,6 +77,11 @@ class OpenWork:
     def __len__(self) -> int:
         return len(self._open)
 
+    @property
+    def busy(self) -> int:
+        """Requests for which the engine has something to do."""
+        return sum(one.busy for one in self._open)
+
     def know(self, model: str, block_tokens: int, blocks: Container[int]) -> None:
         """From now on the prefix cache is known: `blocks` holds the keys of what is in it, and is kept up to date."""
         self._blocks, self._block_tokens = blocks, block_tokens

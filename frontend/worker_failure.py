@@ -8,6 +8,7 @@ from frontend.router import RETRY_AFTER_S, Fallback
 from slipstream.errors import (
     CancelledByClientError,
     EngineDeadError,
+    EngineSilentError,
     InvalidRequestError,
     RequestTooLargeError,
     SlipstreamError,
@@ -88,6 +89,8 @@ def failure_of(worker: WorkerRecord, cause: SlipstreamError) -> WorkerFailure:
     # torn down cancels its calls; whoever else cancels one is this process, which does not read it then.
     if cause.code in _LOST:
         return WorkerFailure(worker, FailureKind.LOST, cause)
+    if cause.code == EngineSilentError.default_code:
+        return WorkerFailure(worker, FailureKind.SILENT, cause)
     if isinstance(cause, WorkerLostError | RequestTooLargeError):  # by status alone: the code says what it is
         cause = UnavailableError(cause.message, code=cause.code, retry_after_s=cause.retry_after_s)
     kind = FailureKind.REFUSED if isinstance(cause, UnavailableError) else FailureKind.FAILED

@@ -65,6 +65,7 @@ class Counter(enum.IntEnum):
     HANDOFFS_RESET = 23  # blocks taken away by a preemption while they were being sent
     HIDDEN_NS = 24
     PREEMPTIONS = 25  # of any request, for lack of blocks
+    STEPS = 26  # that the scheduler has begun; also those in which there was nothing to compute yet
     BYTES_SHM_DIRECT = 32
     BYTES_SHM_STAGED = 33
     BYTES_UCX = 34
@@ -81,6 +82,7 @@ class Counter(enum.IntEnum):
     BLOCKS_FREE = 66  # gauge
     BLOCK_TOKENS = 67  # gauge
     BLOCK_BYTES = 68  # gauge
+    STEP_TOKENS = 69  # gauge: of the newest step
     START_WEIGHTS_NS = 72  # parts of the engine's start
     START_KV_CACHE_NS = 73
     START_TRANSFER_NS = 74

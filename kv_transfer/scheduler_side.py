@@ -294,6 +294,8 @@ class SchedulerSide:
         self.publish_gauges()
         step, self._step = self._step, Step()
         step.tokens = output.total_num_scheduled_tokens
+        self._board.set_gauge(Counter.STEP_TOKENS, step.tokens)
+        self._board.add(Counter.STEPS)
         return step
 
     def _send(self, output: SchedulerOutput, request_id: str, computed: int, scheduled: int) -> None:

@@ -191,6 +191,12 @@ class EngineDeadError(UnavailableError):
     default_code = "engine_dead"
 
 
+class EngineSilentError(UnavailableError):
+    """The engine inside a worker has requests and takes no step; the worker's service lives and says so."""
+
+    default_code = "engine_silent"
+
+
 class OverloadedError(SlipstreamError):
     """More is asked of the cluster than it can do; `retry_after_s` is the predicted wait."""
 

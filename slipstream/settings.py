@@ -210,6 +210,16 @@ class WorkerSettings(Section):
     )
     drain_timeout_s: float = Field(30.0, ge=0, le=3600, description="how long open requests may go on after SIGTERM")
     start_timeout_s: float = Field(300.0, gt=0, le=7200, description="longest the engine may take to load")
+    engine_silence_s: float = Field(
+        20.0,
+        gt=0,
+        le=3600,
+        description="an engine that has requests and takes no step for this long (and 50 ms for each token of its "
+        "step on a CPU, 2 ms on a GPU) loses them to other workers, and gets no new ones until it does",
+    )
+    engine_hang_s: float = Field(
+        120.0, gt=0, le=7200, description="after so long without a step the worker ends itself, to be started again"
+    )
 
 
 class ModelCacheSettings(Section):

@@ -60,7 +60,7 @@ class Load:
                 account = await self._read(number, which, prompt, count, tokens)
             ended = True
             measured.answered += 1
-            measured.moved += account is not None and bool(account.migrations or account.fallback)
+            measured.moved += account is not None and (account.attempts > 1 or bool(account.fallback))
         except TimeoutError:
             measured.hung += 1
         except SlipstreamError as error:

@@ -61,15 +61,17 @@ async def kill(arena: Arena, load: Load, *, kind: Kind, part: Part) -> None:
 
 
 async def freeze(arena: Arena, load: Load, *, kind: Kind, part: Part, hold_s: float) -> None:
-    """SIGSTOP, and SIGCONT after that time."""
+    """SIGSTOP, and SIGCONT after that time, if it is still there: a service does not wait for ever for its engine."""
     member = await busiest(arena, load, kind)
     signalled(member, signal.SIGSTOP, part)
     try:
         await asyncio.sleep(hold_s)
     finally:
-        signalled(member, signal.SIGCONT, part)
+        member.signal(signal.SIGCONT)
     await load.until_answered(6)
+    starts = member.starts
     await arena.whole()
+    load.measured.figures["started_anew"] = member.starts - starts
 
 
 async def restart_one_by_one(arena: Arena, load: Load) -> None:
