@@ -23,7 +23,13 @@ from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import ROUTE_HEADER, observed
 from frontend.request_record import RequestRecord, current
 from slipstream import telemetry
-from slipstream.errors import CancelledByClientError, MigrationLimitError, SlipstreamError
+from slipstream.errors import (
+    CancelledByClientError,
+    MigrationLimitError,
+    RequestTooLargeError,
+    SlipstreamError,
+    SlowRequestError,
+)
 
 log = telemetry.get_logger(__name__)
 
@@ -123,6 +129,8 @@ def error_response(error: SlipstreamError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, RequestTooLargeError | SlowRequestError):
+        headers["Connection"] = "close"  # what is left of the body is not read
     if isinstance(error, MigrationLimitError):
         headers["x-should-retry"] = "false"  # OpenAI's clients send what failed with a 5xx again by themselves
     return Response(error_body(error), error.http_status, headers, "application/json")
@@ -139,12 +147,10 @@ def as_typed(error: Exception) -> SlipstreamError:
 async def routing_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors (unknown path, wrong method) in the same shape as ours."""
     assert isinstance(error, HTTPException)
+    path = request.scope["path"]  # request.url is made from the Host header, which may be anything
     wording = {
-        404: (
-            f"Unknown request URL: {request.method} {request.url.path}. See /docs for what is served.",
-            "unknown_url",
-        ),
-        405: (f"Method {request.method} is not allowed for {request.url.path}.", "method_not_allowed"),
+        404: (f"Unknown request URL: {request.method} {path}. See /docs for what is served.", "unknown_url"),
+        405: (f"Method {request.method} is not allowed for {path}.", "method_not_allowed"),
     }
     message, code = wording.get(error.status_code, (str(error.detail), "invalid_request"))
     details = ErrorDetails(message, "invalid_request_error", None, code)

@@ -11,10 +11,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from slipstream.background import first_error
-from slipstream.errors import CancelledByClientError, DeadlineError, RequestTooLargeError
+from slipstream.errors import CancelledByClientError, RequestTooLargeError, SlowRequestError
 
-# Longest wait for the whole of a request's body.
-BODY_TIMEOUT_S = 60.0
 # A refused body is read on for a while: a connection closed in the middle of it loses the refusal.
 _REFUSED_BODY_TIMEOUT_S = 5.0
 # Longest wait for a client to read what was written before the end of its answer: no other deadline holds by then.
@@ -35,12 +33,12 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 _ENCODED_SSE_HEADERS = _encoded(_SSE_HEADERS)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body, whatever its transfer encoding.
 
     Raises:
         RequestTooLargeError: it is longer than `max_bytes`.
-        DeadlineError: it did not come within a minute.
+        SlowRequestError: it did not come within `timeout_s`.
         CancelledByClientError: the client left before its end.
     """
     too_large = RequestTooLargeError(
@@ -51,7 +49,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     length = 0
     stream = request.stream()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             if declared.isdecimal() and int(declared) > max_bytes:
                 await _discard(request)
                 raise too_large
@@ -62,7 +60,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                     raise too_large
                 parts.append(part)
     except TimeoutError as error:
-        raise DeadlineError(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from error
+        raise SlowRequestError(
+            f"The request body did not arrive within the {timeout_s:g} s allowed (limits.body_timeout_s)."
+        ) from error
     except ClientDisconnect as error:
         raise CancelledByClientError("The client left before its request was complete.") from error
     return b"".join(parts)

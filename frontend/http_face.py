@@ -43,6 +43,7 @@ from frontend.request_record import current
 from frontend.sampling_fields import invalid_request
 from slipstream import metric_names
 from slipstream.errors import NoWorkerError, UnknownRequestError
+from slipstream.limit_settings import DEFAULT_LIMITS
 from slipstream.metric_names import KnownNames
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
@@ -55,6 +56,7 @@ def create_app(
     service: InferenceService,
     *,
     max_body_bytes: int,
+    body_timeout_s: float = DEFAULT_LIMITS.body_timeout_s,
     wall_clock: Callable[[], float] = time.time,
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
@@ -64,6 +66,7 @@ def create_app(
 
     Args:
         max_body_bytes: larger request bodies are refused with 413.
+        body_timeout_s: slower ones with 408.
         wall_clock: seconds since the epoch, for the `created` fields.
         metrics: what /metrics shows.
         explain: what to tell of requests that came; nothing without.
@@ -72,7 +75,7 @@ def create_app(
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
     app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
     app.add_exception_handler(HTTPException, routing_error)
-    face = HttpFace(service, max_body_bytes, wall_clock, metrics, explain or Explainer().find)
+    face = HttpFace(service, max_body_bytes, body_timeout_s, wall_clock, metrics, explain or Explainer().find)
     for path, body, responds_with, endpoint in (
         ("/v1/chat/completions", ChatBody, "ChatCompletion", face.chat),
         ("/v1/completions", CompletionBody, "Completion", face.completions),
@@ -139,6 +142,7 @@ class HttpFace:
 
     service: InferenceService
     max_body_bytes: int
+    body_timeout_s: float
     wall_clock: Callable[[], float]
     families: Collector
     explains: Explains
@@ -188,7 +192,7 @@ class HttpFace:
         return Response(generate_latest(page), media_type=CONTENT_TYPE_LATEST)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        content = await read_body(request, self.max_body_bytes)
+        content = await read_body(request, self.max_body_bytes, self.body_timeout_s)
         try:
             return kind.model_validate_json(content)
         except ValidationError as error:

@@ -16,6 +16,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import grpc.aio
 import uvicorn
@@ -33,6 +34,7 @@ from frontend.explanation import Explainer, Explains
 from frontend.generation import Dispatcher
 from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
+from frontend.http_protocol import Doorkeeper
 from frontend.inference import InferenceService
 from frontend.pool_peers import answering
 from frontend.pool_processes import PoolProcesses
@@ -43,6 +45,7 @@ from slipstream import grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
+from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
 from slipstream.security import identity
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import listen_publicly
@@ -53,13 +56,15 @@ log = telemetry.get_logger(__name__)
 BACKLOG_CONNECTIONS = 2048
 # For connections that were told of the shutdown to be closed properly.
 _LAST_WORDS_S = 2.0
-_KEEP_ALIVE_S = 75
 # Net allocations between two looks at the youngest objects, and how many looks between two at the older ones.
 _COLLECT_AFTER_OBJECTS = 50_000
 _COLLECT_OLDER_EVERY = (20, 20)
 # Open files asked for, and how few are worth a warning.
 _OPEN_FILES = 1 << 16
 _FEW_OPEN_FILES = 4096
+# Open files that are no client's connection: workers, the gRPC face, logs.
+_OTHER_FILES = 256
+_FEWEST_CONNECTIONS = 16
 
 
 async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
@@ -125,6 +130,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                     metrics=_metrics_of_all(pool_folder),
                     explain=explain,
                     tells_state=teller.tell,
+                    limits=settings.limits,
                 )
 
 
@@ -142,6 +148,7 @@ async def run_faces(
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
     tells_state: TellsState | None = None,
+    limits: LimitSettings = DEFAULT_LIMITS,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
@@ -152,6 +159,7 @@ async def run_faces(
         metrics: what /metrics shows.
         explain: what the dispatcher decided, for those who ask why.
         tells_state: what global frontends are told of the cluster.
+        limits: of clients.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -172,11 +180,13 @@ async def run_faces(
         create_app(
             service,
             max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=limits.body_timeout_s,
             metrics=metrics,
             explain=explain,
             tells_state=tells_state,
         ),
         settings,
+        limits,
     )
     http_socket.listen(BACKLOG_CONNECTIONS)
     try:
@@ -305,12 +315,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, settings: FrontendSettings) -> uvicorn.Server:
+def http_server(app: ASGIApp, settings: FrontendSettings, limits: LimitSettings) -> uvicorn.Server:
     """What serves an application as all our HTTP faces do."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = max(_FEWEST_CONNECTIONS, min(limits.max_connections, files - _OTHER_FILES))
     return _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=cast("type[asyncio.Protocol]", Doorkeeper(limits, most=most).protocol),
+            ws="none",
             lifespan="off",
             proxy_headers=False,  # nobody here looks at the client's address
             access_log=False,
@@ -318,7 +331,7 @@ def http_server(app: ASGIApp, settings: FrontendSettings) -> uvicorn.Server:
             log_level="warning",
             server_header=False,
             backlog=BACKLOG_CONNECTIONS,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=math.ceil(limits.keep_alive_s),
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + _LAST_WORDS_S),
         )
     )

@@ -105,6 +105,24 @@ class RequestTooLargeError(SlipstreamError):
     default_code = "request_too_large"
 
 
+class HeadersTooLargeError(SlipstreamError):
+    """The request's headers are more, or larger, than the configured limit."""
+
+    http_status = 431
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    openai_type = "invalid_request_error"
+    default_code = "headers_too_large"
+
+
+class SlowRequestError(SlipstreamError):
+    """The request did not arrive as a whole within the configured time."""
+
+    http_status = 408
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    openai_type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class PeerKeyError(SlipstreamError):
     """A global frontend's key that this cluster does not know."""
 

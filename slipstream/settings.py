@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from slipstream.limit_settings import LimitSettings
 from slipstream.security_settings import SecuritySettings
 from slipstream.settings_section import Section
 
@@ -547,6 +548,7 @@ class Settings(Section):
     )
     control_plane: ControlPlaneSettings = ControlPlaneSettings()
     frontend: FrontendSettings = FrontendSettings()
+    limits: LimitSettings = LimitSettings()
     admission: AdmissionSettings = AdmissionSettings()
     worker: WorkerSettings = WorkerSettings()
     model_cache: ModelCacheSettings = ModelCacheSettings()

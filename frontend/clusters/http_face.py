@@ -23,6 +23,7 @@ from frontend.openai_responses import ModelCard, ModelList
 from frontend.request_ids import safe_request_id
 from frontend.request_life import SESSION_HEADER
 from slipstream.errors import ModelNotFoundError, SlipstreamError, UnavailableError
+from slipstream.limit_settings import DEFAULT_LIMITS
 
 GENERATES = frozenset(("/v1/chat/completions", "/v1/completions"))
 _LONGEST_SESSION = 200
@@ -48,10 +49,11 @@ def create_app(
     max_body_bytes: int,
     request_timeout_s: float,
     draining: Callable[[], bool],
+    body_timeout_s: float = DEFAULT_LIMITS.body_timeout_s,
     metrics: Collector = REGISTRY,
 ) -> ASGIApp:
     """The ASGI application."""
-    face = GlobalHttpFace(fleet, max_body_bytes, request_timeout_s, draining, metrics)
+    face = GlobalHttpFace(fleet, max_body_bytes, body_timeout_s, request_timeout_s, draining, metrics)
     return Boundary(face, clock=fleet.clock, model="")
 
 
@@ -62,12 +64,14 @@ class GlobalHttpFace:
         self,
         fleet: ClusterFleet,
         max_body_bytes: int,
+        body_timeout_s: float,
         request_timeout_s: float,
         draining: Callable[[], bool],
         metrics: Collector,
     ) -> None:
         self._fleet = fleet
         self._max_body_bytes, self._request_timeout_s = max_body_bytes, request_timeout_s
+        self._body_timeout_s = body_timeout_s
         self._draining, self._metrics = draining, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +91,7 @@ class GlobalHttpFace:
     async def _generate(self, request: Request) -> Response:
         if self._draining():
             raise UnavailableError("The global frontend is shutting down.", code="shutting_down")
-        body = await read_body(request, self._max_body_bytes)
+        body = await read_body(request, self._max_body_bytes, self._body_timeout_s)
         headers = request.scope["headers"]
         timeout_s = self._request_timeout_s
         if said := request.headers.get(TIMEOUT_HEADER):

@@ -70,12 +70,13 @@ async def _run_faces(
     app = create_app(
         fleet,
         max_body_bytes=faces.max_body_bytes,
+        body_timeout_s=settings.limits.body_timeout_s,
         request_timeout_s=faces.request_timeout_s,
         draining=stop.is_set,
     )
     grpc_face = GlobalGrpcFace(fleet, max_message_bytes=faces.max_body_bytes, request_timeout_s=faces.request_timeout_s)
     grpc_port = bind_grpc(grpc_face.server, faces)
-    server = http_server(app, faces)
+    server = http_server(app, faces, settings.limits)
     http_socket.listen(BACKLOG_CONNECTIONS)
     try:
         await grpc_face.start()

@@ -15,6 +15,7 @@ from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.process import bound_socket, run_faces
 from frontend.tokenizer import TextModel
+from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
 from slipstream.settings import FrontendSettings
 from tests.support.scripted_dispatcher import ScriptedDispatcher, last, tokens
 from tests.support.text_model_folder import write_model_folder
@@ -38,6 +39,11 @@ def frontend_settings() -> FrontendSettings:
     return FrontendSettings(http_port=0, grpc_port=0, max_body_bytes=64 << 10, drain_timeout_s=5)
 
 
+@pytest.fixture
+def limits() -> LimitSettings:
+    return DEFAULT_LIMITS
+
+
 class Faces:
     """Where the faces listen, and how to stop them."""
 
@@ -50,7 +56,10 @@ class Faces:
 
 @pytest.fixture
 async def faces(
-    dispatcher: ScriptedDispatcher, text_model: TextModel, frontend_settings: FrontendSettings
+    dispatcher: ScriptedDispatcher,
+    text_model: TextModel,
+    frontend_settings: FrontendSettings,
+    limits: LimitSettings,
 ) -> AsyncIterator[Faces]:
     faces = Faces(asyncio.Event())
     listening = asyncio.Event()
@@ -69,6 +78,7 @@ async def faces(
                 http_socket=http_socket,
                 stop=faces.stop,
                 listening=note,
+                limits=limits,
             )
         )
         async with asyncio.timeout(10):
