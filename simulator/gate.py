@@ -15,7 +15,7 @@ from frontend.admission.gate import ROOM_PERIOD_S, TICK_S, policy_of
 from frontend.admission.in_flight import ClusterRoom, Others
 from frontend.admission.scheduler import Scheduler
 from simulator.event_loop import EventLoop
-from slipstream.errors import OverloadedError, ShedError
+from slipstream.errors import OverloadedError, ShedError, SlipstreamError
 from slipstream.settings import AdmissionSettings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Behind(Protocol):
         """Take it from the workers."""
         ...
 
-    def refuse(self, under: Underway, code: str) -> None:
+    def refuse(self, under: Underway, error: SlipstreamError) -> None:
         """It is turned away."""
         ...
 
@@ -91,7 +91,7 @@ class SimulatedGate:
         try:
             arrival = self.scheduler.arrive(under, now_s)
         except OverloadedError as error:
-            self._behind.refuse(under, error.code)
+            self._behind.refuse(under, error)
             return
         if arrival.admitted:
             self._behind.send(under)
@@ -99,7 +99,8 @@ class SimulatedGate:
         self._wait(under, 1)
         if arrival.dropped is not None:
             self._wait(arrival.dropped, -1)
-            self._behind.refuse(arrival.dropped, ShedError.default_code)
+            full = self.scheduler.full(arrival.dropped, now_s)
+            self._behind.refuse(arrival.dropped, ShedError(full.message, retry_after_s=full.retry_after_s))
         self._pump()
 
     def computed(self, under: Underway) -> None:

@@ -23,7 +23,7 @@ class Journey:
     Attributes:
         cached_tokens: of the prompt, in the prefix cache of whoever computed it; fetched_tokens: from another worker's.
         attempts: dispatches, of which all but one ended with their worker or were taken back for others.
-        refused: it was turned away; `error` says why.
+        refused: it was turned away; `error` says why, and `retry_after_s` what its client was told.
     """
 
     arrival: Arrival
@@ -40,6 +40,7 @@ class Journey:
     attempts: int = 0
     error: str = ""
     refused: bool = False
+    retry_after_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:

@@ -176,8 +176,20 @@ class SimulatedCluster:
         else:
             self.loop.at(arrival.at_s, self._arrive, arrival, stream)
 
+    def expect(self, arrival: Arrival) -> None:
+        """One more than `run` was given: of a client that comes back."""
+        self._open += 1
+        self.loop.at(arrival.at_s, self._come_back, arrival)
+
+    def _come_back(self, arrival: Arrival) -> None:
+        self._open -= 1
+        self._enter(arrival)
+
     def _arrive(self, arrival: Arrival, stream: Iterator[Arrival]) -> None:
         self._expect(stream)
+        self._enter(arrival)
+
+    def _enter(self, arrival: Arrival) -> None:
         model = arrival.model or self._default
         pool = self.pools.get(model)
         if pool is None:
@@ -214,7 +226,7 @@ class SimulatedCluster:
             self._dispatch(under, ask, route)
         except NoWorkerError as error:
             if under.attempts == 1:
-                self.refuse(under, error.code)
+                self.refuse(under, error)
             else:
                 self._fail(under, error.code)
         except SlipstreamError as error:
@@ -329,15 +341,16 @@ class SimulatedCluster:
 
     # -- what goes another way ----------------------------------------------------------------------------
 
-    def refuse(self, under: Underway, code: str) -> None:
+    def refuse(self, under: Underway, error: SlipstreamError) -> None:
         """It is turned away before any worker had it."""
-        under.journey.error, under.journey.refused = code, True
+        under.journey.error, under.journey.refused = error.code, True
+        under.journey.retry_after_s = error.retry_after_s or 0.0
         self._leave_workers(under)
-        self._left()
         if under.frontend.gate is not None:
             under.frontend.gate.leave(under)
         for watcher in self.watchers:
             watcher.refused(under)
+        self._left()
 
     def take_back(self, under: Underway) -> None:
         """Admission wants its place for another one: it goes on later from where it is."""

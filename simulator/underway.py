@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from xxhash import xxh3_64_intdigest
+
 from engine.simulated.request import Request
 from frontend.admission.claim import DEFAULT_TENANT, Claim, Entry, Priority
 from frontend.router.candidate import Share
@@ -63,6 +65,9 @@ class Underway(Entry):
     def prompt_tokens(self) -> int:
         """Of this attempt: the prompt, and what earlier attempts generated."""
         return self.journey.arrival.input_tokens + self.tokens
+
+    def key(self) -> int:
+        return xxh3_64_intdigest(self.journey.arrival.request_id.encode())
 
     def recount(self) -> None:
         if self.on_recount is not None:

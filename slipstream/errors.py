@@ -230,6 +230,12 @@ class QueueFullError(OverloadedError):
     default_code = "queue_overflow"
 
 
+class LongWaitError(OverloadedError):
+    """It would wait for longer than requests of its class may."""
+
+    default_code = "long_wait"
+
+
 class DeadlineUnreachableError(OverloadedError):
     """The request's deadline would come before its turn."""
 

@@ -130,6 +130,15 @@ class AdmissionSettings(Section):
     queue: int = Field(
         4096, ge=0, le=1 << 20, description="requests of all classes that may wait; beyond that lower classes give way"
     )
+    realtime_wait_s: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="a realtime request whose turn is predicted to come later than this is refused, with a time at "
+        "which it will be let in",
+    )
+    nearline_wait_s: float = Field(60.0, gt=0, le=86400, description="the same for nearline requests")
+    batch_wait_s: float = Field(600.0, gt=0, le=86400, description="the same for batch requests")
     worker_wait_s: float = Field(
         0.02,
         ge=0,

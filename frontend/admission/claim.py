@@ -83,5 +83,9 @@ class Entry:
         """Whether it can be taken from the workers now and go on later as if nothing had been."""
         return True
 
+    def key(self) -> int:
+        """The same for the same request when its client comes back with it."""
+        return id(self)
+
     def recount(self) -> None:
         """It was taken from the workers: its costs are those of what is left."""

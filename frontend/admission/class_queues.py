@@ -47,6 +47,8 @@ class ClassQueues(Generic[E]):
     """One fair queue for each class."""
 
     limits: QueueLimits
+    expected_share: float = 0.25
+    """Of each limit, what is kept beyond it for those who were told to come back."""
     _queues: dict[Priority, FairQueue[E]] = field(default_factory=lambda: {one: FairQueue() for one in Priority})
     _credit: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
     _length: int = 0
@@ -58,15 +60,20 @@ class ClassQueues(Generic[E]):
         """The queue of one class; only to be looked at."""
         return self._queues[priority]
 
-    def offer(self, entry: E) -> Offer[E]:
-        """Queue an entry if there is room, or if one that has less right to it can be dropped."""
+    def offer(self, entry: E, *, expected: bool = False) -> Offer[E]:
+        """Queue an entry if there is room, or if one that has less right to it can be dropped.
+
+        Args:
+            expected: it was told to come now, and may go beyond the limits.
+        """
         own = self._queues[entry.claim.priority]
         dropped: E | None = None
-        if len(own) >= self.limits.by_class[entry.claim.priority]:
+        times = 1.0 + self.expected_share if expected else 1.0
+        if len(own) >= times * self.limits.by_class[entry.claim.priority]:
             dropped = _crowding_out(own, entry)
             if dropped is None:
                 return Offer(queued=False)
-        elif self._length >= self.limits.total:
+        elif self._length >= times * self.limits.total:
             dropped = self._of_a_lower_class(entry) or _crowding_out(own, entry)
             if dropped is None:
                 return Offer(queued=False)

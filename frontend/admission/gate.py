@@ -44,8 +44,13 @@ def policy_of(settings: AdmissionSettings) -> Policy:
         Priority.NEARLINE: settings.nearline_queue,
         Priority.BATCH: settings.batch_queue,
     }
+    wait_s = {
+        Priority.REALTIME: settings.realtime_wait_s,
+        Priority.NEARLINE: settings.nearline_wait_s,
+        Priority.BATCH: settings.batch_wait_s,
+    }
     limits = QueueLimits(by_class, settings.queue, settings.aging_s)
-    return Policy(limits, settings.worker_wait_s, settings.ttft_slo_s, settings.max_preemptions)
+    return Policy(limits, settings.worker_wait_s, settings.ttft_slo_s, settings.max_preemptions, wait_s)
 
 
 class AdmissionGate:

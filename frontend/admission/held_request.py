@@ -52,6 +52,9 @@ class HeldRequest(Entry):
             return True
         return progress.continuable() and progress.finished_unsaid() is None
 
+    def key(self) -> int:
+        return hash((self.claim.tenant, self.claim.priority, tuple(self.request.token_ids)))
+
     def pause(self, loop: asyncio.AbstractEventLoop) -> None:
         """Break off the wait for tokens. Only where `pausable` was true at this moment."""
         assert self._reading is not None, "not pausable"

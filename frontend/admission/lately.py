@@ -18,8 +18,8 @@ COMPANY_S = 60.0
 """After a request of another tenant or class, for so long somebody is there to be fair to."""
 
 
-class _Decaying:
-    """A sum whose parts fade."""
+class Decaying:
+    """A sum whose parts fade: of a steady stream it is `LATELY_S` times the rate."""
 
     __slots__ = ("_at_s", "_sum")
 
@@ -60,9 +60,9 @@ class Lately:
     """Prompt work that this frontend sent, by tenant, and the time for which it and others kept workers busy."""
 
     def __init__(self, now_s: float) -> None:
-        self._work: dict[str, _Decaying] = {}
-        self._all_work = _Decaying(now_s)
-        self._own, self._foreign = _Decaying(now_s), _Decaying(now_s)
+        self._work: dict[str, Decaying] = {}
+        self._all_work = Decaying(now_s)
+        self._own, self._foreign = Decaying(now_s), Decaying(now_s)
         self._at_s = now_s
 
     def sent(self, entry: Entry, now_s: float) -> None:
@@ -72,7 +72,7 @@ class Lately:
         if work is None:
             if len(self._work) >= _MAX_TENANTS:
                 self._work = {name: one for name, one in self._work.items() if one.of(now_s) > _FORGOTTEN}
-            work = self._work[tenant] = _Decaying(now_s)
+            work = self._work[tenant] = Decaying(now_s)
         work.add(entry.prompt_work, now_s)
         self._all_work.add(entry.prompt_work, now_s)
 

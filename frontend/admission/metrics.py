@@ -31,8 +31,8 @@ ADMITTED = Counter(
 )
 REFUSED = Counter(
     "slipstream_frontend_refused",
-    "Requests turned away with 429, by class, tenant and reason: queue_overflow, shed (gave way in a full queue) or "
-    "deadline_unreachable. Batch alone: as it should be under load. Realtime: the cluster is too small.",
+    "Requests turned away with 429, by class, tenant and reason: queue_overflow, long_wait, shed (gave way in a full "
+    "queue) or deadline_unreachable. Batch alone: as it should be under load. Realtime: the cluster is too small.",
     ["class", "tenant", "reason"],
 )
 PREEMPTED = Counter(

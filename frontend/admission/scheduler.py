@@ -7,13 +7,17 @@ The caller acts on what it is told, and calls `step` whenever something has ende
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from frontend.admission.appointments import Appointments
 from frontend.admission.claim import Entry, Priority, Stage
-from frontend.admission.class_queues import ClassQueues, QueueLimits
+from frontend.admission.class_queues import AGED_SHARE, ClassQueues, QueueLimits
 from frontend.admission.in_flight import Bottleneck, ClusterRoom, InFlight, Others
-from slipstream.errors import DeadlineUnreachableError, QueueFullError
+from frontend.admission.lately import LATELY_S, Decaying
+from slipstream.errors import DeadlineUnreachableError, LongWaitError, QueueFullError
 
 E = TypeVar("E", bound=Entry)
 
@@ -21,6 +25,9 @@ MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 3600.0
 PACE_DECAY = 0.98
 """What earlier grants weigh in the pace of the queue after each newer one."""
+
+EXPECTED_WAIT = 2.0
+"""Who was told to come back may wait so many times as long as others of the class."""
 
 SLO_SHARE = 0.5
 """The SLO is at risk when this share of it is spent on waiting, or less where the workers need more of it. So long may
@@ -34,12 +41,14 @@ class Policy:
     Attributes:
         ttft_slo_s: time to first token that realtime requests shall have.
         max_preemptions: times one batch request may be sent back.
+        wait_s: predicted wait up to which a request of each class is queued.
     """
 
     limits: QueueLimits
     worker_wait_s: float
     ttft_slo_s: float
     max_preemptions: int
+    wait_s: Mapping[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, math.inf))
 
 
 @dataclass(slots=True)
@@ -89,7 +98,10 @@ class Scheduler(Generic[E]):
         self.policy = policy
         self.queues: ClassQueues[E] = ClassQueues(policy.limits)
         self.in_flight: InFlight[E] = InFlight(policy.worker_wait_s, SLO_SHARE * policy.ttft_slo_s, now_s)
+        self.appointments = Appointments()
         self._pace = _Pace()
+        self._pace_of = {one: _Pace() for one in Priority}
+        self._sent = {one: Decaying(now_s) for one in Priority}
 
     def take_room(self, room: ClusterRoom, now_s: float) -> None:
         """The workers' newer figures; call it before the first request, and once in a while."""
@@ -104,12 +116,18 @@ class Scheduler(Generic[E]):
 
         Raises:
             QueueFullError: there is no room in the queue for one like this.
+            LongWaitError: it would wait for longer than its class may.
             DeadlineUnreachableError: its deadline would come before its turn.
         """
         self.in_flight.company.came(entry, now_s)
+        expected = self.appointments.is_due(entry, now_s)
         if not len(self.queues) and self.in_flight.bottleneck(now_s) is None:
-            self.in_flight.begin(entry, now_s)
+            self.appointments.no_queue(entry.claim)
+            self._begin(entry, now_s)
+            if expected:
+                self.appointments.kept(entry, now_s)
             return Arrival(admitted=True)
+        self._check_wait(entry, expected, now_s)
         wait_s = self.wait_s(entry, now_s)
         left_s = entry.deadline_s - now_s
         if wait_s > left_s:
@@ -120,9 +138,14 @@ class Scheduler(Generic[E]):
             )
         if not len(self.queues):
             self._pace.began(now_s, self.in_flight.work_per_s)
-        offer = self.queues.offer(entry)
+        own = self.queues.of(entry.claim.priority)
+        if not len(own):
+            self._pace_of[entry.claim.priority].began(now_s, self._left_by_higher(entry.claim.priority, now_s))
+        offer = self.queues.offer(entry, expected=expected)
         if not offer.queued:
             raise self.full(entry, now_s)
+        if expected:
+            self.appointments.kept(entry, now_s)
         entry.stage, entry.queued_s = Stage.QUEUED, now_s
         if offer.dropped is not None:
             offer.dropped.stage = Stage.GONE
@@ -135,8 +158,53 @@ class Scheduler(Generic[E]):
         return QueueFullError(
             f"the queue is full: {waiting} of {allowed} {name} requests (admission.{name}_queue) and "
             f"{len(self.queues)} of {limits.total} in all (admission.queue) are waiting; try again later",
-            retry_after_s=_retry_after(self.wait_s(entry, now_s)),
+            retry_after_s=self._come_back_s(entry, 0.0, now_s),
         )
+
+    def _check_wait(self, entry: E, expected: bool, now_s: float) -> None:
+        """Whether it would wait for too long. One at a time of each tenant and class always may wait."""
+        limit_s = self.policy.wait_s[entry.claim.priority]
+        turn_s = self.turn_s(entry, now_s)
+        if turn_s <= limit_s * (EXPECTED_WAIT if expected else 1.0):
+            return
+        name = entry.claim.priority.label
+        raise LongWaitError(
+            f"its turn would come in {turn_s:.1f} s, and {name} requests wait for up to {limit_s:g} s "
+            f"(admission.{name}_wait_s); come back when Retry-After says",
+            retry_after_s=self._come_back_s(entry, turn_s - limit_s, now_s),
+        )
+
+    def _come_back_s(self, entry: E, room_in_s: float, now_s: float) -> float:
+        """What a refused client is told."""
+        priority, tenant = entry.claim.priority, entry.claim.tenant
+        weights = self.queues.of(priority).weights() | {tenant: entry.claim.weight}
+        pace = self._class_pace(priority, now_s) * entry.claim.weight / sum(weights.values())
+        took_s = entry.work / pace
+        earliest_s = max(room_in_s, took_s, MIN_RETRY_AFTER_S)
+        return _retry_after(self.appointments.give(entry, earliest_s, took_s, now_s))
+
+    def turn_s(self, entry: E, now_s: float) -> float:
+        """Predicted time until its turn would come, were it queued now: what waits before it in its class, at the pace
+        at which its class gets its turns, and what waits above."""
+        priority = entry.claim.priority
+        before = self.queues.of(priority).work_before(entry)
+        above = sum(self.queues.of(one).work for one in Priority if one < priority)
+        pace = self._pace.of(now_s if len(self.queues) else self._pace.last_s, self.in_flight.work_per_s)
+        return before / self._class_pace(priority, now_s) + above / pace
+
+    def _class_pace(self, priority: Priority, now_s: float) -> float:
+        pace = self._pace_of[priority]
+        return pace.of(now_s if len(self.queues.of(priority)) else pace.last_s, self._left_by_higher(priority, now_s))
+
+    def _left_by_higher(self, priority: Priority, now_s: float) -> float:
+        """Work a second that higher classes leave, by what they had lately; an aged class gets its share at least."""
+        whole = self.in_flight.work_per_s
+        higher = sum(self._sent[one].of(now_s) for one in Priority if one < priority) / LATELY_S
+        return max(AGED_SHARE * whole, whole - higher)
+
+    def _begin(self, entry: E, now_s: float) -> None:
+        self._sent[entry.claim.priority].add(entry.work, now_s)
+        self.in_flight.begin(entry, now_s)
 
     def step(self, now_s: float) -> Step[E]:
         """Fill the room that there is; take one batch request back where the SLO of a realtime one is at risk."""
@@ -148,6 +216,10 @@ class Scheduler(Generic[E]):
             victim.preemptions += 1
             victim.recount()
             victim.stage, victim.queued_s = Stage.QUEUED, now_s
+            if not len(self.queues):
+                self._pace.began(now_s, self.in_flight.work_per_s)
+            if not len(self.queues.of(victim.claim.priority)):
+                self._pace_of[victim.claim.priority].began(now_s, self._left_by_higher(victim.claim.priority, now_s))
             self.queues.put_back(victim)
             step.preempted.append(victim)
             self._fill(step, now_s)
@@ -195,7 +267,8 @@ class Scheduler(Generic[E]):
             else:
                 return
             self._pace.left(entry.work, now_s)
-            self.in_flight.begin(entry, now_s)
+            self._pace_of[entry.claim.priority].left(entry.work, now_s)
+            self._begin(entry, now_s)
             step.granted.append(entry)
 
     def _overlooked(self, now_s: float) -> E | None:

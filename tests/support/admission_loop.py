@@ -6,6 +6,7 @@ No thread, no clock, no chance but the seed's: what a test finds here it finds i
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,9 +29,10 @@ def policy(
     worker_wait_s: float = 0.02,
     ttft_slo_s: float = 2.0,
     max_preemptions: int = 2,
+    wait_s: float = math.inf,
 ) -> Policy:
     limits = QueueLimits(dict.fromkeys(Priority, each), total, aging_s)
-    return Policy(limits, worker_wait_s, ttft_slo_s, max_preemptions)
+    return Policy(limits, worker_wait_s, ttft_slo_s, max_preemptions, dict.fromkeys(Priority, wait_s))
 
 
 @dataclass(slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from frontend.admission.claim import Priority, Stage
 from frontend.admission.in_flight import Bottleneck, ClusterRoom, Others
 from frontend.admission.scheduler import Scheduler
-from slipstream.errors import DeadlineUnreachableError, OverloadedError, QueueFullError
+from slipstream.errors import DeadlineUnreachableError, LongWaitError, OverloadedError, QueueFullError
 from tests.support.admission_loop import Job, Loop, job, percentile, policy
 
 SECONDS = 60.0
@@ -211,17 +212,53 @@ def test_a_deadline_that_comes_before_the_predicted_turn_is_refused_at_once() ->
     assert not scheduler.arrive(job(0.0, work=2000.0, timeout_s=500.0), 0.0).admitted
 
 
-def test_retry_after_grows_with_the_backlog() -> None:
-    waits = []
-    for backlog in range(1, 40):
-        scheduler = busy(each=backlog, total=backlog)
-        for _ in range(backlog):
-            scheduler.arrive(job(0.0, work=1000.0), 0.0)
+def test_those_who_find_the_queue_full_are_told_to_come_back_one_after_the_other() -> None:
+    scheduler, waits, refused = busy(each=5, total=5), [], [job(0.0, work=4000.0) for _ in range(20)]
+    for _ in range(5):
+        scheduler.arrive(job(0.0, work=1000.0), 0.0)
+    for one in refused:
         with pytest.raises(QueueFullError) as caught:
-            scheduler.arrive(job(0.0, work=1000.0), 0.0)
+            scheduler.arrive(one, 0.0)
         waits.append(caught.value.retry_after_s or 0.0)
     assert waits == sorted(waits)
-    assert waits[-1] > waits[0] >= 1
+    assert len(set(waits)) == len(waits)
+    assert waits[0] >= 1
+
+
+def test_who_would_wait_for_longer_than_its_class_may_is_refused_and_let_in_when_it_comes_back_in_time() -> None:
+    scheduler = busy(wait_s=1.0)
+    waiting = [job(0.0, work=2000.0) for _ in range(2)]
+    for one in waiting:
+        assert not scheduler.arrive(one, 0.0).admitted
+    late, stranger = job(0.0, work=2000.0), job(0.0, work=2000.0)
+    with pytest.raises(LongWaitError, match=r"realtime requests wait for up to 1 s") as caught:
+        scheduler.arrive(late, 0.0)
+    told_s = caught.value.retry_after_s or 0.0
+    assert told_s >= 1
+    for one in waiting:
+        scheduler.end(one, told_s)
+    for _ in range(20):
+        with suppress(LongWaitError):
+            scheduler.arrive(job(told_s, work=200.0), told_s)
+    with pytest.raises(LongWaitError):
+        scheduler.arrive(stranger, told_s)
+    assert not scheduler.arrive(late, told_s).admitted, "it is queued, where others are refused"
+
+
+def test_one_of_a_class_may_wait_however_slow_the_workers_are() -> None:
+    scheduler = busy(wait_s=0.001)
+    assert not scheduler.arrive(job(0.0, work=1e6), 0.0).admitted
+    with pytest.raises(LongWaitError):
+        scheduler.arrive(job(0.0, work=1e6), 0.0)
+
+
+def test_what_higher_classes_take_is_not_promised_to_lower_ones() -> None:
+    """Realtime has most of the work: a batch request's turn comes as slowly as batch ones really go."""
+    loop = run(arrivals("a", 34.0, 1) + (waiting := arrivals("b", 20.0, 2, Priority.BATCH)), wait_s=5.0, aging_s=1000.0)
+    waited = [one.ttft_s for one in waiting if one.first_token_at_s is not None]
+    assert any(one.refused for one in waiting)
+    assert percentile(waited, 0.9) < 2 * 5.0
+    assert loop.now_s < 2 * SECONDS
 
 
 def at_risk(*batch: Job, max_preemptions: int = 2) -> tuple[Scheduler[Job], Job]:
