@@ -41,7 +41,8 @@ def make_worker(folder: Path, transfer: dict[str, Any], *, seed: int) -> tuple[B
     board = Board.create(folder, slots=16)
     settings = TransferSettings(**transfer)
     layout = Layout("benchmark", BLOCKS, 16, memory.regions)
-    return board, memory, agent_start.start(memory, layout, board, settings, host_id=HOST_ID, host="127.0.0.1")
+    agent, _ = agent_start.start(memory, layout, board, settings, host_id=HOST_ID, host="127.0.0.1")
+    return board, memory, agent
 
 
 def main() -> None:

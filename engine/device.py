@@ -91,17 +91,21 @@ def choose_step_tokens(asked: int | None, max_running: int, device: Device) -> i
     return asked
 
 
-def kv_token_bytes(hf_config: Any, dtype_bytes: int) -> int:
-    """KV bytes of one token over all layers, from a Hugging Face text configuration."""
+def kv_token_bytes(hf_config: Any, dtype_bytes: int, ranks: int = 1) -> int:
+    """KV bytes of one token over all layers, from a Hugging Face text configuration.
+
+    Args:
+        ranks: tensor-parallel ones; with more of them than there are KV heads, each still has a whole one.
+    """
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    return int(2 * hf_config.num_hidden_layers * heads * head_size * dtype_bytes)
+    return int(2 * hf_config.num_hidden_layers * max(heads, ranks) * head_size * dtype_bytes)
 
 
-def memory_bytes(device: Device) -> int:
-    """Memory of the device the engine will use."""
+def memory_bytes(device: Device, count: int = 1) -> int:
+    """Memory of the devices the engine will use."""
     if device == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info()[1])
+        return int(torch.cuda.mem_get_info()[1]) * count
     return int(psutil.virtual_memory().total)

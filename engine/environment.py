@@ -6,7 +6,8 @@ environment, at the very start of a worker, and nothing in Slipstream reads them
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import os
+from collections.abc import MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -33,10 +34,28 @@ def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
         # takes 16 s of silence in the middle of a request.
         **({"TORCHDYNAMO_DISABLE": "1"} if _is_cpu_build() else {}),
     }
-    if settings.worker.threads is not None:
-        defaults["OMP_NUM_THREADS"] = str(settings.worker.threads)
+    worker = settings.worker
+    if worker.tensor_parallel_size > 1 and _is_cpu_build():
+        defaults |= rank_threads(worker.tensor_parallel_size, worker.threads, sorted(os.sched_getaffinity(0)))
+    elif worker.threads is not None:
+        defaults["OMP_NUM_THREADS"] = str(worker.threads)
     for name, value in defaults.items():
         environ.setdefault(name, value)
+
+
+def rank_threads(ranks: int, threads: int | None, cpus: Sequence[int]) -> dict[str, str]:
+    """Where the threads of each rank run. Ranks wait for each other in every layer: what slows one down slows all, so
+    each has CPUs of its own as far as there are any.
+
+    Args:
+        threads: of all ranks together; all of `cpus` when None.
+    """
+    each = max(1, min(len(cpus), threads or len(cpus)) // ranks)
+    if len(cpus) < ranks or (threads is not None and threads > len(cpus)):
+        # vLLM's own choice wants a NUMA node for each rank.
+        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, (threads or 1) // ranks))}
+    shares = [cpus[rank * len(cpus) // ranks :][:each] for rank in range(ranks)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)}
 
 
 def _is_cpu_build() -> bool:

@@ -295,7 +295,8 @@ class _Host:
         def devices() -> DeviceHealth:
             if self._device != "cuda":
                 return NoDevices()
-            return open_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), limits.devices)
+            count = self._settings.worker.tensor_parallel_size if limits.devices is None else limits.devices
+            return open_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
 
         self._health = watch = HealthWatch(
             limits, self._worker_id, devices, cache=cache_folder(), on_change=registration.push

@@ -44,7 +44,10 @@ class TimedWorker(PlatformWorker):
 
     @contextmanager
     def _timed(self, counter: Counter, *, without: Counter | None = None) -> Iterator[None]:
-        """Count the block's nanoseconds, less what it adds to another counter."""
+        """Count the block's nanoseconds, less what it adds to another counter; those of the first rank, for all."""
+        if self.rank != 0:
+            yield
+            return
         board = Board.open(Path(self.vllm_config.kv_transfer_config.get_from_extra_config("board", "")))
         try:
             before_ns = board.counter(without) if without is not None else 0

@@ -125,13 +125,16 @@ class VllmEngine:
         context = int(getattr(hf_config, "max_position_embeddings", 0) or 4096)
         if worker.max_model_len is not None:
             context = min(context, worker.max_model_len)
+        ranks = worker.tensor_parallel_size
         kv_bytes = devices.choose_kv_bytes(
             worker.kv_cache_bytes,
-            devices.kv_token_bytes(hf_config, _DTYPE_BYTES[dtype]),
+            devices.kv_token_bytes(hf_config, _DTYPE_BYTES[dtype], ranks),
             context,
-            devices.memory_bytes(self.device),
+            devices.memory_bytes(self.device, ranks),
         )
         optional: dict[str, Any] = {}
+        if ranks > 1:
+            optional |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
         if worker.block_tokens is not None:
             optional["block_size"] = worker.block_tokens
         step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
@@ -151,7 +154,7 @@ class VllmEngine:
             dtype=dtype,
             skip_tokenizer_init=True,  # tokens in, tokens out
             max_model_len=context,
-            kv_cache_memory_bytes=kv_bytes,
+            kv_cache_memory_bytes=kv_bytes // ranks,
             max_num_seqs=worker.max_running,
             # Compiling costs a CPU worker more start-up time than it gains; a GPU captures graphs.
             enforce_eager=self.device == "cpu",
@@ -306,7 +309,9 @@ class VllmEngine:
         """See `Engine.transfer`."""
         found = read_endpoint(self._board)
         return (
-            TransferEndpoint(address=found.address, epoch=found.epoch, transports=found.transports) if found else None
+            TransferEndpoint(address=found.address, epoch=found.epoch, transports=found.transports, ranks=found.ranks)
+            if found
+            else None
         )
 
     async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
@@ -383,7 +388,8 @@ def _times(output: RequestOutput) -> EngineTimes | None:
 
 
 def _receive(handoff: Handoff, patience_s: float) -> list[Any]:
-    return [handoff.id, handoff.sender.address, handoff.sender.epoch, patience_s]
+    sender = handoff.sender
+    return [handoff.id, sender.address, sender.epoch, list(sender.ranks), patience_s]
 
 
 def _account(output: RequestOutput) -> RequestAccount:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -25,17 +27,18 @@ _SPAN_BYTES = 8 << 20
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a worker's transfer agent is."""
+    """Where a worker's transfer agent is; `ranks`: the addresses of those of all its ranks, where it has several."""
 
     address: str
     epoch: int
     transports: list[str]
+    ranks: list[str] = []
 
 
 def start(
     memory: KvMemory, layout: Layout, board: Board, settings: TransferSettings, *, host_id: str, host: str
-) -> TransferAgent:
-    """A running agent, published on the board.
+) -> tuple[TransferAgent, Endpoint]:
+    """A running agent, and where it is.
 
     Raises:
         StartupError: it cannot listen; or the transport asked for is not installed.
@@ -66,11 +69,20 @@ def start(
         resend_budget=settings.resend_budget,
         span_bytes=span_bytes,
     )
-    factories = _factories(memory, board, settings, host, span_bytes)
-    agent = TransferAgent(memory, terms, limits, factories, host=host, port=settings.port)
+    stem = f"{board.stem}-{layout.rank}"
+    factories = _factories(memory, board.path.parent, stem, settings, host, span_bytes)
+    port = settings.port + layout.rank if settings.port else 0
+    agent = TransferAgent(memory, terms, limits, factories, host=host, port=port)
     agent.start()
-    board.publish_endpoint(msgspec.msgpack.encode(Endpoint(agent.address, board.epoch, transports)))
-    return agent
+    return agent, Endpoint(agent.address, board.epoch, transports)
+
+
+def publish(board: Board, ranks: Sequence[Endpoint]) -> None:
+    """Tell the worker's service where the agents of its engine's ranks are, in order."""
+    first = ranks[0]
+    shared = [name for name in first.transports if all(name in end.transports for end in ranks)]
+    addresses = [end.address for end in ranks] if len(ranks) > 1 else []
+    board.publish_endpoint(msgspec.msgpack.encode(Endpoint(first.address, first.epoch, shared, addresses)))
 
 
 def read_endpoint(board: Board) -> Endpoint | None:
@@ -99,7 +111,7 @@ def _codec(name: str, memory: KvMemory) -> Codec | None:
 
 
 def _factories(
-    memory: KvMemory, board: Board, settings: TransferSettings, host: str, span_bytes: int
+    memory: KvMemory, folder: Path, stem: str, settings: TransferSettings, host: str, span_bytes: int
 ) -> dict[str, Factory]:
     landing_bytes = settings.landing_bytes
 
@@ -117,9 +129,7 @@ def _factories(
 
     return {
         "shm/direct": lambda: ShmDirect(readable=memory.on_host),
-        "shm/staged": lambda: ShmStaged(
-            board.path.parent, board.stem, span_bytes=span_bytes, landing_bytes=landing_bytes
-        ),
+        "shm/staged": lambda: ShmStaged(folder, stem, span_bytes=span_bytes, landing_bytes=landing_bytes),
         "ucx": ucx,
         "nixl": nixl,
     }

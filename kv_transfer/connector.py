@@ -1,7 +1,8 @@
 """The KV connector that vLLM loads (`KVTransferConfig(kv_connector="SlipstreamConnector", ...)`).
 
-vLLM makes one instance in its scheduler and one in each worker. This class only joins vLLM's hooks to
-`SchedulerSide` and `WorkerSide`, where the behaviour is. Its settings come in `kv_connector_extra_config`:
+vLLM makes one instance in its scheduler and one in each worker: with tensor parallelism there is a worker for each
+rank, in a process of its own, and each has a transfer agent for its part of the KV heads. This class only joins vLLM's
+hooks to `SchedulerSide` and `WorkerSide`, where the behaviour is. Its settings come in `kv_connector_extra_config`:
 
     board       path of the lease board, made by the worker's service
     owner_pid   that service; the engine ends itself when it is gone
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -35,12 +37,13 @@ from vllm.v1.request import RequestStatus
 from kv_transfer import agent_start as agents
 from kv_transfer import layout as layouts
 from kv_transfer.accounts import TransferReport
-from kv_transfer.board import Board, Counter
+from kv_transfer.agent_start import Endpoint
+from kv_transfer.board import Board, Counter, Outcome
 from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout
 from kv_transfer.model_identity import weights_digest
 from kv_transfer.scheduler_side import SchedulerSide, Step
-from kv_transfer.worker_side import WorkerSide, regions_by_layer
+from kv_transfer.worker_side import Results, WorkerSide, regions_by_layer
 from slipstream.errors import StartupError
 from slipstream.settings import TransferSettings
 
@@ -64,14 +67,38 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler, once a step."""
+    """Worker to scheduler, once a step: what `worker_side.Results` says, by request id and rank."""
 
-    started: dict[str, tuple[int, int]] = field(default_factory=dict)
-    reports: dict[str, TransferReport] = field(default_factory=dict)
+    started: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    reports: dict[str, dict[int, TransferReport]] = field(default_factory=dict)
+    ended: dict[str, Outcome] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, results: Results, rank: int) -> StepReports:
+        return cls(
+            {request_id: {rank: begun} for request_id, begun in results.started.items()},
+            {request_id: {rank: report} for request_id, report in results.reports.items()},
+            dict(results.ended),
+        )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         assert isinstance(other, StepReports)
-        return StepReports({**self.started, **other.started}, {**self.reports, **other.reports})
+        for request_id, begun in other.started.items():
+            self.started.setdefault(request_id, {}).update(begun)
+        for request_id, reports in other.reports.items():
+            self.reports.setdefault(request_id, {}).update(reports)
+        for request_id, outcome in other.ended.items():
+            self.ended[request_id] = max(outcome, self.ended.get(request_id, outcome))
+        return self
+
+
+@dataclass
+class RankEndpoint(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: where a rank's transfer agent is, and how much of each block it has."""
+
+    endpoint: Endpoint
+    block_tokens: int
+    block_bytes: int
 
 
 class SlipstreamConnector(KVConnectorBase_V1):
@@ -79,8 +106,13 @@ class SlipstreamConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        if vllm_config.parallel_config.world_size != 1:
-            raise StartupError("Slipstream's KV transfer runs with one GPU a worker: set tensor and pipeline size to 1")
+        parallel = vllm_config.parallel_config
+        self._rank, self._ranks = parallel.rank, parallel.tensor_parallel_size
+        if parallel.world_size != self._ranks:
+            raise StartupError(
+                f"Slipstream's KV transfer knows tensor parallelism only: {parallel.world_size} processes an engine, "
+                f"but a tensor-parallel size of {self._ranks}; set pipeline and context parallel sizes to 1"
+            )
         config = self._kv_transfer_config
         self._board = Board.open(Path(config.get_from_extra_config("board", "")))
         self._settings = TransferSettings(**config.get_from_extra_config("transfer", {}))
@@ -88,11 +120,17 @@ class SlipstreamConnector(KVConnectorBase_V1):
         self._worker: WorkerSide | None = None
         self._blocks = kv_cache_config.num_blocks
         self._step_reports: StepReports | None = None
+        self._endpoint: RankEndpoint | None = None
         if role is KVConnectorRole.SCHEDULER:
             _belong_to(int(config.get_from_extra_config("owner_pid", 0)))
             self._scheduler = SchedulerSide(
-                self._board, block_tokens=vllm_config.cache_config.block_size, lease_s=self._settings.lease_s
+                self._board,
+                block_tokens=vllm_config.cache_config.block_size,
+                lease_s=self._settings.lease_s,
+                ranks=self._ranks,
             )
+        elif self._ranks > 1:
+            _belong_to(os.getppid())
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -128,7 +166,15 @@ class SlipstreamConnector(KVConnectorBase_V1):
         if isinstance(meta, StepReports):
             self._sched.take_started(meta.started)
             self._sched.take_reports(meta.reports)
+            self._sched.take_ended(meta.ended)
         self._sched.release(connector_output.finished_sending or set())
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        ranks = [metadata[rank] for rank in sorted(metadata)]
+        ends = [end for end in ranks if isinstance(end, RankEndpoint)]
+        agents.publish(self._board, [end.endpoint for end in ends])
+        self._board.set_gauge(Counter.BLOCK_TOKENS, ends[0].block_tokens)
+        self._board.set_gauge(Counter.BLOCK_BYTES, sum(end.block_bytes for end in ends))
 
     def take_events(self) -> Iterable[Any]:
         self._sched.publish_gauges()  # the last hook of a step: blocks freed by this step are free by now
@@ -149,11 +195,17 @@ class SlipstreamConnector(KVConnectorBase_V1):
         cache_config = self._vllm_config.cache_config
         views = layouts.block_views(kv_caches, self._blocks)
         memory = KvMemory(views, dtype=str(next(iter(kv_caches.values())).dtype).removeprefix("torch."))
-        facts = {**_facts(self._vllm_config), "pieces": memory.piece_bytes}
-        layout = Layout(layouts.fingerprint(facts), self._blocks, cache_config.block_size, memory.regions)
+        layout = Layout(
+            layouts.fingerprint(_facts(self._vllm_config, memory.piece_bytes)),
+            self._blocks,
+            cache_config.block_size,
+            memory.regions,
+            self._rank,
+            self._ranks,
+        )
         config = self._kv_transfer_config
         began_ns = time.monotonic_ns()
-        agent = agents.start(
+        agent, endpoint = agents.start(
             memory,
             layout,
             self._board,
@@ -161,7 +213,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
             host_id=config.get_from_extra_config("host_id", ""),
             host=config.get_from_extra_config("host", "127.0.0.1"),
         )
-        self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
+        self._endpoint = RankEndpoint(endpoint, layout.block_tokens, layout.block_bytes)
+        if self._rank == 0:  # every word of the board has one writer
+            self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
         names = layouts.in_order(kv_caches)
         self._worker = WorkerSide(
             self._board,
@@ -170,8 +224,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
             regions=regions_by_layer(names, len(memory.regions)),
             by_layer=memory.on_host,
         )
-        self._board.set_gauge(Counter.BLOCK_TOKENS, layout.block_tokens)
-        self._board.set_gauge(Counter.BLOCK_BYTES, layout.block_bytes)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._endpoint
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         # The first hook of every step, before anything is written: what it takes away is fenced off here.
@@ -201,9 +256,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results = self._work.poll()
-        self._step_reports = StepReports(results.started, results.reports) if not results.empty else None
+        self._step_reports = StepReports.of(results, self._rank) if not results.empty else None
         return KVConnectorTransferResults(
-            finished_sending=results.sent, finished_recving=results.received, failed_recving=results.failed
+            finished_sending=set(results.ended), finished_recving=results.received, failed_recving=results.failed
         )
 
     def build_connector_worker_meta(self) -> StepReports | None:
@@ -215,9 +270,11 @@ class SlipstreamConnector(KVConnectorBase_V1):
             self._worker.shutdown()
 
 
-def _facts(vllm_config: VllmConfig) -> dict[str, object]:
+def _facts(vllm_config: VllmConfig, piece_bytes: list[int]) -> dict[str, object]:
     model = vllm_config.model_config
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)  # of one rank
     return {
+        "head_pieces": [size // heads for size in piece_bytes],
         "architecture": model.hf_config.to_json_string(use_diff=False),
         "name": model.served_model_name,
         "weights": weights_digest(Path(model.model)),
@@ -230,7 +287,8 @@ def _facts(vllm_config: VllmConfig) -> dict[str, object]:
 
 
 def _belong_to(owner_pid: int) -> None:
-    """Tie this engine process to the service that owns it: it ends when the service has died, even by SIGKILL.
+    """Tie this engine process to the one that owns it (the service, or the engine core of a rank): it ends when that
+    has died, even by SIGKILL.
 
     A thread that sleeps in poll() on a pidfd: exact, and without cost. (PR_SET_PDEATHSIG would fire at the
     end of the thread, not of the process, that started this one.) A terminal's Ctrl-C is the service's to

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from kv_transfer import receiver_link, wire
 from kv_transfer.channel import channel
 from kv_transfer.extents import Extent
-from kv_transfer.handoff import Handoff, check
+from kv_transfer.handoff import Handoff, Seal, check
 from kv_transfer.inbound import Inbound, Tally, Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
 from kv_transfer.outbound import Fence, Outbound, Receiver
@@ -178,12 +178,13 @@ class Exchange:
 
     def open(self, request_id: str, handoff: Handoff) -> None:
         try:
-            check(handoff)
+            source = self._source(handoff)
         except TransferError as error:
             self._happened(Received(request_id, Tally(), error))
             return
         inbound = Inbound(
-            handoff=handoff,
+            handoff=source,
+            shard=self._terms.layout.rank,
             memory=self._memory,
             in_thread=self._in_thread,
             on_started=lambda tokens, digest: self._happened(Started(request_id, tokens, digest)),
@@ -192,7 +193,22 @@ class Exchange:
             budget=self._limits.resend_budget,
         )
         self._inbounds[request_id] = inbound
-        self._spawn(self._link_to(handoff).open(inbound), f"open-{request_id}")
+        self._spawn(self._link_to(source).open(inbound), f"open-{request_id}")
+
+    def _source(self, handoff: Handoff) -> Handoff:
+        """The rank of the sender that has what this one shall have.
+
+        Raises:
+            TransferError: `bad_handoff`; `layout`: the two workers divide the KV heads differently.
+        """
+        addresses, own = check(handoff).addresses, self._terms.layout
+        if len(addresses) != own.ranks:
+            raise TransferError(
+                f"the sender's tensor-parallel size is {len(addresses)}, this worker's is {own.ranks}: give both the "
+                "same worker.tensor_parallel_size",
+                code="layout",
+            )
+        return Handoff(handoff.id, addresses[own.rank], handoff.epoch)
 
     def receive(self, request_id: str, want: Want) -> None:
         inbound = self._inbounds.get(request_id)
@@ -224,11 +240,15 @@ class Exchange:
     def expect(self, handoff_id: bytes, fence: Fence) -> None:
         if handoff_id in self._outbounds:
             return
-        outbound = Outbound(handoff_id, self._terms.epoch, self._memory, fence, self._in_thread, self._buffers)
+        outbound = self._outbound(handoff_id, fence)
         self._outbounds[handoff_id] = outbound
         parked = self._parked.pop(handoff_id, None)
         if parked is not None:
             outbound.attach(parked.receiver)
+
+    def _outbound(self, handoff_id: bytes, fence: Fence) -> Outbound:
+        seal = Seal(handoff_id, self._terms.epoch, self._terms.layout.rank)
+        return Outbound(handoff_id, seal, self._memory, fence, self._in_thread, self._buffers)
 
     def begin(self, handoff_id: bytes, fence: Fence, tokens: int, digest: int) -> None:
         self.expect(handoff_id, fence)

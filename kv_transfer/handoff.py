@@ -18,13 +18,20 @@ class Handoff(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         id: random, made for one pair of calls; only who was told it can receive the blocks.
-        address: host:port of the sender's transfer agent.
+        address: host:port of the sender's transfer agent; of the first one where it has several ranks.
         epoch: of the sender's process; a restarted one has another, and is never taken for this one.
+        ranks: addresses of the agents of all its tensor-parallel ranks, in order; empty where there is only one.
     """
 
     id: bytes
     address: str
     epoch: int
+    ranks: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of its ranks' agents, in order."""
+        return self.ranks or (self.address,)
 
 
 def check(handoff: Handoff) -> Handoff:
@@ -33,10 +40,11 @@ def check(handoff: Handoff) -> Handoff:
     Raises:
         TransferError: `bad_handoff`.
     """
-    if len(handoff.id) != ID_BYTES or handoff.address.count(":") < 1 or not 0 <= handoff.epoch < 1 << 64:
+    unreachable = [address for address in handoff.addresses if ":" not in address]
+    if len(handoff.id) != ID_BYTES or unreachable or not 0 <= handoff.epoch < 1 << 64:
         raise TransferError(
-            f"a handoff has an id of {ID_BYTES} bytes, an address host:port and an epoch of 64 bits, got "
-            f"{len(handoff.id)} bytes, {handoff.address!r} and {handoff.epoch}",
+            f"a handoff has an id of {ID_BYTES} bytes, addresses host:port and an epoch of 64 bits, got "
+            f"{len(handoff.id)} bytes, {', '.join(map(repr, handoff.addresses))} and {handoff.epoch}",
             code="bad_handoff",
         )
     return handoff
@@ -50,12 +58,15 @@ def digest_tokens(token_ids: Sequence[int]) -> int:
 class Seal:
     """Digests of block bytes, bound to a handoff, the sender's incarnation and the place in the prompt.
 
-    xxh3 with a seed made of all four: the same bytes under another id, epoch, block or region have another digest.
-    It guards against mistakes and accidents of memory and network, not against a forger.
+    xxh3 with a seed made of all of them: the same bytes under another id, epoch, shard, block or region have another
+    digest. It guards against mistakes and accidents of memory and network, not against a forger.
+
+    Args:
+        shard: which part of the KV heads it is, where they are divided among tensor-parallel ranks.
     """
 
-    def __init__(self, handoff_id: bytes, epoch: int) -> None:
-        self._base = xxhash.xxh3_64_intdigest(handoff_id + epoch.to_bytes(8, "little"))
+    def __init__(self, handoff_id: bytes, epoch: int, shard: int = 0) -> None:
+        self._base = xxhash.xxh3_64_intdigest(handoff_id + epoch.to_bytes(8, "little") + shard.to_bytes(4, "little"))
 
     def digest(self, data: memoryview, block: int, region: int) -> int:
         """Of one piece: the bytes of block `block` of the prompt in region `region`."""

@@ -100,6 +100,7 @@ class Inbound:
         on_end: called once with None, or with the error that ended it.
         timeout_s: longest wait for a span once everything is computed.
         budget: spans that may be asked for again.
+        shard: which part of the KV heads it is.
     """
 
     handoff: Handoff
@@ -109,6 +110,7 @@ class Inbound:
     on_end: Callable[[TransferError | None], None]
     timeout_s: float
     budget: int
+    shard: int = 0
     state: State = State.OPEN
     tally: Tally = field(default_factory=Tally)
     _seal: Seal = field(init=False)
@@ -130,7 +132,7 @@ class Inbound:
     _progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._seal = Seal(self.handoff.id, self.handoff.epoch)
+        self._seal = Seal(self.handoff.id, self.handoff.epoch, self.shard)
 
     # -- what the connection does -------------------------------------------------------------------------
 

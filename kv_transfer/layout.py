@@ -29,17 +29,20 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """All of a worker's KV memory, as its transfer agent tells it to peers.
+    """All of the KV memory of a worker, or of one of its tensor-parallel ranks, as its transfer agent tells peers.
 
     Attributes:
         fingerprint: equal when block contents can be exchanged.
-        regions: their addresses are in the memory of the worker's process.
+        regions: their addresses are in the memory of the rank's process.
+        rank, ranks: which part of the KV heads this is, and of how many.
     """
 
     fingerprint: str
     blocks: int
     block_tokens: int
     regions: list[Region]
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def block_bytes(self) -> int:

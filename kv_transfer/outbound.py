@@ -67,7 +67,7 @@ class Outbound:
     def __init__(
         self,
         handoff_id: bytes,
-        epoch: int,
+        seal: Seal,
         memory: KvMemory,
         fence: Fence,
         in_thread: Callable[[Callable[[], list[int]], int], Awaitable[list[int]]],
@@ -79,7 +79,7 @@ class Outbound:
         self.started = False
         self.computed = False
         self._memory = memory
-        self._seal = Seal(handoff_id, epoch)
+        self._seal = seal
         self._in_thread = in_thread
         self._buffers = buffers
         self._fence = fence

@@ -6,12 +6,16 @@ here, to sample the first token. A request asks once; after a failure, or a pree
 
 A request that brings a lease is sent while it is computed: each step says which blocks it finishes. When the prompt is
 complete its blocks are pinned until the receiver has them or the lease ends.
+
+Where the engine has several tensor-parallel ranks each has its part of every block, and sends and receives it by
+itself. Here they are put together: a prompt has begun when it has begun for all ranks, its blocks are here when all
+ranks have theirs, and a transfer that has failed on one rank is given up on all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from kv_transfer.accounts import Accounts, TransferReport
 from kv_transfer.board import Board, Counter, Outcome, Word
 from kv_transfer.handoff import Handoff, digest_tokens
+from kv_transfer.rank_reports import RankReports
 from slipstream import telemetry
 
 if TYPE_CHECKING:
@@ -30,8 +35,16 @@ log = telemetry.get_logger(__name__)
 
 # Keys of a request's `kv_transfer_params`, in and out.
 SEND = "slipstream_send"  # in: (slot, nonce, handoff id, cached only)
-RECEIVE = "slipstream_receive"  # in: (handoff id, address, epoch, patience_s)
+RECEIVE = "slipstream_receive"  # in: (handoff id, address, epoch, addresses of several ranks, patience_s)
 ACCOUNT = "slipstream_account"  # out: Account as a dict
+
+_ENDED = {
+    Outcome.TAKEN: Counter.HANDOFFS_TAKEN,
+    Outcome.RELEASED: Counter.HANDOFFS_RELEASED,
+    Outcome.EXPIRED: Counter.HANDOFFS_EXPIRED,
+}
+# Of the prompt of a sender whose ranks do not compute the same: no prompt has it.
+_NO_DIGEST = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,7 @@ class _Incoming:
     until_s: float = 0.0  # give up waiting for the sender to begin; 0: never
     tokens: int = 0
     digest: int = 0
+    begun: dict[int, tuple[int, int]] = field(default_factory=dict)  # (tokens, digest) by rank
 
 
 @dataclass(slots=True)
@@ -124,11 +138,27 @@ class _Outgoing:
     published: int = 0  # blocks
 
 
-class SchedulerSide:
-    """State of all requests in the engine that transfer something."""
+@dataclass(slots=True)
+class _Held:
+    """A lease whose blocks are pinned. `outcome` is that of the ranks for which it has ended."""
 
-    def __init__(self, board: Board, *, block_tokens: int, lease_s: float) -> None:
+    slot: int
+    nonce: int
+    outcome: Outcome = Outcome.TAKEN
+
+
+class SchedulerSide:
+    """State of all requests in the engine that transfer something.
+
+    Args:
+        ranks: of the engine; each sends and receives its part.
+    """
+
+    def __init__(self, board: Board, *, block_tokens: int, lease_s: float, ranks: int = 1) -> None:
         self._board = board
+        self._ranks = ranks
+        self._reports = RankReports(ranks)
+        self._held: dict[str, _Held] = {}
         self._block_tokens = block_tokens
         self._lease_s = lease_s
         self._pool: BlockPool | None = None
@@ -136,7 +166,6 @@ class SchedulerSide:
         self._incoming: dict[str, _Incoming] = {}
         self._outgoing: dict[str, _Outgoing] = {}
         self._step = Step()
-        self._held = 0
 
     def bind_pool(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -147,7 +176,7 @@ class SchedulerSide:
     def publish_gauges(self) -> None:
         if self._pool is not None:
             self._board.set_gauge(Counter.BLOCKS_FREE, self._pool.get_num_free_blocks())
-        self._board.set_gauge(Counter.HANDOFFS_HELD, self._held)
+        self._board.set_gauge(Counter.HANDOFFS_HELD, len(self._held))
 
     # -- receiving ----------------------------------------------------------------------------------------
 
@@ -180,8 +209,8 @@ class SchedulerSide:
         # At least one prompt token has to be computed, to sample from; is all the rest here?
         if local_tokens >= int(request.num_tokens) - 1:
             return _Incoming(_Stage.OVER, request.num_prompt_tokens)
-        handoff_id, address, epoch, patience_s = raw
-        self._step.opens.append((request.request_id, Handoff(bytes(handoff_id), address, epoch)))
+        handoff_id, address, epoch, ranks, patience_s = raw
+        self._step.opens.append((request.request_id, Handoff(bytes(handoff_id), address, epoch, tuple(ranks))))
         until_s = time.monotonic() + patience_s if patience_s else 0.0
         return _Incoming(_Stage.OPENED, request.num_prompt_tokens, until_s)
 
@@ -206,16 +235,26 @@ class SchedulerSide:
         self._step.loads.append(Load(request.request_id, first, list(block_ids[first:end])))
         self._accounts.expect(request.request_id, request.num_prompt_tokens, tokens)
 
-    def take_started(self, started: dict[str, tuple[int, int]]) -> None:
-        """Senders have begun to compute these."""
-        for request_id, (tokens, digest) in started.items():
+    def take_started(self, started: Mapping[str, Mapping[int, tuple[int, int]]]) -> None:
+        """Senders have begun to compute these: (tokens, digest) of the prompt, by rank."""
+        for request_id, begun in started.items():
             incoming = self._incoming.get(request_id)
-            if incoming is not None and incoming.stage is _Stage.OPENED:
-                incoming.stage, incoming.tokens, incoming.digest = _Stage.STARTED, tokens, digest
+            if incoming is None or incoming.stage is not _Stage.OPENED:
+                continue
+            incoming.begun.update(begun)
+            if len(incoming.begun) == self._ranks:
+                prompts = set(incoming.begun.values())
+                incoming.stage = _Stage.STARTED
+                incoming.tokens, incoming.digest = prompts.pop() if len(prompts) == 1 else (0, _NO_DIGEST)
 
-    def take_reports(self, reports: dict[str, TransferReport]) -> None:
-        """Transfers have ended; called before the scheduler acts on them."""
-        for request_id, report in reports.items():
+    def take_reports(self, of_ranks: Mapping[str, Mapping[int, TransferReport]]) -> None:
+        """Transfers have ended, by rank; called before the scheduler acts on them."""
+        for request_id, reports in of_ranks.items():
+            report = self._reports.take(request_id, reports)
+            if report is None:
+                continue
+            if report.failure and self._reports.outstanding(request_id):
+                self._step.cancels.append(request_id)  # the other ranks' parts are of no use any more
             incoming = self._incoming.get(request_id)
             if incoming is not None:
                 if incoming.stage is _Stage.OVER:
@@ -351,11 +390,22 @@ class SchedulerSide:
             self._step.ends.append((bytes(raw[2]), "lease_ended"))
             return False, out
         board.put(slot, Word.HELD, nonce)
-        self._held += 1
+        self._held[request_id] = _Held(slot, nonce)
         until_ns = time.monotonic_ns() + int(self._lease_s * 1e9)
         self._step.holds.append(Hold(request_id, outgoing.handoff_id, slot, nonce, until_ns))
         return True, out
 
+    def take_ended(self, ended: Mapping[str, Outcome]) -> None:
+        """These leases have ended on some ranks; of different outcomes the worst counts."""
+        for request_id, outcome in ended.items():
+            held = self._held[request_id]
+            held.outcome = max(held.outcome, outcome)
+
     def release(self, request_ids: set[str]) -> None:
-        """The worker side has ended these leases."""
-        self._held -= len(request_ids)
+        """These leases have ended on all ranks: their blocks are free from now on."""
+        board = self._board
+        for request_id in request_ids:
+            held = self._held.pop(request_id)
+            board.put(held.slot, Word.HELD, 0)
+            board.put(held.slot, Word.OUTCOME, held.nonce | held.outcome)
+            board.add(_ENDED[held.outcome])

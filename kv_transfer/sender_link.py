@@ -200,7 +200,14 @@ class SenderLink:
             raise TransferError(f"the worker at {self.address} was restarted", code="worker_gone")
         if hello.layout.fingerprint != self._terms.layout.fingerprint:
             raise TransferError("the two workers' KV layouts differ (model, dtype, block size or CPU)", code="layout")
-        return hello.layout
+        theirs, own = hello.layout, self._terms.layout
+        if (theirs.rank, theirs.ranks) != (own.rank, own.ranks):
+            raise TransferError(
+                f"{self.address} is rank {theirs.rank} of {theirs.ranks}, and not rank {own.rank} of {own.ranks} as "
+                "here (worker.tensor_parallel_size)",
+                code="layout",
+            )
+        return theirs
 
     def _codec(self, way: str) -> str:
         return "none" if way.startswith("shm/") else self._terms.codec

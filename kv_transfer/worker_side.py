@@ -1,5 +1,8 @@
 """The half of the connector that lives in vLLM's worker: tells the agent what each step does, and watches leases.
 
+Of an engine with tensor-parallel ranks each has one, for its part of every block; what they find is put together in
+`scheduler_side`.
+
 Every engine step passes through here, also empty ones; while something is outstanding vLLM keeps stepping. In an empty
 step this waits a moment for news from the agent, so that an engine that only waits uses little of its core.
 """
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.accounts import TransferReport
 from kv_transfer.agent import TransferAgent
-from kv_transfer.board import Board, Counter, Outcome, Word
+from kv_transfer.board import Board, Outcome, Word
 from kv_transfer.exchange import Received, Started, Taken
 from kv_transfer.extents import Extent
 from kv_transfer.inbound import Want
@@ -27,11 +30,6 @@ log = telemetry.get_logger(__name__)
 
 # How long an empty step waits for news: what a new request may wait for the engine, beside its prompt's computation.
 _EMPTY_STEP_S = 0.004
-_COUNTERS = {
-    Outcome.TAKEN: Counter.HANDOFFS_TAKEN,
-    Outcome.RELEASED: Counter.HANDOFFS_RELEASED,
-    Outcome.EXPIRED: Counter.HANDOFFS_EXPIRED,
-}
 
 
 @dataclass(slots=True)
@@ -39,11 +37,12 @@ class Results:
     """What has happened since the last step, by request id.
 
     Attributes:
+        ended: leases, and how.
         started: (tokens, digest) of handoffs that senders have begun to compute.
         reports: of transfers that have ended; those that had blocks are in `received` too.
     """
 
-    sent: set[str] = field(default_factory=set)
+    ended: dict[str, Outcome] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     started: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -51,11 +50,11 @@ class Results:
 
     @property
     def empty(self) -> bool:
-        return not (self.sent or self.received or self.started or self.reports)
+        return not (self.ended or self.received or self.started or self.reports)
 
 
 class WorkerSide:
-    """The transfers and leases of one engine.
+    """The transfers and leases of one engine, or of one of its ranks.
 
     Args:
         regions: of each layer by name: (first region, end).
@@ -195,8 +194,10 @@ class WorkerSide:
             outcome = self._outcome(hold, now_ns)
             if outcome is not None:
                 del self._holding[request_id]
-                self._end(hold, outcome)
-                results.sent.add(request_id)
+                self._forget(hold.handoff_id)
+                why = f"the lease on the blocks has ended: {outcome.name.lower()}"
+                self._agent.end(hold.handoff_id, "lease_ended", why)
+                results.ended[request_id] = outcome
 
     def _outcome(self, hold: Hold, now_ns: int) -> Outcome | None:
         board = self._board
@@ -209,14 +210,6 @@ class WorkerSide:
             log.warning("lease_expired", request_id=hold.request_id)
             return Outcome.EXPIRED
         return None
-
-    def _end(self, hold: Hold, outcome: Outcome) -> None:
-        board = self._board
-        self._forget(hold.handoff_id)
-        self._agent.end(hold.handoff_id, "lease_ended", f"the lease on the blocks has ended: {outcome.name.lower()}")
-        board.put(hold.slot, Word.HELD, 0)
-        board.put(hold.slot, Word.OUTCOME, hold.nonce | outcome)
-        board.add(_COUNTERS[outcome])
 
     def _forget(self, handoff_id: bytes) -> None:
         self._sent.discard(handoff_id)

@@ -26,6 +26,7 @@ MAX_HOST_ID_CHARS = 256
 MAX_NODE_CHARS = 253
 
 MAX_TRANSPORTS = 8
+MAX_RANKS = 64
 MAX_STARTUP_S = 7 * 86400.0
 MAX_HEALTH_REASONS, MAX_HEALTH_DEVICES, MAX_HEALTH_CHARS = 16, 64, 240
 
@@ -96,6 +97,11 @@ def _check_endpoint(endpoint: TransferEndpoint) -> None:
         raise _wrong("transfer.transports", f"{len(endpoint.transports)} names", f"at most {MAX_TRANSPORTS}")
     for name in endpoint.transports:
         _check_text("transfer.transports", name, MAX_PATH_NAME_CHARS, required=True)
+    if len(endpoint.ranks) > MAX_RANKS or (endpoint.ranks and endpoint.ranks[0] != endpoint.address):
+        shown = f"{len(endpoint.ranks)} addresses, the first {list(endpoint.ranks[:1])}"
+        raise _wrong("transfer.ranks", shown, f"at most {MAX_RANKS}, the first one transfer.address")
+    for address in endpoint.ranks:
+        _check_address("transfer.ranks", address)
 
 
 def _check_path(path: TransferPath) -> None:

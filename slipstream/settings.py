@@ -198,7 +198,8 @@ class WorkerSettings(Section):
     kv_cache_bytes: int | None = Field(
         None,
         ge=1 << 20,
-        description="memory for the KV cache; room for four full contexts, within limits, when absent",
+        description="memory for the KV cache, of all ranks together; room for four full contexts, within limits, when "
+        "absent",
     )
     block_tokens: int | None = Field(None, ge=1, description="tokens a KV block; the engine's choice when absent")
     max_batched_tokens: int | None = Field(
@@ -206,8 +207,17 @@ class WorkerSettings(Section):
     )
     max_running: int = Field(64, ge=1, le=4096, description="requests computed at the same time")
     max_waiting: int = Field(256, ge=0, le=65536, description="requests queued before a worker refuses more")
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="GPUs of one node that the worker's engine spreads the model over (tensor parallelism); a process "
+        "for each, also on CPUs",
+    )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of the engine; all cores of the process when absent"
+        None,
+        ge=1,
+        description="CPU threads of the engine, of all its ranks together; all cores of the process when absent",
     )
     load_format: Literal["auto", "runai_streamer"] = Field(
         "auto",
@@ -281,7 +291,13 @@ class TransferSettings(Section):
     host: str | None = Field(
         None, description="address the transfer agent listens on, as other workers reach it; worker.host when absent"
     )
-    port: int = Field(0, ge=0, le=65535, description="port of the transfer agent; 0 takes a free one")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port of the transfer agent; 0 takes a free one. Of tensor-parallel ranks each has its own: this "
+        "one and those after it",
+    )
     lease_s: float = Field(30.0, ge=1, le=600, description="longest blocks are held for a decode worker")
     timeout_s: float = Field(
         10.0, gt=0, le=600, description="longest wait for blocks that are computed before decode recomputes"
@@ -293,7 +309,10 @@ class TransferSettings(Section):
         8, ge=0, le=1024, description="spans of one handoff that may be sent again before decode recomputes"
     )
     landing_bytes: int = Field(
-        128 << 20, ge=1 << 20, le=16 << 30, description="memory in which blocks land before they are checked"
+        128 << 20,
+        ge=1 << 20,
+        le=16 << 30,
+        description="memory in which blocks land before they are checked, for each rank",
     )
     board_slots: int = Field(1024, ge=16, le=65536, description="handoffs a worker can hold at the same time")
     probe: bool = Field(True, description="measure the path to each new peer at registration")
@@ -303,8 +322,11 @@ class HealthSettings(Section):
     """How a worker watches its device and node, and what becomes of a sick one."""
 
     watch: bool = Field(True, description="watch the worker's GPUs (NVML), its node, and `health.file`")
-    devices: int = Field(
-        1, ge=0, le=64, description="GPUs that the worker computes on: the first of CUDA_VISIBLE_DEVICES"
+    devices: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="GPUs to watch: the first of CUDA_VISIBLE_DEVICES; all that the worker computes on when absent",
     )
     interval_s: float = Field(5.0, ge=0.1, le=600, description="between two readings")
     file: Path | None = Field(

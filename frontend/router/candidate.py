@@ -57,6 +57,7 @@ class Candidate:
         slot: a small number that no other worker of the fleet has now; kept as long as the candidate is.
         row: in its pool's vectors; -1 once it has left.
         sender: under which name other workers have measured the way from this one; reachable: whether blocks can leave.
+        ranks: among which its KV heads are divided.
         crossing: those of its transports that reach other hosts.
         ways: measured ways to this worker by sender and epoch of its transfer agent; None where none works.
         pending_s, jobs: predicted seconds of this frontend's prompts that it has yet to compute, and their number.
@@ -77,6 +78,7 @@ class Candidate:
     host_id: str = ""
     sender: tuple[str, int] = ("", 0)
     reachable: bool = False
+    ranks: int = 1
     crossing: frozenset[str] = frozenset()
     block_tokens: int = 1
     block_bytes: int = 0
@@ -113,6 +115,7 @@ class Candidate:
         self.worker_id, self.host_id = record.worker_id, record.host_id
         self.sender = record.worker_id, record.transfer.epoch
         self.reachable = bool(record.transfer.address)
+        self.ranks = max(1, len(record.transfer.ranks))
         self.transports = frozenset(record.transfer.transports)
         self.crossing = self.transports - {SHM}
         self.block_tokens, self.block_bytes = max(1, record.capacity.block_tokens), record.capacity.block_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from frontend.router.candidate import Candidate, Way
+from slipstream.tensor_parallel import can_exchange
 
 NEAR = Way(bytes_per_s=1e9, latency_s=1e-3)
 FAR = Way(bytes_per_s=100e6, latency_s=10e-3)
@@ -11,7 +12,7 @@ FAR = Way(bytes_per_s=100e6, latency_s=10e-3)
 
 def way(receiver: Candidate, sender: Candidate) -> Way | None:
     """The best measured way, a typical one where nobody has measured; None when blocks cannot travel."""
-    if not sender.reachable:
+    if not sender.reachable or not can_exchange(receiver.ranks, sender.ranks):
         return None
     near = receiver.host_id == sender.host_id and receiver.host_id != ""
     if not near and receiver.crossing.isdisjoint(sender.crossing):

@@ -314,20 +314,25 @@ Global___Startup: _TypeAlias = Startup  # noqa: Y015
 
 @_typing.final
 class TransferEndpoint(_message.Message):
-    """A worker's transfer agent, which lives in its engine process."""
+    """A worker's transfer agent, which lives in its engine process; one in each where the engine has several."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
-    """host:port of its control connections"""
+    """host:port of its control connections; of rank 0's"""
     epoch: _builtins.int
     """of the engine process; a restarted one has another"""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """that it can use: shm, ucx, nixl"""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """addresses of all tensor-parallel ranks' agents, in order; empty: there is one"""
 
     def __init__(
         self,
@@ -335,10 +340,11 @@ class TransferEndpoint(_message.Message):
         address: _builtins.str = ...,
         epoch: _builtins.int = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        ranks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "ranks", b"ranks", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

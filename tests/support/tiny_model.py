@@ -25,7 +25,6 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_HIDDEN: Final = 64
 # The CPU attention of vLLM takes heads of 32, 64, 96, 128, ...
 _HEAD: Final = 32
 # Wide enough that attention picks single tokens out of thousands; a narrow one averages them all, and a KV block gone
@@ -43,10 +42,13 @@ A café in Zürich, a façade in São Paulo, a naïve question in Köln: 東京 
 """
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, *, seed: int = 0, heads: int = 2, kv_heads: int = 1) -> Path:
     """Write the whole model, weights in float32, into `folder` (made if need be) and return it.
 
     Another seed makes another model: it answers the same prompt differently. Needs torch and transformers.
+
+    Args:
+        heads, kv_heads: of attention; what a tensor-parallel engine divides among its ranks.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,11 +56,11 @@ def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     make_tiny_tokenizer(folder)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=_HIDDEN,
-        intermediate_size=2 * _HIDDEN,
+        hidden_size=heads * _HEAD,
+        intermediate_size=2 * heads * _HEAD,
         num_hidden_layers=2,
-        num_attention_heads=_HIDDEN // _HEAD,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=_HEAD,
         max_position_embeddings=MAX_MODEL_LEN,
         tie_word_embeddings=False,

@@ -102,7 +102,7 @@ def side(board: Board) -> SchedulerSide:
 
 
 def receiving(patience_s: float = 0.0) -> Request:
-    return Request(kv_transfer_params={RECEIVE: [ID, "host:1", 7, patience_s]})
+    return Request(kv_transfer_params={RECEIVE: [ID, "host:1", 7, [], patience_s]})
 
 
 def sending(*, cached_only: bool = False, tokens: int = 100) -> Request:
@@ -124,7 +124,7 @@ def finish(side: SchedulerSide, request: Request, *, completed: bool = True) -> 
 def begun(side: SchedulerSide, request: Request, tokens: int = 100, local: int = 0) -> int | None:
     """The sender has begun to compute the request's prompt."""
     assert receivable(side, request, local) is None
-    side.take_started({"r": (tokens, digest_tokens(PROMPT[:tokens]))})
+    side.take_started({"r": {0: (tokens, digest_tokens(PROMPT[:tokens]))}})
     return receivable(side, request, local)
 
 
@@ -185,10 +185,10 @@ def test_a_prefix_cache_that_has_it_meanwhile_gives_the_handoff_up(side: Schedul
 def test_another_prompts_blocks_are_refused(side: SchedulerSide, board: Board, tokens: int, digest: int) -> None:
     request = receiving()
     assert receivable(side, request) is None
-    side.take_started({"r": (tokens, digest)})
+    side.take_started({"r": {0: (tokens, digest)}})
     assert receivable(side, request) == 0
     assert take(side).cancels == ["r"]
-    side.take_reports({"r": TransferReport(failure="cancelled")})
+    side.take_reports({"r": {0: TransferReport(failure="cancelled")}})
     take(side, a_step(request, 0, 100, new=True))
     assert board.counter(Counter.FAILED_OTHER) == 1
     assert board.counter(Counter.FAILED_CANCELLED) == 0
@@ -201,10 +201,10 @@ def test_a_sender_that_does_not_begin_is_given_up_when_patience_ends(side: Sched
     assert receivable(side, request) == 0
     step = take(side)
     assert ([request_id for request_id, _ in step.opens], step.cancels) == (["r"], ["r"])
-    side.take_reports({"r": TransferReport(failure="cancelled")})
+    side.take_reports({"r": {0: TransferReport(failure="cancelled")}})
     take(side, a_step(request, 0, 100, new=True))
     assert board.counter(Counter.FAILED_TIMEOUT) == 1
-    side.take_started({"r": (100, digest_tokens(PROMPT))})  # too late
+    side.take_started({"r": {0: (100, digest_tokens(PROMPT))}})  # too late
     assert receivable(side, request) == 0
     held, out = finish(side, request)
     assert not held
@@ -215,7 +215,7 @@ def test_a_sender_that_does_not_begin_is_given_up_when_patience_ends(side: Sched
 def test_a_failure_before_the_start_means_computing_here(side: SchedulerSide, board: Board) -> None:
     request = receiving()
     assert receivable(side, request) is None
-    side.take_reports({"r": TransferReport(failure="worker_gone")})
+    side.take_reports({"r": {0: TransferReport(failure="worker_gone")}})
     assert receivable(side, request) == 0
     assert take(side).cancels == []
     take(side, a_step(request, 0, 100, new=True))
@@ -227,7 +227,7 @@ def test_after_a_failed_load_or_a_preemption_nothing_is_asked_for_again(side: Sc
     assert begun(side, request) == 99
     side.start_load(request, list(range(7)), 99)
     assert receivable(side, request) == 0
-    side.take_reports({"r": TransferReport(failure="digest")})
+    side.take_reports({"r": {0: TransferReport(failure="digest")}})
     assert receivable(side, request) == 0
     side.start_load(request, list(range(7)), 99)
     assert len(take(side).loads) == 1
@@ -237,7 +237,7 @@ def test_a_load_that_went_well_is_in_the_account(side: SchedulerSide) -> None:
     request = receiving()
     assert begun(side, request) == 99
     side.start_load(request, list(range(7)), 99)
-    side.take_reports({"r": TransferReport(blocks=7, bytes_moved=700, path="shm/direct")})
+    side.take_reports({"r": {0: TransferReport(blocks=7, bytes_moved=700, path="shm/direct")}})
     take(side, a_step(request, 99, 1, new=True))
     _, out = finish(side, request)
     assert out is not None
@@ -250,13 +250,70 @@ def test_a_request_that_ends_while_it_waits_is_cancelled_once(side: SchedulerSid
     request = receiving()
     assert receivable(side, request) is None
     if stage != "opened":
-        side.take_started({"r": (100, digest_tokens(PROMPT))})
+        side.take_started({"r": {0: (100, digest_tokens(PROMPT))}})
     if stage in ("loading", "over"):
         side.start_load(request, list(range(7)), 99)
     if stage == "over":
-        side.take_reports({"r": TransferReport(blocks=7, bytes_moved=700, path="shm/direct")})
+        side.take_reports({"r": {0: TransferReport(blocks=7, bytes_moved=700, path="shm/direct")}})
     assert finish(side, request, completed=False)[0] is False
     assert take(side).cancels == ([] if stage == "over" else ["r"])
+
+
+# -- several ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_two_ranks(board: Board) -> SchedulerSide:
+    return SchedulerSide(board, block_tokens=BLOCK_TOKENS, lease_s=30.0, ranks=2)
+
+
+def test_a_prompt_is_received_once_its_sender_has_begun_for_all_ranks(of_two_ranks: SchedulerSide) -> None:
+    request = receiving()
+    assert receivable(of_two_ranks, request) is None
+    begun_there = (100, digest_tokens(PROMPT))
+    of_two_ranks.take_started({"r": {1: begun_there}})
+    assert receivable(of_two_ranks, request) is None
+    of_two_ranks.take_started({"r": {0: begun_there}})
+    assert receivable(of_two_ranks, request) == 99
+
+
+def test_a_sender_whose_ranks_compute_different_prompts_is_not_believed(of_two_ranks: SchedulerSide) -> None:
+    request = receiving()
+    assert receivable(of_two_ranks, request) is None
+    other = (90, digest_tokens(PROMPT[:90]))
+    of_two_ranks.take_started({"r": {0: (100, digest_tokens(PROMPT)), 1: other}})
+    assert receivable(of_two_ranks, request) == 0
+    assert take(of_two_ranks).cancels == ["r"]
+
+
+def test_a_failure_on_one_rank_ends_the_transfer_on_all(of_two_ranks: SchedulerSide, board: Board) -> None:
+    side, request = of_two_ranks, receiving()
+    assert receivable(side, request) is None
+    side.take_started({"r": dict.fromkeys((0, 1), (100, digest_tokens(PROMPT)))})
+    assert receivable(side, request) == 99
+    side.start_load(request, list(range(7)), 99)
+    take(side)
+    side.take_reports({"r": {1: TransferReport(failure="digest")}})
+    assert take(side).cancels == ["r"]
+    side.take_reports({"r": {0: TransferReport(failure="cancelled")}})
+    assert take(side).cancels == []
+    take(side, a_step(request, 0, 100, new=True))
+    assert board.counter(Counter.FAILED_DIGEST) == 1
+    assert board.counter(Counter.FAILED_CANCELLED) == 0
+
+
+def test_a_lease_ends_when_it_has_ended_on_all_ranks_and_as_the_worst_of_them(
+    of_two_ranks: SchedulerSide, board: Board
+) -> None:
+    request = sending()
+    run_prompt(of_two_ranks, request, [100])
+    assert finish(of_two_ranks, request)[0]
+    of_two_ranks.take_ended({"r": Outcome.RELEASED})
+    of_two_ranks.take_ended({"r": Outcome.TAKEN})
+    assert board.get(1, Word.HELD) == NONCE
+    of_two_ranks.release({"r"})
+    assert board.outcome(1, NONCE) is Outcome.RELEASED
+    assert board.get(1, Word.HELD) == 0
 
 
 # -- sending ----------------------------------------------------------------------------------------------
@@ -330,10 +387,14 @@ def test_a_completed_prompt_is_held_for_its_receiver(side: SchedulerSide, board:
     assert (hold.request_id, hold.handoff_id, hold.slot, hold.nonce) == ("r", ID, 1, NONCE)
     assert board.get(1, Word.HELD) == NONCE
     assert board.counter(Counter.HANDOFFS_HELD) == 1
+    side.take_ended({"r": Outcome.TAKEN})
+    assert board.outcome(1, NONCE) is None
     side.release({"r"})
     side.publish_gauges()
-    take(side)
-    assert board.outcome(1, NONCE) is None
+    assert board.outcome(1, NONCE) is Outcome.TAKEN
+    assert board.counter(Counter.HANDOFFS_TAKEN) == 1
+    assert board.get(1, Word.HELD) == 0
+    assert board.counter(Counter.HANDOFFS_HELD) == 0
 
 
 @pytest.mark.parametrize("why", ["aborted", "released", "never scheduled"])
