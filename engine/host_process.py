@@ -48,6 +48,7 @@ from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
 from slipstream.model_cache import local_model
+from slipstream.model_check import check_model_files
 from slipstream.model_folder import ModelFolder
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
@@ -330,7 +331,7 @@ class _Host:
 
     async def _fetched_model(self) -> ModelFolder | None:
         """The model's folder, fetched in a thread: that may take minutes, and a wish to stop is heard meanwhile."""
-        fetching = _in_daemon_thread(lambda: local_model(self._settings, os.environ))
+        fetching = _in_daemon_thread(lambda: _checked_model(self._settings))
         stopped = asyncio.create_task(self._stop.wait())
         awaited: set[asyncio.Future[Any]] = {fetching, stopped}
         try:
@@ -430,6 +431,13 @@ class _Host:
         except TimeoutError:
             if admission.open_count:
                 log.warning("drain_cut_short", open_requests=admission.open_count, limit_s=limit_s)
+
+
+def _checked_model(settings: Settings) -> ModelFolder:
+    found = local_model(settings, os.environ)
+    if settings.worker.engine == "vllm":
+        check_model_files(found.path)
+    return found
 
 
 def _profile(worker: WorkerSettings) -> bytes:

@@ -90,7 +90,11 @@ class VllmEngine:
         self._served_name = served_name
         self._events = EventSocket() if settings.worker.cache_events else None
         self.device = devices.choose_device(settings.device)
-        self._args = self._engine_args(model_path, served_name)
+        try:
+            self._args = self._engine_args(model_path, served_name)
+        except (VLLMError, ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+            self._close_events()
+            raise StartupError(f"vLLM cannot use the configuration in {model_path}: {error}") from error
         self._llm: AsyncLLM | None = None
         self._requests_total = 0
         self._tokens_total = 0

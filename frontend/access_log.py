@@ -7,7 +7,8 @@ The file can be replayed (`simulator.traces.read_access_log`): `timestamp`, `inp
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from slipstream.errors import StartupError
 from slipstream.settings import LogSettings
 
 log = telemetry.get_logger(__name__)
+
+_AGAIN_S = 10.0
+"""After a line that could not be written, until the next one is tried."""
 
 BLOCK_TOKENS = 16
 """Tokens a block of `block_keys`; fixed, so that logs of different clusters can be compared."""
@@ -64,8 +68,12 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 class AccessLog:
     """Where the lines go. Lines are added whole, so that several processes may share a file."""
 
-    def __init__(self, settings: LogSettings, file: int | None) -> None:
+    def __init__(self, settings: LogSettings, file: int | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
+        self._clock = clock
+        self._torn = False  # the file ends in the middle of a line
+        self._lost = 0  # lines, since the disk was full
+        self._again_s = 0.0
         self.to_log = settings.requests
         self.blocks = settings.access_log_blocks and file is not None
 
@@ -79,13 +87,31 @@ class AccessLog:
             self._add(msgspec.json.encode(line) + b"\n")
 
     def _add(self, content: bytes) -> None:
+        """A full disk must not stop the serving: lines are lost while it is, which is said once, and written again
+        when there is room."""
         assert self._file is not None
+        if self._lost and self._clock() < self._again_s:
+            self._lost += 1
+            return
+        if self._torn:
+            content = b"\n" + content
         try:
-            os.write(self._file, content)
+            written = os.write(self._file, content)
         except OSError as error:
-            # A full disk must not stop the serving: say so once, and go on without.
-            log.error("access_log_failed", reason=error.strerror)
-            self._file = None
+            self._lose(error.strerror)
+            return
+        self._torn = written < len(content)
+        if self._torn:
+            self._lose("no space for a whole line")
+        elif self._lost:
+            log.warning("access_log_regained", lines_lost=self._lost)
+            self._lost = 0
+
+    def _lose(self, reason: str | None) -> None:
+        if not self._lost:
+            log.error("access_log_failed", reason=reason)
+        self._lost += 1
+        self._again_s = self._clock() + _AGAIN_S
 
 
 _ONLY_IN_FILE = {"timestamp", "request_id", "trace_id", "block_tokens", "block_keys"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import structlog
@@ -49,7 +49,8 @@ class _Lines:
         line = structlog.contextvars.get_contextvars()
         line.update(fields, event=event, logger=name, level="info")
         content = str(self._render(None, "info", self._stamp(None, "info", line))) + "\n"
-        with self._handler.lock or nullcontext():
+        with self._handler.lock or nullcontext(), suppress(OSError, ValueError):
+            # A full disk, or a stream that is gone, costs the line: what is told of goes on. (`logging` does the same.)
             self._handler.stream.write(content)
             self._handler.flush()
 

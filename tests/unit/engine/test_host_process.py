@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     make_tiny_tokenizer(folder)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors
     return folder
 
 

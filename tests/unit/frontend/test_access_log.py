@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from frontend import access_log
+from frontend.request_record import RequestRecord
 from frontend.tokenizer import TextModel
 from simulator.traces import read_access_log
 from slipstream import block_keys
@@ -135,3 +138,49 @@ def test_a_file_that_cannot_be_written_is_named_with_its_setting(tmp_path: Path)
         access_log.writing(LogSettings(access_log=tmp_path)),
     ):
         pytest.fail("it was opened")
+
+
+def test_a_full_disk_costs_lines_and_nothing_else_and_is_told_once_until_there_is_room(tmp_path: Path) -> None:
+    now_s = 0.0
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        writer = access_log.AccessLog(LogSettings(requests=False), full, clock=lambda: now_s)
+        with capture_logs() as told:
+            for _ in range(3):
+                writer.write(a_record(), 0.1)
+            path = tmp_path / "access.jsonl"
+            with path.open("wb") as room:  # there is room again
+                os.dup2(room.fileno(), full)
+            writer.write(a_record(), 0.1)
+            assert path.read_bytes() == b""
+            now_s = 11.0
+            writer.write(a_record(), 0.1)
+            writer.write(a_record(), 0.1)
+    finally:
+        os.close(full)
+    assert [one["event"] for one in told] == ["access_log_failed", "access_log_regained"]
+    assert told[1]["lines_lost"] == 4
+    assert len(lines(path)) == 2
+
+
+def test_a_line_that_was_cut_by_a_full_disk_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, really = 0.0, os.write
+    path = tmp_path / "access.jsonl"
+    with path.open("wb") as file:
+        writer = access_log.AccessLog(LogSettings(requests=False), file.fileno(), clock=lambda: now_s)
+        monkeypatch.setattr(os, "write", lambda fd, content: really(fd, content[:10]))
+        writer.write(a_record(), 0.1)
+        monkeypatch.setattr(os, "write", really)
+        now_s = 11.0
+        writer.write(a_record(), 0.1)
+    first, second = path.read_text().splitlines()
+    assert len(first) == 10
+    assert json.loads(second)["status"] == "200"
+
+
+def a_record() -> RequestRecord:
+    record = RequestRecord("r1", "POST", "/v1/completions", 0.0, time.time_ns())
+    record.status = "200"
+    return record

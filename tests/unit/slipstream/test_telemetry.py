@@ -40,3 +40,24 @@ def test_a_line_that_is_told_is_the_line_that_is_logged(log_format: str) -> None
 
 def test_nothing_is_told_below_the_level() -> None:
     assert lines("console", "warning") == []
+
+
+ON_A_FULL_DISK = """
+import os
+import sys
+from slipstream import telemetry
+from slipstream.settings import LogSettings
+
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+telemetry.configure(LogSettings(), component="frontend")
+for _ in range(3):
+    telemetry.tell("frontend.access_log", "request", {"model": "tiny"})
+    telemetry.get_logger("frontend").error("something")
+print("served on", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_full_disk_costs_lines_and_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "served on\n")
