@@ -22,6 +22,7 @@ from slipstream import grpc_errors, registry_watch
 from slipstream.background import background
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
 from slipstream.grpc_channels import server_options
+from slipstream.security import audit
 from slipstream.security.channels import is_local
 from slipstream.security.servers import create_local_server, create_server, listen
 from slipstream.v1.registry_pb2 import Role, WorkerSet, WorkerState
@@ -232,6 +233,7 @@ async def serving(cluster: LocalCluster, supervisor: Supervisor) -> AsyncIterato
         StartupError: the socket cannot be made.
     """
     address = cluster.settings.planner.scaler
+    audit.configure(cluster.settings.log.audit_log, "launcher")
     options = server_options(max_receive_bytes=MAX_REQUEST_BYTES)
     server = create_local_server(options) if is_local(address) else create_server(options)
     service = ScalerService(cluster, supervisor)

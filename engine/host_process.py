@@ -52,7 +52,7 @@ from slipstream.model_check import check_model_files
 from slipstream.model_folder import ModelFolder
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
-from slipstream.security import identity
+from slipstream.security import audit, identity
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import create_server, listen
 from slipstream.settings import Settings, WorkerSettings
@@ -89,6 +89,7 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
     name = "prefill" if role == Role.ROLE_PREFILL else "decode"
     worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
     telemetry.configure(settings.log, component=worker_id)
+    audit.configure(settings.log.audit_log, worker_id)
     identity.install(settings.security, ComponentRole.WORKER)
     host = _Host(settings, role, worker_id)
     try:

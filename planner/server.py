@@ -31,7 +31,7 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.grpc_channels import server_options
-from slipstream.security import identity
+from slipstream.security import audit, identity
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import create_server, listen
 from slipstream.settings import ControlPlaneSettings, Settings
@@ -81,6 +81,7 @@ async def serve(
         ConfigError: the policy cannot be read, or cannot be followed.
     """
     telemetry.configure(settings.log, component="control-plane")
+    audit.configure(settings.log.audit_log, "control-plane")
     identity.install(settings.security, ComponentRole.CONTROL_PLANE)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

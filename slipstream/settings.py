@@ -411,6 +411,11 @@ class LogSettings(Section):
     access_log: Path | None = Field(
         None, description="file to which frontends add one JSON line for each answered request, which can be replayed"
     )
+    audit_log: Path | None = Field(
+        None,
+        description="file to which each process adds one JSON line for each administrative action; they go among the "
+        "other log lines when absent (see docs/security/audit-log.md)",
+    )
     access_log_blocks: bool = Field(
         False, description="name the blocks of each prompt in the access log, so that a replay has the same prefixes"
     )

@@ -25,6 +25,7 @@ from deploy.ray.scaler_service import serving
 from slipstream import config, telemetry
 from slipstream.background import background
 from slipstream.errors import SlipstreamError
+from slipstream.security import audit
 from slipstream.settings import Settings
 
 log = telemetry.get_logger(__name__)
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     settings = config.load({}, {}, given.config).settings
     telemetry.configure(settings.log, component=COMPONENT)
+    audit.configure(settings.log.audit_log, COMPONENT)
     try:
         with joined(settings.ray.address):
             asyncio.run(_serve(settings, given.run_folder))

@@ -16,6 +16,7 @@ import grpc.aio
 from slipstream import telemetry
 from slipstream.errors import ConfigError, StartupError
 from slipstream.security import identity as identities
+from slipstream.security.audit import Audit
 from slipstream.security.channels import is_local
 from slipstream.security.files import TlsMaterial, Watched
 from slipstream.security.guard import Guard
@@ -30,12 +31,12 @@ def create_server(options: Options = ()) -> grpc.aio.Server:
     """A server for other components, which looks at who calls."""
     identity = identities.current()
     guards = [Guard(identity)] if identity.protected else []
-    return grpc.aio.server(interceptors=guards, options=list(options))
+    return grpc.aio.server(interceptors=[Audit(), *guards], options=list(options))
 
 
 def create_local_server(options: Options = ()) -> grpc.aio.Server:
     """A server on a socket in the file system: who may open that may call."""
-    return grpc.aio.server(options=list(options))
+    return grpc.aio.server(interceptors=[Audit()], options=list(options))
 
 
 def create_public_server(options: Options = ()) -> grpc.aio.Server:
