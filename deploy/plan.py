@@ -17,7 +17,7 @@ from pathlib import Path
 
 from deploy import cores
 from deploy.processes import Component
-from slipstream import config_file
+from slipstream import config_file, exposure
 from slipstream.addresses import host_port, reachable
 from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
@@ -89,6 +89,7 @@ def plan(
         ConfigError: a port is taken.
         StartupError: the run folder cannot be written.
     """
+    exposure.check_faces(settings)
     resolved = resolve_ports(settings)
     commands = Commands.of(resolved, environ, run_folder, python)
     seats = Seats.of(resolved, sorted(cpus), commands)

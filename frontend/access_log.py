@@ -36,6 +36,7 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         input_length, output_length: tokens.
         block_keys: the prompt's whole blocks of `block_tokens` tokens (`slipstream.block_keys`): equal keys are equal
             beginnings.
+        key: id of the API key; the key itself is nowhere.
         cached_length: prompt tokens that no worker had to compute.
     """
 
@@ -49,6 +50,7 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     total_s: float
     model: str = ""
     tenant: str = ""
+    key: str = ""
     service_class: str = ""
     session: str = ""
     error: str = ""
@@ -161,6 +163,7 @@ def line_of(record: RequestRecord, total_s: float, *, blocks: bool) -> AccessLin
         total_s=round(total_s, 6),
         model=record.model,
         tenant=record.tenant,
+        key=record.key,
         service_class=record.service_class,
         session=record.session,
         error=record.error,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from frontend.admission.claim import Claim
 from frontend.cache_salt import checked_salt
 from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
+from frontend.keys.guard import Caller, Guard
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import ROUTE_HEADER, observed
@@ -46,8 +48,9 @@ class _Call:
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """`Generate` and `ListModels`. A cancelled call cancels its task, and with it the work on every worker."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, guard: Guard | None = None) -> None:
         self._service = service
+        self._guard = guard
         self._where = Where("grpc", "generate", service.model_name)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (the stubs know only generators)
@@ -72,14 +75,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _generate(self, call: _Call, context: Context) -> SlipstreamError | None:
         try:
-            claim = self._service.tenants.of_grpc(context.invocation_metadata() or (), context.time_remaining())
-            async with self._service.answer(_asked(call.request, call.request_id, self._where, claim)) as answer:
+            metadata = context.invocation_metadata() or ()
+            caller = self._caller(metadata)
+            claim = self._service.tenants.of_grpc(metadata, context.time_remaining(), caller)
+            asked = _asked(call.request, call.request_id, self._where, claim, caller)
+            async with self._service.answer(asked) as answer:
                 async for delta in answer:
                     await context.write(_response(delta, answer, call.shown_id))
             record = current()
-            if record is not None and record.route:
+            limits = caller.limit_headers() if caller is not None else []
+            route = [(ROUTE_HEADER, record.route)] if record is not None and record.route else []
+            if route or limits:
                 # At the end, because a message of its own before the first token would cost each answer a write.
-                context.set_trailing_metadata(((ROUTE_HEADER, record.route),))
+                context.set_trailing_metadata((*route, *limits))
         except SlipstreamError as error:
             return error
         except Exception:
@@ -87,10 +95,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return INTERNAL_ERROR
         return None
 
+    def _caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller | None:
+        if self._guard is None:
+            return None
+        caller = self._guard.grpc_caller(metadata, "generate")
+        record = current()
+        if record is not None and caller is not None:
+            record.note_caller(caller)
+        return caller
+
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        """Models served now, and by how many workers."""
+        """Models served now, and by how many workers, of those that the caller's key is for."""
+        try:
+            caller = self._caller(context.invocation_metadata() or ())
+        except SlipstreamError as error:
+            await abort(context, error)
         models = [
             inference_pb2.Model(
                 id=model.name,
@@ -100,8 +121,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 created=model.created_unix_s,
             )
             for model in self._service.models()
+            if caller is None or caller.key.may_use(model.name)
         ]
         return inference_pb2.ListModelsResponse(models=models)
+
+
+class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # has no types
+    """What is served, for those who may come in."""
+
+    def __init__(self, names: Iterable[str], guard: Guard | None) -> None:
+        super().__init__(names)
+        self._guard = guard
+
+    async def ServerReflectionInfo(  # noqa: N802
+        self, request_iterator: AsyncIterator[Any], context: Context
+    ) -> AsyncIterator[Any]:
+        if self._guard is not None:
+            try:
+                self._guard.grpc_caller(context.invocation_metadata() or (), "reflection")
+            except SlipstreamError as error:
+                await abort(context, error)
+        async for one in super().ServerReflectionInfo(request_iterator, context):
+            yield one
 
 
 class GrpcFace:
@@ -110,9 +151,17 @@ class GrpcFace:
     Args:
         max_message_bytes: larger requests are refused with RESOURCE_EXHAUSTED.
         shares_port: with other processes of the same pool.
+        guard: who may come in; everybody without.
     """
 
-    def __init__(self, service: InferenceService, *, max_message_bytes: int, shares_port: bool = False) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        *,
+        max_message_bytes: int,
+        shares_port: bool = False,
+        guard: Guard | None = None,
+    ) -> None:
         self._service = service
         self._health = health.aio.HealthServicer()
         self.server = create_public_server(
@@ -122,10 +171,10 @@ class GrpcFace:
                 ("grpc.so_reuseport", int(shares_port)),
             ]
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self.server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service, guard), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, guard), self.server)
 
     async def start(self) -> None:
         """Begin to serve. Until `watch_readiness` has looked, health is NOT_SERVING."""
@@ -149,7 +198,9 @@ class GrpcFace:
             await self._health.set(name, serving.SERVING if ready else serving.NOT_SERVING)
 
 
-def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where, claim: Claim) -> InferenceRequest:
+def _asked(
+    request: inference_pb2.GenerateRequest, request_id: str, where: Where, claim: Claim, caller: Caller | None
+) -> InferenceRequest:
     return InferenceRequest(
         request_id=request_id,
         model=request.model,
@@ -158,6 +209,7 @@ def _asked(request: inference_pb2.GenerateRequest, request_id: str, where: Where
         where=where,
         claim=claim,
         cache_salt=checked_salt(request.cache_salt),
+        caller=caller,
     )
 
 

@@ -16,8 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from frontend.cluster_state import STATE_PATH
 from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR
+from frontend.keys.guard import Caller, Guard
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import ROUTE_HEADER, observed
@@ -25,6 +27,7 @@ from frontend.request_record import RequestRecord, current
 from slipstream import telemetry
 from slipstream.errors import (
     CancelledByClientError,
+    InvalidApiKeyError,
     MigrationLimitError,
     RequestTooLargeError,
     SlipstreamError,
@@ -42,8 +45,10 @@ _ENDPOINTS = {
     "/health/live": "health",
     "/health/ready": "health",
     "/metrics": "metrics",
+    STATE_PATH: "cluster",
+    "/slipstream/v1/clusters": "clusters",
 }
-_PREFIXES = (("/v1/models/", "models"), ("/slipstream/v1/requests/", "explain"), ("/slipstream/v1/cluster", "cluster"))
+_PREFIXES = (("/v1/models/", "models"), ("/slipstream/v1/requests/", "explain"))
 _ABOUT_A_MODEL = frozenset({"chat", "completions"})
 
 
@@ -58,16 +63,18 @@ def where_of(path: str, model: str) -> Where:
 
 
 class Boundary:
-    """ASGI middleware. Puts `request_id` into the request's state.
+    """ASGI middleware. Puts `request_id` into the request's state, and `caller`: whose key it came with.
 
     Args:
         model: the one served.
+        guard: who may come in; everybody without.
     """
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float], model: str) -> None:
+    def __init__(self, app: ASGIApp, clock: Callable[[], float], model: str, guard: Guard | None = None) -> None:
         self._app = app
         self._clock = clock
         self._model = model
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,14 +88,19 @@ class Boundary:
         where, method, path = where_of(scope["path"], self._model), scope["method"], scope["path"]
         with observed(where, request_id, method=method, path=path, headers=headers, clock=self._clock) as record:
             try:
-                await self._answer(scope, receive, outgoing, record)
+                await self._answer(scope, receive, outgoing, record, where.endpoint)
                 record.status = str(outgoing.status)
             except CancelledByClientError as error:
                 record.status = str(error.http_status)  # nobody is there to read it
                 record.error = error.code
 
-    async def _answer(self, scope: Scope, receive: Receive, outgoing: _Outgoing, record: RequestRecord) -> None:
+    async def _answer(
+        self, scope: Scope, receive: Receive, outgoing: _Outgoing, record: RequestRecord, endpoint: str
+    ) -> None:
         try:
+            scope["state"]["caller"] = caller = self._let_in(scope, endpoint)
+            if caller is not None:
+                record.note_caller(caller)
             await self._app(scope, receive, outgoing)
         except CancelledByClientError:
             raise
@@ -103,6 +115,9 @@ class Boundary:
             if outgoing.status is not None:
                 raise
             await error_response(INTERNAL_ERROR)(scope, receive, outgoing)
+
+    def _let_in(self, scope: Scope, endpoint: str) -> Caller | None:
+        return self._guard.http_caller(scope["headers"], endpoint) if self._guard is not None else None
 
 
 class _Outgoing:
@@ -119,8 +134,11 @@ class _Outgoing:
             headers = message["headers"]  # none of ours is among them yet
             headers.append((_REQUEST_ID_NAME, self._request_id.encode("latin-1")))
             record = current()
-            if record is not None and record.route:
-                headers.append((_ROUTE_NAME, record.route.encode("latin-1")))
+            if record is not None:
+                if record.route:
+                    headers.append((_ROUTE_NAME, record.route.encode("latin-1")))
+                if record.caller is not None:
+                    headers += [(name.encode(), value.encode()) for name, value in record.caller.limit_headers()]
         await self._send(message)
 
 
@@ -131,6 +149,8 @@ def error_response(error: SlipstreamError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, RequestTooLargeError | SlowRequestError):
         headers["Connection"] = "close"  # what is left of the body is not read
+    if isinstance(error, InvalidApiKeyError):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MigrationLimitError):
         headers["x-should-retry"] = "false"  # OpenAI's clients send what failed with a 5xx again by themselves
     return Response(error_body(error), error.http_status, headers, "application/json")

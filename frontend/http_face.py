@@ -35,6 +35,7 @@ from frontend.http_exchange import (
     start_message,
 )
 from frontend.inference import Answer, InferenceRequest, InferenceService
+from frontend.keys.guard import Caller, Guard
 from frontend.openai_requests import COMPLETIONS_DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, GenerationBody
 from frontend.openai_responses import ModelCard, ModelList, error_body, response_schemas
 from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect
@@ -61,6 +62,7 @@ def create_app(
     metrics: Collector = REGISTRY,
     explain: Explains | None = None,
     tells_state: TellsState | None = None,
+    guard: Guard | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -71,9 +73,10 @@ def create_app(
         metrics: what /metrics shows.
         explain: what to tell of requests that came; nothing without.
         tells_state: what to tell global frontends of the cluster; the path is unknown without.
+        guard: who may come in; everybody without.
     """
     app = _App(title="Slipstream", description="OpenAI-compatible serving", redirect_slashes=False)
-    app.add_middleware(Boundary, clock=service.clock, model=service.model_name)
+    app.add_middleware(Boundary, clock=service.clock, model=service.model_name, guard=guard)
     app.add_exception_handler(HTTPException, routing_error)
     face = HttpFace(service, max_body_bytes, body_timeout_s, wall_clock, metrics, explain or Explainer().find)
     for path, body, responds_with, endpoint in (
@@ -81,7 +84,7 @@ def create_app(
         ("/v1/completions", CompletionBody, "Completion", face.completions),
     ):
         app.add_api_route(path, endpoint, methods=["POST"], **_documented(responds_with, body))
-        app.direct[path] = Boundary(_Direct(endpoint), clock=service.clock, model=service.model_name)
+        app.direct[path] = Boundary(_Direct(endpoint), service.clock, service.model_name, guard)
     app.add_api_route("/v1/models", face.models, methods=["GET"], **_documented("ModelList"))
     app.add_api_route("/v1/models/{model_id:path}", face.model, methods=["GET"], **_documented("ModelCard"))
     app.add_api_route("/health/live", face.live, methods=["GET"], **_documented(None))
@@ -159,12 +162,17 @@ class HttpFace:
         asked = self._asked(request, body, COMPLETIONS_DEFAULT_MAX_TOKENS)
         return self._respond(asked, body, CompletionWriter)
 
-    async def models(self) -> Response:
-        """Models served now."""
-        return _json(ModelList([_card(model) for model in self.service.models()]))
+    async def models(self, request: Request) -> Response:
+        """Models served now, of those that the caller's key is for."""
+        caller: Caller | None = request.state.caller
+        served = [one for one in self.service.models() if caller is None or caller.key.may_use(one.name)]
+        return _json(ModelList([_card(model) for model in served]))
 
-    async def model(self, model_id: str) -> Response:
+    async def model(self, request: Request, model_id: str) -> Response:
         """One model served now."""
+        caller: Caller | None = request.state.caller
+        if caller is not None:
+            caller.check_model(model_id)
         return _json(_card(self.service.served_model(model_id)))
 
     async def live(self) -> Response:
@@ -212,7 +220,8 @@ class HttpFace:
             where=where_of(request.scope["path"], self.service.model_name),
             n=1 if body.n is None else body.n,
             default_max_tokens=default_max_tokens,
-            claim=self.service.tenants.of_http(request.scope["headers"], body.service_tier),
+            claim=self.service.tenants.of_http(request.scope["headers"], body.service_tier, request.state.caller),
+            caller=request.state.caller,
             cache_salt=body.cache_salt or "",
         )
 

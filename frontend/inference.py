@@ -25,6 +25,8 @@ from frontend.cold_start import ColdStarts
 from frontend.face_metrics import TokenTimes, Where, series
 from frontend.fan_in import merged
 from frontend.generation import Dispatcher, ServedModel, TokenRequest
+from frontend.keys.guard import Caller
+from frontend.keys.ledger import Spending
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, context_length_error
 from frontend.request_life import received, stage
 from frontend.request_record import RequestRecord, current
@@ -48,6 +50,8 @@ MAX_ANSWERS = 256
 _NO_WORKER_RETRY_S = 2.0
 INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
 """What a client is told of an error nobody foresaw."""
+_NOT_ITS_FAULT = frozenset((429, 500, 503))
+"""Statuses of requests that do not count against a key's rates when nothing was generated."""
 _CLOSING = "The frontend is shutting down; another one, or this one in a moment, will answer."
 
 
@@ -59,6 +63,7 @@ class InferenceRequest:
         request_id: unique in the cluster; the answers' own ids are made from it.
         model: empty for the one served.
         sampling: as the client gave it, stop strings included.
+        caller: whose key it came with, where there are keys.
         default_max_tokens: tokens when the client names no `max_tokens`; None is up to the context length.
         cache_salt: what the client keeps its prefix cache apart by; empty when it does not.
     """
@@ -72,6 +77,7 @@ class InferenceRequest:
     default_max_tokens: int | None = None
     claim: Claim = DEFAULT_CLAIM
     cache_salt: str = ""
+    caller: Caller | None = None
 
 
 class AnswerDelta(msgspec.Struct, frozen=True):
@@ -210,8 +216,8 @@ class InferenceService:
         """Begin to answer; the block reads the answer and owns it.
 
         Raises:
-            InvalidRequestError, ModelNotFoundError, UnavailableError: before anything was dispatched, or later
-                from the iteration.
+            InvalidRequestError, ModelNotFoundError, NotAllowedError, RateLimitError, UnavailableError: before anything
+                was dispatched, or later from the iteration.
             DeadlineError: the request as a whole took too long.
         """
         received(self.clock)
@@ -223,11 +229,14 @@ class InferenceService:
         if request.claim.timeout_s is not None and request.claim.timeout_s < limit_s:
             limit_s, limited_by = request.claim.timeout_s, "x-request-timeout-s"
         deadline = asyncio.timeout(limit_s)
+        spending: Spending | None = None
+        void = False
         try:
             async with deadline:
                 self._open.add(deadline)
                 if self.closing:
                     raise UnavailableError(_CLOSING, code="shutting_down")
+                spending = self._let_in(request)
                 model = await self._started_model(request, limit_s)
                 self._check(request)
                 record.model = model.name
@@ -238,6 +247,8 @@ class InferenceService:
                 record.cache_salt = self._salt(request)
                 sequences = self._sequences(request, model, prompts)
                 record.sequences = len(sequences)
+                if spending is not None and request.caller is not None:
+                    request.caller.charge(spending, record.prompt_tokens, _most_output(request, spending, sequences))
                 record.prefix = request.claim.prefix if len(prompts) == 1 else ""
                 series(request.where).prompt.inc(record.prompt_tokens)
                 streams = [
@@ -248,6 +259,9 @@ class InferenceService:
                     yield answer
                     record.cached_tokens = answer.usage.cached_tokens
                     record.fallback = next((each.fallback for each in answer.accounts.values() if each.fallback), "")
+        except SlipstreamError as error:
+            void = error.http_status in _NOT_ITS_FAULT and not record.completion_tokens
+            raise
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -257,6 +271,15 @@ class InferenceService:
         finally:
             times.close()
             self._open.discard(deadline)
+            if spending is not None and request.caller is not None:
+                with spending:
+                    request.caller.settle(spending, record.completion_tokens, void=void)
+
+    def _let_in(self, request: InferenceRequest) -> Spending | None:
+        if request.caller is None:
+            return None
+        request.caller.check_model(request.model or self.model_name)
+        return request.caller.enter()
 
     def _check(self, request: InferenceRequest) -> None:
         if not 1 <= request.n <= self._max_n:
@@ -374,6 +397,13 @@ class InferenceService:
         if last is None or last.finish_reason == FinishReason.FINISH_REASON_ABORT:
             raise WorkerLostError(f"The worker gave up request {request.request_id} before its end.")
         yield AnswerDelta(index, last, account)
+
+
+def _most_output(request: InferenceRequest, spending: Spending, sequences: Sequence[TokenRequest]) -> int:
+    """Tokens to hold of the key's rate: all that the client asked for, or a guess where it named no limit."""
+    said = request.sampling.HasField("max_tokens") or request.default_max_tokens is not None
+    most = spending.key.rates.reserve_output_tokens
+    return sum(one.sampling.max_tokens if said else min(one.sampling.max_tokens, most) for one in sequences)
 
 
 def _cached_tokens(account: RequestAccount) -> int:

@@ -24,7 +24,7 @@ from prometheus_client import multiprocess
 
 from frontend.pool_processes import note_ended
 from frontend.process import bound_socket, port_error, stop_signals
-from slipstream import model_folder, telemetry
+from slipstream import exposure, model_folder, telemetry
 from slipstream.background import first_error
 from slipstream.child_python import module_path
 from slipstream.errors import StartupError
@@ -51,6 +51,7 @@ async def supervise(settings: Settings) -> None:
     Raises:
         StartupError: a port is taken, the model folder is not usable, or members keep ending at once.
     """
+    exposure.check_faces(settings)
     with (
         stop_signals() as stop,
         held_ports(settings.frontend) as frontend,

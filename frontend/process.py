@@ -36,12 +36,14 @@ from frontend.grpc_face import GrpcFace
 from frontend.http_face import create_app
 from frontend.http_protocol import Doorkeeper
 from frontend.inference import InferenceService
+from frontend.keys.guard import Guard
+from frontend.keys.opening import guarding
 from frontend.pool_peers import answering
 from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
 from frontend.traffic_report import TrafficReporter
 from frontend.worker_speeds import WorkerSpeeds
-from slipstream import grpc_wakeups, telemetry, tracing
+from slipstream import exposure, grpc_wakeups, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
@@ -85,6 +87,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
     raise_file_limit()
     grpc_wakeups.install()
     identity.install(settings.security, ComponentRole.FRONTEND)
+    exposure.check_faces(settings)
     with (
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
@@ -117,6 +120,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
             async with (
                 background(reporter.follow(), name="traffic-report"),
                 _explaining(pool_folder, Explainer(dispatcher.routing.decisions, gate.accounts)) as explain,
+                guarding(settings) as guard,
             ):
                 await run_faces(
                     settings.frontend,
@@ -131,6 +135,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                     explain=explain,
                     tells_state=teller.tell,
                     limits=settings.limits,
+                    guard=guard,
                 )
 
 
@@ -149,6 +154,7 @@ async def run_faces(
     explain: Explains | None = None,
     tells_state: TellsState | None = None,
     limits: LimitSettings = DEFAULT_LIMITS,
+    guard: Guard | None = None,
 ) -> None:
     """Serve on `http_socket` and the gRPC port until `stop` is set, then drain.
 
@@ -160,6 +166,7 @@ async def run_faces(
         explain: what the dispatcher decided, for those who ask why.
         tells_state: what global frontends are told of the cluster.
         limits: of clients.
+        guard: who may come in; everybody without.
 
     Raises:
         StartupError: the gRPC port is taken.
@@ -174,7 +181,9 @@ async def run_faces(
         cold=cold,
         isolates_tenants=settings.prefix_cache == "tenant",
     )
-    grpc_face = GrpcFace(service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1)
+    grpc_face = GrpcFace(
+        service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1, guard=guard
+    )
     grpc_port = bind_grpc(grpc_face.server, settings)
     server = http_server(
         create_app(
@@ -184,6 +193,7 @@ async def run_faces(
             metrics=metrics,
             explain=explain,
             tells_state=tells_state,
+            guard=guard,
         ),
         settings,
         limits,

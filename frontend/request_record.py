@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from frontend.keys.guard import Caller
 from slipstream.tracing import OFF, Span
 
 
@@ -22,6 +23,8 @@ class RequestRecord:
         path: as the client wrote it; the name of the call for gRPC.
         started_ns: Unix time of `started_s`.
         status: HTTP status or gRPC status name, once there is one; `cancelled` for a client that left.
+        key: id of the API key it came with.
+        caller: whoever has that key.
         tenant: who asked, when that is known.
         service_class: its priority at admission.
         session: what the client calls the conversation.
@@ -43,6 +46,8 @@ class RequestRecord:
     status: str = "cancelled"
     error: str = ""
     model: str = ""
+    key: str = ""
+    caller: Caller | None = field(default=None, repr=False)
     tenant: str = ""
     service_class: str = ""
     session: str = ""
@@ -64,6 +69,10 @@ class RequestRecord:
     def unix_ns(self, at_s: float) -> int:
         """A reading of the face's clock as Unix time."""
         return self.started_ns + int((at_s - self.started_s) * 1e9)
+
+    def note_caller(self, caller: Caller) -> None:
+        """It came with a key."""
+        self.caller, self.key, self.tenant = caller, caller.key.key_id, caller.key.tenant
 
     @property
     def ttft_s(self) -> float | None:

@@ -29,6 +29,7 @@ CHART_DECIDES: Final = frozenset(
         *(f"worker.{name}" for name in ("worker_id", "node", "host", "port", "metrics_port")),
         *(f"worker.{name}" for name in ("start_timeout_s", "drain_timeout_s")),
         *(f"transfer.{name}" for name in ("host", "port")),
+        *(f"security.{name}" for name in ("keys_file", "anonymous")),
         "cluster",
         "planner",
         *(f"kubernetes.{name}" for name in ("namespace", "selector", "lease", "leader_worker_sets")),

@@ -132,6 +132,33 @@ class PeerKeyError(SlipstreamError):
     default_code = "invalid_peer_key"
 
 
+class InvalidApiKeyError(SlipstreamError):
+    """No API key, or none that is valid now. The message never has the key in it."""
+
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    openai_type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class NotAllowedError(SlipstreamError):
+    """The API key is valid, and not for this; the message names what it is not for."""
+
+    http_status = 403
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    openai_type = "invalid_request_error"
+    default_code = "not_allowed"
+
+
+class RateLimitError(SlipstreamError):
+    """The API key has had what it may have; `retry_after_s` says when there is room again."""
+
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    openai_type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
 class UnavailableError(SlipstreamError):
     """The cluster cannot serve this now; the same request may succeed later."""
 

@@ -22,11 +22,14 @@ def _tree(cls: type[errors.SlipstreamError]) -> Iterator[type[errors.SlipstreamE
         yield from _tree(child)
 
 
-_BY_CODE = {cls.default_code: cls for cls in _tree(errors.SlipstreamError)}
+# Those that everybody knows: what a module adds to one for its own use comes back as that one.
+_BY_CODE = {cls.default_code: cls for cls in _tree(errors.SlipstreamError) if cls.__module__ == errors.__name__}
 # A status without our metadata: a proxy, a dead connection, or another implementation.
 _BY_STATUS: dict[grpc.StatusCode, type[errors.SlipstreamError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.InvalidApiKeyError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.NotAllowedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.RequestTooLargeError,
     grpc.StatusCode.UNAVAILABLE: errors.WorkerLostError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,

@@ -10,11 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from slipstream.settings_section import Section
+from slipstream.api_key_settings import ApiKeySettings
 
 
-class SecuritySettings(Section):
-    """Certificates and tokens: see docs/security/tls.md."""
+class SecuritySettings(ApiKeySettings):
+    """API keys, certificates and tokens: see docs/security/api-keys.md and docs/security/tls.md."""
 
     tls_folder: Path | None = Field(
         None,

@@ -108,10 +108,14 @@ class FrontendSettings(Section):
 
 
 class TenantSettings(Section):
-    """One tenant, known by the SHA-256 of its API key: `printf %s "$KEY" | sha256sum`."""
+    """One tenant, known by its keys in the key file, or by the SHA-256 of one: `printf %s "$KEY" | sha256sum`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._:@-]{1,64}$", description="in metrics and logs")
-    key_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the API key, in hexadecimal")
+    key_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of an API key of it, in hexadecimal; not needed for keys of `security.keys_file`",
+    )
     weight: float = Field(1.0, gt=0, le=1e6, description="share of a contended cluster, relative to other tenants")
     priority: Literal["realtime", "nearline", "batch"] = Field(
         "realtime", description="highest class of its requests, and their class when they name none"

@@ -8,8 +8,10 @@
 | x-request-timeout-s   | seconds that the request may take                                                |
 | service_tier (body)   | OpenAI's: `flex` is batch, `priority` is realtime, others leave the default      |
 
-Keys classify. They do not keep anybody out. A global frontend, which comes with `x-slipstream-peer-key`, is refused
-where its key is not known.
+Where there is a key file (`security.keys_file`), `frontend.keys` has let the request in: then the tenant, its weight
+and its classes are the key's, and a class that the key is not for is refused. Without one, the keys of
+`admission.tenants` classify, and do not keep anybody out. A global frontend, which comes with
+`x-slipstream-peer-key`, is refused where its key is not known.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 from frontend.admission.claim import DEFAULT_TENANT, Claim, Priority
+from frontend.keys.guard import Caller
 from slipstream.errors import InvalidRequestError, PeerKeyError
 from slipstream.settings import AdmissionSettings
 
@@ -47,7 +50,11 @@ class Tenants:
     def __init__(self, settings: AdmissionSettings) -> None:
         self._default_class = _CLASSES[settings.default_class]
         self._default = Claim(self._default_class)
-        self._by_key = {one.key_sha256: Claim(_CLASSES[one.priority], one.name, one.weight) for one in settings.tenants}
+        self._by_key = {
+            one.key_sha256: Claim(_CLASSES[one.priority], one.name, one.weight)
+            for one in settings.tenants
+            if one.key_sha256 is not None
+        }
         named = {one.name: one.weight for one in settings.tenants}
         if DEFAULT_TENANT in named:
             self._default = Claim(self._default_class, DEFAULT_TENANT, named[DEFAULT_TENANT])
@@ -68,29 +75,46 @@ class Tenants:
             "This cluster does not know the global frontend's key: its SHA-256 is not in admission.peer_key_sha256."
         )
 
-    def of_http(self, headers: Iterable[tuple[bytes, bytes]], service_tier: str | None = None) -> Claim:
+    def of_http(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        service_tier: str | None = None,
+        caller: Caller | None = None,
+    ) -> Claim:
         """From ASGI's raw headers, whose names are in lower case.
 
         Raises:
             InvalidRequestError: a header's value is wrong.
+            NotAllowedError: the caller's key is not for the class.
             PeerKeyError: it comes from a global frontend whose key is not known.
         """
         said = {_HTTP_NAMES[name]: value.decode("latin-1") for name, value in headers if name in _HTTP_NAMES}
-        return self._claim(said, service_tier) if said or service_tier else self._default
+        return self._claim(said, service_tier, caller) if said or service_tier or caller else self._default
 
-    def of_grpc(self, metadata: Iterable[tuple[str, str | bytes]], left_s: float | None) -> Claim:
+    def of_grpc(
+        self, metadata: Iterable[tuple[str, str | bytes]], left_s: float | None, caller: Caller | None = None
+    ) -> Claim:
         """From a call's metadata, and the seconds that the caller gives it.
 
         Raises:
-            InvalidRequestError, PeerKeyError: as above.
+            InvalidRequestError, NotAllowedError, PeerKeyError: as above.
         """
         said = {name: value for name, value in metadata if name in _NAMES and isinstance(value, str)}
-        claim = self._claim(said, None) if said else self._default
+        claim = self._claim(said, None, caller) if said or caller else self._default
         if left_s is None or left_s > _YEAR_S or (claim.timeout_s is not None and claim.timeout_s <= left_s):
             return claim
         return replace(claim, timeout_s=max(left_s, 0.0))
 
-    def _claim(self, said: dict[str, str], service_tier: str | None) -> Claim:
+    def _claim(self, said: dict[str, str], service_tier: str | None, caller: Caller | None) -> Claim:
+        timeout_s = timeout_of(said[TIMEOUT_HEADER]) if TIMEOUT_HEADER in said else None
+        prefix = ""
+        if PEER_KEY_HEADER in said:
+            self.check_peer(said[PEER_KEY_HEADER])
+            prefix = said.get(PREFIX_HEADER, "")
+        if caller is not None:
+            wanted = _class(said[CLASS_HEADER]) if CLASS_HEADER in said else _TIERS.get(service_tier or "")
+            priority = caller.allowed_class(wanted, self._default_class)
+            return Claim(priority, caller.key.tenant, caller.key.weight, timeout_s, prefix)
         known = self._by_key.get(_key_hash(said.get(KEY_HEADER, ""))) if self._by_key else None
         base = known or self._default
         tenant, weight = base.tenant, base.weight
@@ -103,11 +127,6 @@ class Tenants:
             priority = _TIERS.get(service_tier, priority)
         if self._by_key:
             priority = max(priority, base.priority)  # a larger one goes later
-        timeout_s = timeout_of(said[TIMEOUT_HEADER]) if TIMEOUT_HEADER in said else None
-        prefix = ""
-        if PEER_KEY_HEADER in said:
-            self.check_peer(said[PEER_KEY_HEADER])
-            prefix = said.get(PREFIX_HEADER, "")
         return Claim(priority, tenant, weight, timeout_s, prefix)
 
 

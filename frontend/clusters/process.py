@@ -21,7 +21,7 @@ from frontend.process import (
     raise_file_limit,
     stop_signals,
 )
-from slipstream import grpc_wakeups, telemetry
+from slipstream import exposure, grpc_wakeups, telemetry
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import ConfigError
@@ -46,6 +46,7 @@ async def serve(settings: Settings, listening: Callable[[str, str], None] = lamb
         raise ConfigError(
             "global_frontend.clusters is empty: name the clusters in the file of --config (docs/global-frontend.md)"
         )
+    exposure.check_faces(settings)
     raise_file_limit()
     grpc_wakeups.install()
     identity.install(settings.security, ComponentRole.FRONTEND)

@@ -13,6 +13,7 @@ from slipstream.cli import (
     chat,
     clusters,
     explain,
+    keys,
     local,
     planner_decisions,
     planner_policy,
@@ -62,6 +63,7 @@ app = typer.Typer(
 )
 planner = typer.Typer(help="The control plane, and the planner of worker counts in it.", no_args_is_help=True)
 ways = typer.Typer(help="The ways of KV blocks between workers.", no_args_is_help=True)
+api_keys = typer.Typer(help="API keys: who may use the frontends, and how much.", no_args_is_help=True)
 configuration = typer.Typer(help="The configuration.", no_args_is_help=True)
 certificates = typer.Typer(help="Certificates and the token of a cluster.", no_args_is_help=True)
 
@@ -81,9 +83,11 @@ planner_recommend.add_to(planner)
 planner_decisions.add_to(planner)
 show.add_to(app, configuration)
 authority.add_to(certificates)
+keys.add_to(api_keys)
 app.add_typer(ways, name="transfer", rich_help_panel=transfer.PANEL)
 app.add_typer(certificates, name="ca", rich_help_panel=authority.PANEL)
 app.add_typer(planner, name="planner", rich_help_panel=roles.PANEL)
+app.add_typer(api_keys, name="keys", rich_help_panel=keys.PANEL)
 app.add_typer(configuration, name="config", rich_help_panel=show.PANEL)
 
 

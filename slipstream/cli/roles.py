@@ -24,7 +24,7 @@ _GLOBAL_FLAGS = select(
     *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "max_body_bytes", "request_timeout_s")),
     "frontend.drain_timeout_s",
     "global_frontend.*",
-    *(f"security.{name}" for name in ("tls_folder", "face_certificate_file", "face_key_file", "face_client_ca_file")),
+    "security.*",
     "log.*",
     own={"frontend", "global_frontend"},
     without={"global_frontend.clusters"},

@@ -23,6 +23,7 @@ _ALL_FLAGS = select(
     "dtype",
     "cluster.*",
     "frontend.*",
+    "security.*",
     "worker.*",
     "model_cache.*",
     "control_plane.*",

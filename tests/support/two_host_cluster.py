@@ -101,7 +101,7 @@ class TwoHostCluster:
             "1",
         )
         worker += ("--kv-cache-bytes", str(_KV_CACHE_BYTES), *self._flags)
-        ports = ("--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT))
+        ports = ("--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT), "--security-anonymous")
         try:
             self._start(near, "control-plane", "planner", "serve", "--host", near.address, "--port", str(CONTROL_PORT))
             self._start(

@@ -96,11 +96,13 @@ def test_one_port_for_two_faces_is_refused(tmp_path: Path, taken_port: int) -> N
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
-        planned(tmp_path, {"frontend.host": "192.0.2.1"})
+        planned(tmp_path, {"frontend.host": "192.0.2.1", "security.anonymous": True})
 
 
 def test_what_listens_everywhere_is_reached_over_loopback(tmp_path: Path) -> None:
-    cluster = planned(tmp_path, {"frontend.host": "0.0.0.0", "control_plane.host": "0.0.0.0"})
+    cluster = planned(
+        tmp_path, {"frontend.host": "0.0.0.0", "control_plane.host": "0.0.0.0", "security.anonymous": True}
+    )
     assert cluster.http_url == f"http://127.0.0.1:{cluster.settings.frontend.http_port}"
     assert cluster.grpc_target == f"127.0.0.1:{cluster.settings.frontend.grpc_port}"
     assert cluster.settings.control_plane.address == f"127.0.0.1:{cluster.settings.control_plane.port}"

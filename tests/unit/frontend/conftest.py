@@ -13,6 +13,7 @@ import pytest
 
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
+from frontend.keys.guard import Guard
 from frontend.process import bound_socket, run_faces
 from frontend.tokenizer import TextModel
 from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
@@ -44,6 +45,12 @@ def limits() -> LimitSettings:
     return DEFAULT_LIMITS
 
 
+@pytest.fixture
+def guard() -> Guard | None:
+    """Who may come in: everybody, unless the test says otherwise."""
+    return None
+
+
 class Faces:
     """Where the faces listen, and how to stop them."""
 
@@ -60,6 +67,7 @@ async def faces(
     text_model: TextModel,
     frontend_settings: FrontendSettings,
     limits: LimitSettings,
+    guard: Guard | None,
 ) -> AsyncIterator[Faces]:
     faces = Faces(asyncio.Event())
     listening = asyncio.Event()
@@ -79,6 +87,7 @@ async def faces(
                 stop=faces.stop,
                 listening=note,
                 limits=limits,
+                guard=guard,
             )
         )
         async with asyncio.timeout(10):

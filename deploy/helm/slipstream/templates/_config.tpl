@@ -13,6 +13,9 @@ control_plane:
 {{- $own := dict "frontend" (dict
   "http_port" 8000 "grpc_port" 8001
   "workers" (int .Values.frontend.workers) "drain_timeout_s" (int .Values.frontend.drainSeconds)) -}}
+{{- /* A pod has to listen where others reach it: without keys it is the network policy that says who does. */ -}}
+{{- $keys := .Values.frontend.keys -}}
+{{- $_ := set $own "security" (ternary (dict "anonymous" true) (dict "keys_file" (printf "/etc/slipstream-keys/%s" $keys.key)) (empty $keys.secret)) -}}
 {{- mergeOverwrite (deepCopy .Values.config) (include "slipstream.modelConfig" . | fromYaml) $own | toYaml -}}
 {{- end }}
 
