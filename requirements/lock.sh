@@ -44,8 +44,8 @@ lock light --universal --extra kubernetes --extra dev
 lock full --python-platform x86_64-manylinux_2_28 --extra dev --extra engine --extra ucx --extra nixl --extra streamer --extra ray --extra kubernetes
 # What the images hold: the same without what only developers need.
 lock image-light --universal --extra kubernetes
-lock image-worker --python-platform x86_64-manylinux_2_28 --extra engine --extra ucx --extra nixl --extra streamer
-lock image-cuda --python-platform x86_64-manylinux_2_28 --extra ucx  # what vLLM's own image may lack
+lock image-worker --python-platform x86_64-manylinux_2_28 --extra engine --extra ucx --extra nixl --extra streamer --extra ray
+lock image-cuda --python-platform x86_64-manylinux_2_28 --extra ucx --extra nixl --extra ray  # what vLLM's own image may lack
 echo hatchling | compile - --universal --constraint "$scratch/all.lock" --generate-hashes --output-file image-build.lock
 echo "uv==$("$uv" --version | cut -d' ' -f2)" |
     "$uv" pip compile --quiet - --universal --python-version 3.11 --generate-hashes \

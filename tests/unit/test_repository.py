@@ -15,8 +15,8 @@ LOCKS = {
     "light": ["dev"],
     "full": ["dev", "engine"],
     "image-light": ["kubernetes"],
-    "image-worker": ["engine", "ucx", "nixl", "streamer"],
-    "image-cuda": ["ucx"],
+    "image-worker": ["engine", "ucx", "nixl", "streamer", "ray"],
+    "image-cuda": ["ucx", "nixl", "ray"],
 }
 WITH_TORCH = ("full", "image-worker")
 
