@@ -47,11 +47,12 @@ async def _run(settings: Settings, name: str, source: str, grid: Grid, say: Say,
             engine = VllmEngine(settings, model_path=folder.path, served_name=served, board=board)
             await asyncio.to_thread(engine.start)
             try:
+                ranks = settings.worker.tensor_parallel_size
                 threads = settings.worker.threads or len(os.sched_getaffinity(0))
                 where = (
                     f"cpu, {threads} thread{'s' if threads > 1 else ''}" if engine.device == "cpu" else engine.device
                 )
-                facts = Facts(name, served, where, source, engine.step_tokens, engine.vocabulary)
+                facts = Facts(name, served, where, source, engine.step_tokens, engine.vocabulary, ranks)
                 return await measure(engine, facts, grid, say, clock)
             finally:
                 await asyncio.to_thread(engine.shutdown)

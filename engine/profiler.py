@@ -56,6 +56,7 @@ class Facts:
     source: str
     step_tokens: int
     vocabulary: int
+    ranks: int = 1
 
 
 async def measure(
@@ -111,7 +112,7 @@ async def measure(
         transfer_bytes_per_s=rate,
         transfer_latency_s=latency_s,
         overhead_s=max(0.0, statistics.median(overheads)),
-        gpus=0 if facts.device.startswith("cpu") else 1,
+        gpus=0 if facts.device.startswith("cpu") else facts.ranks,
     )
 
 

@@ -14,9 +14,6 @@ hooks to `SchedulerSide` and `WorkerSide`, where the behaviour is. Its settings 
 from __future__ import annotations
 
 import os
-import select
-import signal
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,6 +39,7 @@ from kv_transfer.board import Board, Counter, Outcome
 from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout
 from kv_transfer.model_identity import weights_digest
+from kv_transfer.process_ties import belong_to, end_with
 from kv_transfer.scheduler_side import SchedulerSide, Step
 from kv_transfer.worker_side import Results, WorkerSide, regions_by_layer
 from slipstream.errors import StartupError
@@ -94,8 +92,9 @@ class StepReports(KVConnectorWorkerMetadata):
 
 @dataclass
 class RankEndpoint(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: where a rank's transfer agent is, and how much of each block it has."""
+    """Worker to scheduler, once: where a rank's process and transfer agent are, and how much of each block it has."""
 
+    pid: int
     endpoint: Endpoint
     block_tokens: int
     block_bytes: int
@@ -122,7 +121,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
         self._step_reports: StepReports | None = None
         self._endpoint: RankEndpoint | None = None
         if role is KVConnectorRole.SCHEDULER:
-            _belong_to(int(config.get_from_extra_config("owner_pid", 0)))
+            belong_to(int(config.get_from_extra_config("owner_pid", 0)))
             self._scheduler = SchedulerSide(
                 self._board,
                 block_tokens=vllm_config.cache_config.block_size,
@@ -130,7 +129,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
                 ranks=self._ranks,
             )
         elif self._ranks > 1:
-            _belong_to(os.getppid())
+            belong_to(os.getppid())
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -173,6 +172,8 @@ class SlipstreamConnector(KVConnectorBase_V1):
         ranks = [metadata[rank] for rank in sorted(metadata)]
         ends = [end for end in ranks if isinstance(end, RankEndpoint)]
         agents.publish(self._board, [end.endpoint for end in ends])
+        if self._ranks > 1:
+            end_with({end.pid for end in ends})
         self._board.set_gauge(Counter.BLOCK_TOKENS, ends[0].block_tokens)
         self._board.set_gauge(Counter.BLOCK_BYTES, sum(end.block_bytes for end in ends))
 
@@ -213,7 +214,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
             host_id=config.get_from_extra_config("host_id", ""),
             host=config.get_from_extra_config("host", "127.0.0.1"),
         )
-        self._endpoint = RankEndpoint(endpoint, layout.block_tokens, layout.block_bytes)
+        self._endpoint = RankEndpoint(os.getpid(), endpoint, layout.block_tokens, layout.block_bytes)
         if self._rank == 0:  # every word of the board has one writer
             self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
         names = layouts.in_order(kv_caches)
@@ -284,28 +285,3 @@ def _facts(vllm_config: VllmConfig, piece_bytes: list[int]) -> dict[str, object]
         "device": str(vllm_config.device_config.device_type),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _belong_to(owner_pid: int) -> None:
-    """Tie this engine process to the one that owns it (the service, or the engine core of a rank): it ends when that
-    has died, even by SIGKILL.
-
-    A thread that sleeps in poll() on a pidfd: exact, and without cost. (PR_SET_PDEATHSIG would fire at the
-    end of the thread, not of the process, that started this one.) A terminal's Ctrl-C is the service's to
-    handle: it drains first.
-    """
-    if not owner_pid or owner_pid == os.getpid():
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        fd = os.pidfd_open(owner_pid)
-    except ProcessLookupError:
-        os._exit(1)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.poll()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="owner-watch", daemon=True).start()

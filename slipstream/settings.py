@@ -475,7 +475,11 @@ class RaySettings(Section):
     )
     cpus_per_worker: float = Field(1.0, ge=0.01, le=1024, description="CPUs that Ray keeps for a worker")
     gpus_per_worker: int = Field(
-        0, ge=0, le=64, description="GPUs that Ray keeps for a worker, all on one node: as many as its engine uses"
+        0,
+        ge=0,
+        le=64,
+        description="GPUs that Ray keeps for a worker, all on one node: as many as `worker.tensor_parallel_size`; 0 "
+        "for engines on CPUs",
     )
     place_timeout_s: float = Field(
         60.0,

@@ -10,6 +10,7 @@ import yaml
 
 from deploy.ray.placement import Bundle
 from deploy.ray.worker_actor import Order
+from slipstream.errors import ConfigError
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
 
@@ -31,11 +32,23 @@ class Orders:
 
     @classmethod
     def of(cls, settings: Settings, run_folder: Path) -> Orders:
-        ray = settings.ray
+        """What these settings mean on Ray.
+
+        Raises:
+            ConfigError: Ray would keep GPUs that no engine uses, or too few.
+        """
+        ray, ranks = settings.ray, settings.worker.tensor_parallel_size
+        if settings.worker.engine == "vllm" and ray.gpus_per_worker not in (0, ranks):
+            raise ConfigError(
+                f"ray.gpus_per_worker: a worker's engine uses {ranks} GPUs (worker.tensor_parallel_size), and not the "
+                f"{ray.gpus_per_worker} that Ray shall keep for it: give both the same number",
+                param="ray.gpus_per_worker",
+            )
         text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         # How many there are, and where this launcher keeps its files, is nothing to a worker.
         told = settings.model_dump(mode="json", exclude={"cluster": True, "planner": True, "frontend": True})
         settings_id = hashlib.sha256(yaml.safe_dump(told).encode()).hexdigest()
+        # One bundle is always on one node: so are all ranks of a worker, which talk to each other in every layer.
         bundle = {"CPU": ray.cpus_per_worker} | ({"GPU": float(ray.gpus_per_worker)} if ray.gpus_per_worker else {})
         return cls(settings, text, settings_id, bundle, run_folder)
 

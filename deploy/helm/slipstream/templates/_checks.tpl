@@ -8,7 +8,7 @@
 {{- fail (printf "%s.groupSize: more than 1 needs %s.workload: LeaderWorkerSet" $role $role) }}
 {{- end }}
 {{- if and (gt (int $pool.groupSize) 1) (not $pool.allowUnsupportedGroups) }}
-{{- fail (printf "%s.groupSize: this version's engine runs one GPU a worker, so that a group of %d would not start; %s.allowUnsupportedGroups: true renders it all the same" $role (int $pool.groupSize) $role) }}
+{{- fail (printf "%s.groupSize: the ranks of an engine are processes of one pod (accelerator.count), so that a group of %d would not start; %s.allowUnsupportedGroups: true renders it all the same" $role (int $pool.groupSize) $role) }}
 {{- end }}
 {{- if and (gt (int $pool.groupSize) 1) (not $pool.followerArgs) }}
 {{- fail (printf "%s.followerArgs: say what the other pods of a group run" $role) }}

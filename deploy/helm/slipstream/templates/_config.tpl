@@ -39,7 +39,7 @@ control_plane:
 {{- toYaml .Values.planner.policy -}}
 {{- else -}}
 {{- $scaling := .Values.scaling -}}
-gpu_budget: {{ add $scaling.prefill.max $scaling.decode.max }}
+gpu_budget: {{ mul (add $scaling.prefill.max $scaling.decode.max) (max 1 (int .Values.accelerator.count)) }}
 models:
   - model: {{ include "slipstream.servedName" . | quote }}
     objectives:
@@ -63,6 +63,9 @@ models:
 {{- $own := dict "worker" (dict
   "port" 7700 "metrics_port" 7701
   "start_timeout_s" (int $pool.startSeconds) "drain_timeout_s" (int $pool.drainSeconds)) -}}
+{{- if gt (int $root.Values.accelerator.count) 0 -}}
+{{- $_ := set $own.worker "tensor_parallel_size" (int $root.Values.accelerator.count) -}}
+{{- end -}}
 {{- $own = mergeOverwrite $own (dict "transfer" (dict "port" 7702)) -}}
 {{- mergeOverwrite $fabric (deepCopy $root.Values.config) (deepCopy $pool.config) (include "slipstream.modelConfig" $root | fromYaml) $own | toYaml -}}
 {{- end }}

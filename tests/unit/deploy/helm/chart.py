@@ -68,6 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "efa-large-groups": merged(preset("efa"), pools(**_LARGE_GROUPS)),
     "privileged": merged(preset("efa"), {"fabric": {"privileged": True}}),
     "claims": {"accelerator": {"dra": {"enabled": True, "selectors": ["device.attributes['x'].y == 1"]}}},
+    "four-gpus": merged({"scaling": {"mode": "planner"}, "accelerator": {"count": 4}}, preset("efa")),
     "node-cache": {"model": {"cache": {"type": "hostPath"}}},
     "claimed-cache": {
         "model": {

@@ -86,7 +86,7 @@ def test_devices_of_no_resource_are_refused() -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_group_that_the_engine_would_refuse_is_refused_before(role: str) -> None:
-    with pytest.raises(RefusedError, match=rf"{role}.groupSize: this version's engine runs one GPU a worker"):
+    with pytest.raises(RefusedError, match=rf"{role}.groupSize: the ranks of an engine are processes of one pod"):
         texts({role: {"workload": "LeaderWorkerSet", "groupSize": 2}})
     with pytest.raises(RefusedError, match=rf"{role}.groupSize: more than 1 needs {role}.workload: LeaderWorkerSet"):
         texts({role: {"groupSize": 2}})

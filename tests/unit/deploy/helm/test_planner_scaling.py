@@ -176,6 +176,15 @@ def test_the_policy_made_of_the_values_is_one_that_the_planner_reads() -> None:
     assert (model.objectives["realtime"].ttft_s, model.objectives["realtime"].itl_s) == (2.0, 0.1)
 
 
+def test_the_budget_counts_all_gpus_of_a_worker_and_its_engine_uses_all_of_them() -> None:
+    values = merged(PLANNED, {"accelerator": {"count": 4}})
+
+    assert parse_policy(policy_of(values), "policy.yaml").gpu_budget == 4 * (8 + 3)
+    data = named(objects(values), "ConfigMap", "demo-slipstream")["data"]
+    for role in ("prefill", "decode"):
+        assert yaml.safe_load(data[f"{role}.yaml"])["worker"]["tensor_parallel_size"] == 4
+
+
 def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
     own = {
         "gpu_budget": 4,

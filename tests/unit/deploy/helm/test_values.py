@@ -23,7 +23,7 @@ REFUSED = [
     ({"decode": {"resources": {"limit": {}}}}, "limit"),
     ({"fabric": {"kind": "ethernet"}}, "/fabric/kind"),
     ({"fabric": {"env": {"FI PROVIDER": "efa"}}}, "FI PROVIDER"),
-    ({"accelerator": {"count": 2}}, "/accelerator/count"),
+    ({"accelerator": {"count": 65}}, "/accelerator/count"),
     ({"scaling": {"mode": "both"}}, "/scaling/mode"),
     ({"podSecurity": {"runAsUser": 0}}, "/podSecurity/runAsUser"),
     ({"images": {"worker": {"digest": "sha256:abc"}}}, "/images/worker/digest"),

@@ -60,8 +60,15 @@ def test_workers_of_a_cluster_that_only_has_another_size_are_the_same_workers(tm
 
 
 def test_a_worker_takes_what_the_settings_say_and_computes_on_no_more_threads(tmp_path: Path) -> None:
-    orders = Orders.of(settings(ray__cpus_per_worker=4.0, ray__gpus_per_worker=2, device="cpu"), tmp_path)
+    of_two = {"ray__gpus_per_worker": 2, "worker__tensor_parallel_size": 2}
+    orders = Orders.of(settings(ray__cpus_per_worker=4.0, device="cpu", **of_two), tmp_path)
     assert orders.bundle == {"CPU": 4.0, "GPU": 2.0}
     assert orders.order("worker-0", ROLE_DECODE, 0.0).threads == 4
     told = Orders.of(settings(ray__cpus_per_worker=4.0, worker__threads=3), tmp_path)
     assert told.order("worker-0", ROLE_DECODE, 0.0).threads == 3
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(2, 1), (1, 2), (8, 4)])
+def test_gpus_that_no_engine_would_use_are_not_kept(tmp_path: Path, gpus: int, ranks: int) -> None:
+    with pytest.raises(ConfigError, match=rf"uses {ranks} GPUs .worker.tensor_parallel_size., and not the {gpus}"):
+        Orders.of(settings(ray__gpus_per_worker=gpus, worker__tensor_parallel_size=ranks), tmp_path)
