@@ -103,8 +103,7 @@ class _UntilReady:
         self.registry = str(settings["control_plane"]["address"])
         await readiness.until_ready(
             registry=self.registry,
-            frontend_host="127.0.0.1",
-            http_port=self.http_port,
+            frontend_url=f"http://127.0.0.1:{self.http_port}",
             enough=readiness.all_named(self._workers, _unseen),
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,

@@ -50,13 +50,11 @@ class StoppedBySignal(Exception):  # noqa: N818 - not an error: somebody asked
 async def launch_cluster(cluster: LocalCluster, body: Callable[[], Coroutine[Any, Any, T]], *, console: Console) -> T:
     """`launch` for a planned cluster: ready means that all workers and the frontend are."""
     settings = cluster.settings
-    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
 
     async def until_ready(report: Report) -> None:
         await readiness.until_ready(
             registry=settings.control_plane.address,
-            frontend_host=host.strip("[]"),
-            http_port=int(port),
+            frontend_url=cluster.http_url,
             enough=readiness.all_named(cluster.worker_names, report),
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,

@@ -22,6 +22,7 @@ from slipstream.addresses import host_port, reachable
 from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import ConfigError, StartupError
+from slipstream.security.identity import face_files_of
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
 
@@ -49,7 +50,8 @@ class PlannedCluster:
 
     @property
     def http_url(self) -> str:
-        return f"http://{host_port(reachable(self.settings.frontend.host), self.settings.frontend.http_port)}"
+        scheme = "http" if face_files_of(self.settings.security) is None else "https"
+        return f"{scheme}://{host_port(reachable(self.settings.frontend.host), self.settings.frontend.http_port)}"
 
     @property
     def grpc_target(self) -> str:

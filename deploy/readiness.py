@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
 from deploy.supervisor import Report
 from slipstream.security.channels import open_channel
+from slipstream.security.http_ends import probing_context
 from slipstream.security.names import ComponentRole
 from slipstream.v1 import registry_pb2
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
@@ -27,8 +29,7 @@ Enough = Callable[[Sequence[WorkerRecord]], bool]
 async def until_ready(
     *,
     registry: str,
-    frontend_host: str,
-    http_port: int,
+    frontend_url: str,
     enough: Enough,
     control_plane: str,
     frontend: str,
@@ -38,12 +39,13 @@ async def until_ready(
 
     Args:
         registry: host:port of the control plane.
+        frontend_url: of the HTTP face.
         enough: `all_named` or `counted`.
         control_plane, frontend: the names under which these two are reported.
     """
     async with asyncio.TaskGroup() as group:
         group.create_task(_until_registered(registry, enough, control_plane, report))
-        group.create_task(_until_frontend_ready(frontend_host, http_port, frontend, report))
+        group.create_task(_until_frontend_ready(frontend_url, frontend, report))
 
 
 def all_named(workers: Collection[str], report: Report) -> Enough:
@@ -111,24 +113,27 @@ async def _watch(
     return False
 
 
-async def _until_frontend_ready(host: str, port: int, frontend: str, report: Report) -> None:
-    while (status := await _http_status(host, port, "/health/ready")) != 200:
+async def _until_frontend_ready(url: str, frontend: str, report: Report) -> None:
+    while (status := await _http_status(f"{url}/health/ready")) != 200:
         if status is not None:
             report(frontend, "waiting for workers")
         await asyncio.sleep(_RETRY_S)
     report(frontend, "ready")
 
 
-async def _http_status(host: str, port: int, path: str) -> int | None:
+async def _http_status(url: str) -> int | None:
     """The status of one GET, or None when nothing answers. A probe of ten lines, so that no HTTP client is needed."""
+    parts = urlsplit(url)
+    host, path = parts.hostname, parts.path
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port)
+            tls = probing_context() if parts.scheme == "https" else None
+            reader, writer = await asyncio.open_connection(host, parts.port, ssl=tls)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 status_line = await reader.readline()
             finally:
                 writer.close()
         return int(status_line.split()[1])
-    except (OSError, TimeoutError, IndexError, ValueError):
+    except (OSError, EOFError, TimeoutError, IndexError, ValueError):
         return None

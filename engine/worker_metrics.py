@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -21,9 +21,10 @@ from engine.protocol import Engine
 from kv_transfer.accounts import BYTES_BY_WAY, FAILURES
 from kv_transfer.board import Board, Counter
 from slipstream import metric_names
-from slipstream.addresses import host_port
 from slipstream.errors import StartupError
 from slipstream.metric_names import KnownNames
+from slipstream.metrics_server import MetricsHttpServer
+from slipstream.security.expiry import CertificateCollector
 from slipstream.v1.registry_pb2 import Role, TransferPath
 
 _COUNTERS = (
@@ -259,12 +260,13 @@ class MetricsServer:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
+        self._registry.register(CertificateCollector())
         try:
             page = KnownNames(self._registry, metric_names.WORKER, model=model)
-            self._server, self._thread = start_http_server(port, addr=host, registry=page)
+            self._server = MetricsHttpServer(host, port, make_wsgi_app(page))
         except OSError as error:
             raise StartupError(f"worker.metrics_port: cannot listen on {host}:{port}: {error.strerror}") from error
-        self.url = f"http://{host_port(host, self._server.server_port)}/metrics"
+        self.url = self._server.url
 
     def watch(self, engine: Engine, board: Board, admission: Admission, paths: Paths) -> None:
         """Report these from now on."""
@@ -287,6 +289,4 @@ class MetricsServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(timeout=5.0)
+        self._server.close()

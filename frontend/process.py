@@ -49,11 +49,15 @@ from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
 from slipstream.security import identity
+from slipstream.security.expiry import CertificateCollector
+from slipstream.security.http_ends import face_context
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import listen_publicly
 from slipstream.settings import FrontendSettings, Settings
 
 log = telemetry.get_logger(__name__)
+
+REGISTRY.register(CertificateCollector())
 
 BACKLOG_CONNECTIONS = 2048
 # For connections that were told of the shutdown to be closed properly.
@@ -236,6 +240,7 @@ def _metrics_of_all(folder: Path | None) -> Collector:
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
     registry.register(PoolProcesses(folder, os.getppid()))
+    registry.register(CertificateCollector())
     return registry
 
 
@@ -326,7 +331,12 @@ class _Server(uvicorn.Server):
 
 
 def http_server(app: ASGIApp, settings: FrontendSettings, limits: LimitSettings) -> uvicorn.Server:
-    """What serves an application as all our HTTP faces do."""
+    """What serves an application as all our HTTP faces do.
+
+    Raises:
+        ConfigError: the faces' certificate cannot be read.
+    """
+    tls = face_context()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = max(_FEWEST_CONNECTIONS, min(limits.max_connections, files - _OTHER_FILES))
     return _Server(
@@ -343,5 +353,6 @@ def http_server(app: ASGIApp, settings: FrontendSettings, limits: LimitSettings)
             backlog=BACKLOG_CONNECTIONS,
             timeout_keep_alive=math.ceil(limits.keep_alive_s),
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + _LAST_WORDS_S),
+            ssl_context_factory=(lambda config, default: tls) if tls is not None else None,
         )
     )

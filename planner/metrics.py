@@ -8,40 +8,22 @@ thread that serves them shares nothing with the event loop but the reference to 
 from __future__ import annotations
 
 import json
-import socket
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from planner.service import RegistryService
-from slipstream.addresses import host_port
 from slipstream.errors import StartupError
+from slipstream.metrics_server import MetricsHttpServer, StartResponse, WsgiApp
+from slipstream.security.expiry import CertificateCollector
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
-
-_STOP_TIMEOUT_S = 5.0
-_STOP_POLL_S = 0.05
-
-StartResponse = Callable[[str, list[tuple[str, str]]], object]
-WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
-        """A scrape each few seconds is no news."""
-
-
-class _Ipv6Server(ThreadingWSGIServer):
-    address_family = socket.AF_INET6
 
 
 class RegistryCollector(Collector):
@@ -91,7 +73,7 @@ def serving_metrics(service: RegistryService, host: str, port: int, more: Iterab
     """
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    for collector in (RegistryCollector(service), *more):
+    for collector in (RegistryCollector(service), CertificateCollector(), *more):
         registry.register(collector)
     metrics: WsgiApp = make_wsgi_app(registry)
 
@@ -101,21 +83,16 @@ def serving_metrics(service: RegistryService, host: str, port: int, more: Iterab
             return [json.dumps(targets(service.posted.workers)).encode()]
         return metrics(environ, start_response)
 
-    kind = _Ipv6Server if ":" in host else ThreadingWSGIServer
     try:
-        server = make_server(host, port, app, kind, handler_class=_QuietHandler)
+        server = MetricsHttpServer(host, port, app)
     except OSError as error:
         raise StartupError(
             f"control_plane.metrics_port: cannot listen on {host}:{port}: {error.strerror}; 0 takes a free port"
         ) from None
-    thread = threading.Thread(target=server.serve_forever, args=(_STOP_POLL_S,), name="metrics", daemon=True)
-    thread.start()
     try:
-        yield f"http://{host_port(host, server.server_port)}/metrics"
+        yield server.url
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=_STOP_TIMEOUT_S)
+        server.close()
 
 
 def targets(workers: Iterable[WorkerRecord]) -> list[dict[str, Any]]:
@@ -127,6 +104,7 @@ def targets(workers: Iterable[WorkerRecord]) -> list[dict[str, Any]]:
             continue
         role, state, model = _kind(record)
         labels = {
+            "__scheme__": url.scheme,
             "__metrics_path__": url.path,
             "__meta_slipstream_worker": record.worker_id,
             "__meta_slipstream_role": role,

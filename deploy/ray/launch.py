@@ -63,13 +63,11 @@ async def launch_on_ray(cluster: PlannedCluster, body: Callable[[], Coroutine[An
     """`launch` for a cluster whose workers are on Ray: ready means that so many are, and the frontend."""
     settings = cluster.settings
     wanted = {Role.ROLE_PREFILL: settings.cluster.prefill, Role.ROLE_DECODE: settings.cluster.decode}
-    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
 
     async def until_ready(report: Report) -> None:
         await readiness.until_ready(
             registry=settings.control_plane.address,
-            frontend_host=host.strip("[]"),
-            http_port=int(port),
+            frontend_url=cluster.http_url,
             enough=readiness.counted(wanted, POOL, report),
             control_plane=CONTROL_PLANE,
             frontend=FRONTEND,

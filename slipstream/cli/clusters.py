@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slipstream.addresses import host_port, reachable
+from slipstream.cli.face_tls import http_address
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
 from slipstream.errors import UnavailableError
+from slipstream.security.http_ends import opened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,14 +35,13 @@ def add_to(app: typer.Typer) -> None:
     )(clusters)
 
 
-@with_settings(*select("frontend.host", "frontend.http_port"))
+@with_settings(*select("frontend.host", "frontend.http_port", "security.tls_folder"))
 def clusters(
     loaded: LoadedConfig,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a global frontend's clusters: health, the way there, how long a prompt would wait, what is cached."""
-    own = loaded.settings.frontend
-    content = fetch(host_port(reachable(own.host), own.http_port))
+    content = fetch(http_address(loaded.settings))
     if as_json:
         print(content.decode())  # noqa: T201
         return
@@ -57,7 +57,7 @@ def fetch(address: str) -> bytes:
         UnavailableError: nobody answers there, or it is no global frontend.
     """
     try:
-        with urllib.request.urlopen(f"http://{address}/slipstream/v1/clusters", timeout=TIMEOUT_S) as answer:
+        with opened(f"{address}/slipstream/v1/clusters", TIMEOUT_S) as answer:
             content: bytes = answer.read(_MAX_ANSWER_BYTES)
             return content
     except urllib.error.HTTPError as error:

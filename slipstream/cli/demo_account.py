@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slipstream.client import Account, AsyncClient, Completion, Piece
+from slipstream.client import Account, AsyncClient, Completion, Piece, Tls
 from slipstream.client.results import completion_from_pieces
 
 _TIMEOUT_S = 300.0
@@ -42,13 +42,19 @@ def timing(sent_s: float, arrivals: Sequence[tuple[float, int]]) -> Timing:
 
 
 async def ask_and_account(
-    target: str, prompt: str, max_tokens: int, console: Console, clock: Callable[[], float] = time.monotonic
+    target: str,
+    prompt: str,
+    max_tokens: int,
+    console: Console,
+    tls: Tls | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Ask, print the answer as it comes, then the account. Raises the client's errors."""
     console.print(Text.assemble(("\n> ", "bold cyan"), prompt), soft_wrap=True)
     pieces: list[Piece] = []
     arrivals: list[tuple[float, int]] = []
-    async with AsyncClient(target, timeout_s=_TIMEOUT_S) as client:
+    async with AsyncClient(target, timeout_s=_TIMEOUT_S, tls=tls) as client:
         messages = [{"role": "user", "content": prompt}]
         sent_s = clock()
         async for piece in client.chat(messages, max_tokens=max_tokens, temperature=0.0):  # type: ignore[arg-type]

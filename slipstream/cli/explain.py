@@ -11,11 +11,12 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import typer
 
-from slipstream.addresses import host_port, reachable
+from slipstream.cli.face_tls import http_address
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
 from slipstream.errors import ConfigError, InvalidRequestError, UnavailableError
+from slipstream.security.http_ends import opened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +39,7 @@ def add_to(app: typer.Typer) -> None:
     )(explain)
 
 
-@with_settings(*select("frontend.host", "frontend.http_port"))
+@with_settings(*select("frontend.host", "frontend.http_port", "security.tls_folder"))
 def explain(
     loaded: LoadedConfig,
     request_id: Annotated[str, typer.Argument(help="As in the answer's X-Request-Id header.")],
@@ -48,8 +49,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how long a request waited, why it went to its workers, what was predicted, and what came of it."""
-    own = loaded.settings.frontend
-    content = fetch(frontend or host_port(reachable(own.host), own.http_port), request_id)
+    content = fetch(frontend or http_address(loaded.settings), request_id)
     if as_json:
         print(content.decode())  # noqa: T201
         return
@@ -80,7 +80,7 @@ def fetch(address: str, request_id: str) -> bytes:
         raise ConfigError(f"--frontend = {address} is not an HTTP address, such as http://127.0.0.1:8000")
     url = f"{base.rstrip('/')}/slipstream/v1/requests/{quote(request_id, safe='')}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        with opened(url, TIMEOUT_S) as answer:
             content: bytes = answer.read(_MAX_ANSWER_BYTES)
             return content
     except urllib.error.HTTPError as error:

@@ -16,16 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli.autoscaling import autoscaled
+from slipstream.cli.face_tls import face_tls
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
 from slipstream.errors import ConfigError
+from slipstream.security import identity
+from slipstream.security.identity import CA_FILE
+from slipstream.security.names import ComponentRole
 from slipstream.settings import FrontendSettings, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from deploy.plan import PlannedCluster
+    from slipstream.client import Tls
 
 PANEL = "A cluster"
 
@@ -132,7 +137,7 @@ def demo(
         from slipstream.cli.demo_account import ask_and_account
         from slipstream.cli.terminal import output
 
-        await ask_and_account(cluster.grpc_target, prompt, max_tokens, output())
+        await ask_and_account(cluster.grpc_target, prompt, max_tokens, output(), _face_tls(cluster))
 
     _run(_with_free_ports(loaded), ask, ends_by_signal=False)
 
@@ -168,6 +173,7 @@ def _run(
     from slipstream.cli.terminal import messages
 
     console, home = messages(), Path.home()
+    identity.install(settings.security, ComponentRole.LAUNCHER)
     run_folder = settings.cluster.log_dir
     if run_folder is None:
         run_folder = plan.default_run_folder(os.environ, home, datetime.now(UTC), os.getpid())
@@ -216,9 +222,13 @@ def _with_free_ports(loaded: LoadedConfig) -> Settings:
 async def _served_model(cluster: PlannedCluster) -> str:
     from slipstream.client import AsyncClient
 
-    async with AsyncClient(cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S) as client:
+    async with AsyncClient(cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S, tls=_face_tls(cluster)) as client:
         models = await client.models()
     return models[0].id if models else cluster.settings.model
+
+
+def _face_tls(cluster: PlannedCluster) -> Tls | None:
+    return face_tls(cluster.settings.security) if cluster.http_url.startswith("https:") else None
 
 
 def _print_endpoints(console: Console, cluster: PlannedCluster, model: str, seconds: float) -> None:
@@ -233,6 +243,13 @@ def _print_endpoints(console: Console, cluster: PlannedCluster, model: str, seco
     grpc_flag = _unless_default(cluster, "--grpc-port", "frontend", "grpc_port")
     registry = cluster.settings.control_plane
     registry_flag = "" if registry.port == 7600 else f" --control-plane {registry.address}"
+    security = cluster.settings.security
+    tls_flag = f" --tls {security.tls_folder}" if security.tls_folder is not None else ""
+    token_flag = f" --cluster-token-file {security.cluster_token_file}" if security.cluster_token_file else ""
+    trust, tls = "", ""
+    if security.tls_folder is not None and cluster.http_url.startswith("https:"):
+        authority = security.tls_folder / CA_FILE
+        trust, tls = f" --cacert {authority}", f', tls=Tls(ca_file="{authority}")'
     text = Text.assemble(
         ("\nReady", "bold green"),
         f" after {seconds:.1f} s: {model}\n\n",
@@ -241,14 +258,14 @@ def _print_endpoints(console: Console, cluster: PlannedCluster, model: str, seco
         ("  metrics     ", "dim"), f"{cluster.http_url}/metrics\n",
         ("  logs        ", "dim"), f"{cluster.run_folder}\n\n",
         ("With curl:\n", "bold"),
-        f"  curl -N {cluster.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n",
+        f"  curl -N{trust} {cluster.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n",
         f"    -d '{json.dumps(question)}'\n\n",
         ("In Python:\n", "bold"),
-        "  from slipstream.client import Client\n",
-        f'  with Client("{cluster.grpc_target}") as client:\n',
+        f"  from slipstream.client import Client{', Tls' if tls else ''}\n",
+        f'  with Client("{cluster.grpc_target}"{tls}) as client:\n',
         f'      print(client.chat([{{"role": "user", "content": "{QUESTION}"}}], temperature=0).collect().text)\n\n',
         ("In the terminal:\n", "bold"),
-        f"  slipstream chat{grpc_flag}\n  slipstream status{registry_flag}\n\n",
+        f"  slipstream chat{grpc_flag}{tls_flag}\n  slipstream status{registry_flag}{tls_flag}{token_flag}\n\n",
         ("Ctrl-C stops everything.", "dim"),
     )  # fmt: skip
     console.print(text, soft_wrap=True)

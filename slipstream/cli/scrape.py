@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.errors import UnavailableError
+from slipstream.security.http_ends import client_context, name_demanded
+from slipstream.security.names import ComponentRole
 
 MAX_BYTES = 32 << 20
 
@@ -68,15 +70,18 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
     return bounds[-1]
 
 
-async def fetch(url: str, timeout_s: float) -> Page:
-    """The page at an http URL.
+async def fetch(url: str, timeout_s: float, component: ComponentRole | None = None) -> Page:
+    """The page at an http or https URL.
+
+    Args:
+        component: what has to answer there over TLS; None: a public face, with the host's name in its certificate.
 
     Raises:
         UnavailableError: nobody answers there, or not with a page, within `timeout_s`.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            head, body = await _get(url)
+            head, body = await _get(url, component)
     except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
         reason = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
         raise UnavailableError(f"{url}: {reason}") from None
@@ -86,9 +91,15 @@ async def fetch(url: str, timeout_s: float) -> Page:
     return parse(body.decode())
 
 
-async def _get(url: str) -> tuple[bytes, bytes]:
+async def _get(url: str, component: ComponentRole | None) -> tuple[bytes, bytes]:
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=MAX_BYTES)
+    tls, name, port = None, None, 80
+    if parts.scheme == "https":
+        tls, port = client_context(), 443
+        name = name_demanded(component) if component is not None else None
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or port, limit=MAX_BYTES, ssl=tls, server_hostname=name
+    )
     try:
         # 1.0: the answer ends with the connection, and comes in one piece.
         writer.write(f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.netloc}\r\nAccept: text/plain\r\n\r\n".encode())

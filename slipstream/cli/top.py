@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 
 import typer
 
-from slipstream.addresses import host_port, reachable
+from slipstream.cli.face_tls import http_address
 from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
 from slipstream.errors import ConfigError, UnavailableError
+from slipstream.security.names import ComponentRole
 
 if TYPE_CHECKING:
     from slipstream.cli.top_figures import Figures, Look
@@ -56,8 +57,7 @@ def top(
     """Show the cluster live: requests and tokens a second, TTFT and ITL, and a row for each worker."""
     if not 0.1 <= interval_s <= 3600:
         raise ConfigError(f"--interval-s = {interval_s:g} must be within 0.1 and 3600")
-    own = loaded.settings.frontend
-    urls = [_metrics_url(url) for url in frontend or [host_port(reachable(own.host), own.http_port)]]
+    urls = [_metrics_url(url) for url in frontend or [http_address(loaded.settings)]]
     watched = _Watched(loaded.settings.control_plane.address, urls, interval_s, max(window_s, interval_s))
     try:
         asyncio.run(_show(watched, once=once, as_json=as_json))
@@ -136,7 +136,7 @@ class _Watched:
         async def page(url: str) -> Page | None:
             async with places:
                 try:
-                    return await fetch(url, _SCRAPE_TIMEOUT_S)
+                    return await fetch(url, _SCRAPE_TIMEOUT_S, None if url in self._urls else ComponentRole.WORKER)
                 except UnavailableError as error:
                     problems.append(error.message)
                     return None
@@ -214,6 +214,6 @@ def _resizes() -> Iterator[asyncio.Event]:
 def _metrics_url(frontend: str) -> str:
     """Of `http://host:port` or `host:port`, with or without a path."""
     parts = urlsplit(frontend if "//" in frontend else f"http://{frontend}")
-    if parts.scheme != "http" or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--frontend = {frontend}: not an http address, as http://127.0.0.1:8000")
-    return f"http://{parts.netloc}/metrics"
+    return f"{parts.scheme}://{parts.netloc}/metrics"

@@ -47,8 +47,7 @@ async def frontend(statuses: list[str]) -> AsyncIterator[int]:
 async def wait(registry: str, port: int, reports: Reports, workers: set[str]) -> None:
     await until_ready(
         registry=registry,
-        frontend_host="127.0.0.1",
-        http_port=port,
+        frontend_url=f"http://127.0.0.1:{port}",
         enough=all_named(workers, reports),
         control_plane="control-plane",
         frontend="frontend",

@@ -47,6 +47,7 @@ async def test_workers_are_counted_by_role_and_state_and_found_by_prometheus() -
         {
             "targets": ["10.0.0.7:9123"],
             "labels": {
+                "__scheme__": "http",
                 "__metrics_path__": "/metrics",
                 "__meta_slipstream_worker": "d0",
                 "__meta_slipstream_role": "decode",
