@@ -20,11 +20,10 @@ import uvloop
 import frontend.pool
 import frontend.process
 from slipstream import telemetry
-from slipstream.client import AsyncClient
 from slipstream.errors import SlipstreamError
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import WorkerState
-from tests.faults.load import HANG_S, Pair
+from tests.faults.load import HANG_S, OwnConnection, Pair
 from tests.support import fault_cluster, plain_engine, warm_processes
 from tests.support.fault_cluster import FaultCluster, leftovers
 from tests.support.tiny_model import VOCAB_SIZE, make_tiny_model
@@ -103,7 +102,7 @@ class Arena:
         return all(await asyncio.gather(*(self._knows_all() for _ in range(2 * FRONTEND_PROCESSES))))
 
     async def _knows_all(self) -> bool:
-        async with AsyncClient(self.target, timeout_s=_ASK_S) as client:
+        async with OwnConnection(self.target, timeout_s=_ASK_S) as client:
             try:
                 models = await client.models()
             except SlipstreamError:
@@ -186,6 +185,13 @@ def _frontend_settings(cluster: FaultCluster) -> Settings:
     taken = max(member.settings.transfer.port for member in cluster.members)
     http_port, grpc_port = fault_cluster.free_ports(2, above=taken)
     chosen = settings.frontend.model_copy(
-        update={"http_port": http_port, "grpc_port": grpc_port, "workers": FRONTEND_PROCESSES}
+        update={
+            "http_port": http_port,
+            "grpc_port": grpc_port,
+            "workers": FRONTEND_PROCESSES,
+            "request_timeout_s": HANG_S,
+        }
     )
-    return settings.model_copy(update={"frontend": chosen})
+    # More may be asked at once than is soon answered: what is refused for that would show nothing.
+    patient = settings.admission.model_copy(update={"realtime_wait_s": HANG_S})
+    return settings.model_copy(update={"frontend": chosen, "admission": patient})

@@ -7,10 +7,18 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import grpc.aio
 
 from slipstream.client import Account, AsyncClient
+from slipstream.client.connection import CHANNEL_OPTIONS
 from slipstream.errors import SlipstreamError
+from slipstream.v1.inference_pb2_grpc import InferenceStub
 from tests.faults.case import Measured, Stream
+
+if TYPE_CHECKING:  # exists for the type checker alone
+    from slipstream.v1.inference_pb2_grpc import InferenceAsyncStub
 
 # Longer than all limits of the suite's settings together: what takes longer is a hang.
 HANG_S = 120.0
@@ -19,6 +27,17 @@ _POLL_S = 0.01
 
 Pair = tuple[list[int], list[int]]
 """A prompt, and what a plain engine answers to it."""
+
+
+class OwnConnection(AsyncClient):
+    """A client with a connection of its own: gRPC lets channels to one address share one, and that is to one process."""
+
+    def _stub(self) -> InferenceAsyncStub:
+        if self._lazy_stub is None:
+            options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+            self._channel = grpc.aio.insecure_channel(self._target, options=options)
+            self._lazy_stub = InferenceStub(self._channel)
+        return self._lazy_stub
 
 
 class Load:
@@ -35,7 +54,7 @@ class Load:
         self.stream = stream
         self._pool = pool
         self._rng = random.Random(seed)
-        self._clients = [AsyncClient(target, timeout_s=2 * HANG_S) for target in targets]
+        self._clients = [OwnConnection(target, timeout_s=2 * HANG_S) for target in targets]
         self._stopping = False
         self._number = 0
 

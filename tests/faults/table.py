@@ -3,6 +3,7 @@
     python -m tests.faults.table                     # every case; writes tests/faults/measured.json and docs/faults.md
     python -m tests.faults.table --short             # the selection that runs with the tests; writes nothing
     python -m tests.faults.table --only kill-decode-engine --only frontend-killed
+    python -m tests.faults.table --only rolling-restart --save   # this row of the page anew
     python -m tests.faults.table --docs              # docs/faults.md again, from what was measured last
     python -m tests.faults.table --json FILE         # the figures, with sums, to this file
 
@@ -22,12 +23,17 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults import faults_page, process_cases
+from tests.faults import faults_page, frontend_cases, memory_cases, model_cases, process_cases
 from tests.faults.arena import Arena, opened
 from tests.faults.case import Case, Measured, broken
 from tests.faults.load import loading
 
-CASES: tuple[Case, ...] = (*process_cases.CASES,)
+CASES: tuple[Case, ...] = (
+    *process_cases.CASES,
+    *frontend_cases.CASES,
+    *memory_cases.CASES,
+    *model_cases.CASES,
+)
 RESULTS = Path(__file__).with_name("measured.json")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
 
@@ -189,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Break a real cluster in every way of the table, and compare.")
     parser.add_argument("--short", action="store_true", help="the selection that runs with the tests")
     parser.add_argument("--only", action="append", default=[], help="this case; may be repeated")
+    parser.add_argument("--save", action="store_true", help="put what `--only` measures into the page, too")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write figures and sums to this file")
     parser.add_argument("--docs", action="store_true", help="write docs/faults.md from what was measured last, and end")
@@ -207,7 +214,7 @@ def main() -> None:
     if args.json:
         figures = {"counts": table.counts(), **msgspec.to_builtins(table)}
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
-    if not args.short and not args.only:
+    if args.save or not (args.short or args.only):
         RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(merged(read_results(), table))) + b"\n")
         PAGE.write_text(page())
     sys.exit(1 if any(one.broken for one in table.results) else 0)
