@@ -42,7 +42,7 @@ from engine.worker_metrics import MetricsServer
 from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
 from kv_transfer import board as boards
 from kv_transfer.board import Board
-from slipstream import grpc_wakeups, telemetry, tracing
+from slipstream import grpc_wakeups, lossy_streams, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
@@ -86,6 +86,7 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
     """
     environment.prepare(settings, os.environ)
     grpc_wakeups.install()
+    lossy_streams.install()
     name = "prefill" if role == Role.ROLE_PREFILL else "decode"
     worker_id = settings.worker.worker_id or f"{name}-{socket.gethostname()}-{os.getpid()}"
     telemetry.configure(settings.log, component=worker_id)

@@ -15,6 +15,10 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from kv_transfer.board import Board, Counter
+from slipstream import lossy_streams
+
+# This is the first of our modules in an engine's process.
+lossy_streams.install()
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker

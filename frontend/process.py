@@ -43,7 +43,7 @@ from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
 from frontend.traffic_report import TrafficReporter
 from frontend.worker_speeds import WorkerSpeeds
-from slipstream import exposure, grpc_wakeups, telemetry, tracing
+from slipstream import exposure, grpc_wakeups, lossy_streams, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
@@ -90,6 +90,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
 
     raise_file_limit()
     grpc_wakeups.install()
+    lossy_streams.install()
     identity.install(settings.security, ComponentRole.FRONTEND)
     exposure.check_faces(settings)
     with (

@@ -54,6 +54,7 @@ class Arena:
     model: Path
     folder: Path
     frontend_settings: Settings
+    frontend_log: Path
     frontend: BaseProcess | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -63,7 +64,7 @@ class Arena:
         return f"127.0.0.1:{self.frontend_settings.frontend.grpc_port}"
 
     def start_frontend(self) -> None:
-        self.frontend = warm_processes.start(run_frontend, self.frontend_settings, log=self.folder / "frontend.log")
+        self.frontend = warm_processes.start(run_frontend, self.frontend_settings, log=self.frontend_log)
 
     def frontend_processes(self) -> list[psutil.Process]:
         """Those that serve; their parent is not among them."""
@@ -172,7 +173,7 @@ async def opened(folder: Path, *, seed: int, prefill: int = 2, decode: int = 2) 
     model = await asyncio.to_thread(make_tiny_model, folder / "tiny")
     pool = await asyncio.to_thread(make_pool, model, folder, seed=seed)
     with fault_cluster.running(model, folder, prefill=prefill, decode=decode, mode="direct") as cluster:
-        arena = Arena(cluster, pool, model, folder, _frontend_settings(cluster))
+        arena = Arena(cluster, pool, model, folder, _frontend_settings(cluster), folder / "frontend.log")
         try:
             await arena.whole()
             yield arena

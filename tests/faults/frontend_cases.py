@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import psutil
@@ -15,19 +16,18 @@ from tests.faults.case import Case, Measured, Promise, Stream
 from tests.faults.load import HANG_S, Load, OwnConnection
 from tests.faults.process_cases import BUSY_S
 
-OPEN = 200
 CLIENTS = 20
 NEW_WITHIN_S = 60.0
 
 
-async def kill_one(arena: Arena) -> Measured:
+async def kill_one(arena: Arena, *, streams: int) -> Measured:
     """Open the streams, kill one of the processes when many have tokens, and wait for all of them.
 
     The streams of the process that lives must all be answered, those of the other one must end with an error at once.
     """
     await arena.whole()
-    load = Load([arena.target] * CLIENTS, arena.pool, Stream(at_once=OPEN, tokens=ANSWER_TOKENS), seed=11)
-    tasks = [asyncio.create_task(load.ask(n)) for n in range(OPEN)]
+    load = Load([arena.target] * CLIENTS, arena.pool, Stream(at_once=streams, tokens=ANSWER_TOKENS), seed=11)
+    tasks = [asyncio.create_task(load.ask(n)) for n in range(streams)]
     try:
         await load.until_streaming(4)
         processes = arena.frontend_processes()
@@ -47,7 +47,7 @@ async def kill_one(arena: Arena) -> Measured:
         await asyncio.gather(*tasks, return_exceptions=True)
         await load.close()
     # What the process that lives had is none of the other one's business.
-    most = OPEN * held[victim] // max(1, sum(held))
+    most = streams * held[victim] // max(1, sum(held))
     if load.measured.lost > most:
         load.measured.broken.append(f"{load.measured.lost} lost, the killed process had {most} streams at most")
     return load.measured
@@ -91,18 +91,19 @@ def _sockets(pid: int, arena: Arena) -> list[Any]:
     return [one for one in found if one.laddr and one.laddr.port == port]
 
 
-CASES = (
+CASES = tuple(
     Case(
-        "frontend-killed",
+        f"frontend-killed-{streams}",
         "Frontend",
-        f"kill -9 of one of two processes, with {OPEN} streams open",
+        f"kill -9 of one of two processes, with {streams} streams open",
         Promise(
-            "Its streams end with an error at once, those of the other process go on; workers let go of all of them, "
-            "and a new process serves within seconds.",
-            silence_s=4 * BUSY_S,
-            lost=OPEN * 3 // 4,
+            "The streams of that process end with an error at once, those of the other one go on; workers let go of "
+            "all of them, and a new process serves within seconds.",
+            silence_s=3 * BUSY_S,
+            lost=streams * 3 // 4,
         ),
-        alone=kill_one,
-        short=True,
-    ),
+        alone=partial(kill_one, streams=streams),
+        short=streams < 100,
+    )
+    for streams in (40, 200)
 )

@@ -30,7 +30,7 @@ Pair = tuple[list[int], list[int]]
 
 
 class OwnConnection(AsyncClient):
-    """A client with a connection of its own: gRPC lets channels to one address share one, and that is to one process."""
+    """A client with a connection of its own: gRPC would let all to one address share one, which is to one process."""
 
     def _stub(self) -> InferenceAsyncStub:
         if self._lazy_stub is None:

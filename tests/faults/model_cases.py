@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from slipstream.settings import Settings
 from tests.faults.arena import Arena
 from tests.faults.case import Case, Promise
 from tests.faults.load import Load
@@ -61,19 +62,28 @@ async def start_with(arena: Arena, load: Load, *, name: str, spoil: Spoil, says:
     folder = arena.folder / f"model-{name}"
     await asyncio.to_thread(shutil.copytree, arena.model, folder, dirs_exist_ok=True)
     spoil(folder)
-    member = arena.cluster.members[-1]
-    settings = member.settings
-    worker = settings.worker.model_copy(update={"worker_id": f"broken-{name}", "port": 0, "metrics_port": 0})
-    broken = settings.model_copy(
-        update={
-            "model": str(folder),
-            "worker": worker,
-            "transfer": settings.transfer.model_copy(update={"port": 0}),
-        }
+    await start_and_expect_the_end(
+        arena, load, name, lambda settings: settings.model_copy(update={"model": str(folder)}), says
     )
+
+
+async def start_and_expect_the_end(
+    arena: Arena,
+    load: Load,
+    name: str,
+    change: Callable[[Settings], Settings],
+    says: str,
+    *,
+    target: Callable[[Settings], None] = run_decode,
+) -> None:
+    """A worker with other settings cannot start: it must end, and say so by a StartupError in which `says` stands."""
+    settings = arena.cluster.members[-1].settings
+    worker = settings.worker.model_copy(update={"worker_id": f"broken-{name}", "port": 0, "metrics_port": 0})
+    transfer = settings.transfer.model_copy(update={"port": 0})
+    broken = change(settings.model_copy(update={"worker": worker, "transfer": transfer}))
     log = arena.folder / f"broken-{name}.log"
     await load.until_streaming()
-    process = warm_processes.start(run_decode, broken, log=log)
+    process = warm_processes.start(target, broken, log=log)
     await asyncio.to_thread(process.join, ENDS_WITHIN_S)
     measured, told = load.measured, log.read_text(errors="replace")
     if process.exitcode is None:
@@ -81,10 +91,9 @@ async def start_with(arena: Arena, load: Load, *, name: str, spoil: Spoil, says:
         process.kill()
     elif process.exitcode == 0:
         measured.broken.append("it ended as if all were well")
-    if "StartupError: " not in told:
-        measured.broken.append("it did not say what is wrong by a StartupError")
-    elif says not in told.rpartition("StartupError: ")[2]:
-        measured.broken.append(f"its error does not say {says!r}: {told.rpartition('StartupError: ')[2][:200]!r}")
+    last = told.rpartition("StartupError: ")[2] if "StartupError: " in told else ""
+    if says not in last:
+        measured.broken.append(f"its StartupError does not say {says!r}: {(last or told[-200:])[:200]!r}")
     await load.until_answered(4)
     if not await arena.all_known():
         measured.broken.append("the cluster is not whole any more")

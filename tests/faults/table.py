@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults import faults_page, frontend_cases, memory_cases, model_cases, process_cases
+from tests.faults import disk_cases, faults_page, frontend_cases, memory_cases, model_cases, process_cases
 from tests.faults.arena import Arena, opened
 from tests.faults.case import Case, Measured, broken
 from tests.faults.load import loading
@@ -33,6 +33,7 @@ CASES: tuple[Case, ...] = (
     *frontend_cases.CASES,
     *memory_cases.CASES,
     *model_cases.CASES,
+    *disk_cases.CASES,
 )
 RESULTS = Path(__file__).with_name("measured.json")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"

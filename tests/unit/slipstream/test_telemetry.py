@@ -45,11 +45,13 @@ def test_nothing_is_told_below_the_level() -> None:
 ON_A_FULL_DISK = """
 import os
 import sys
-from slipstream import telemetry
+from slipstream import lossy_streams, telemetry
 from slipstream.settings import LogSettings
 
 os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+lossy_streams.install()
 telemetry.configure(LogSettings(), component="frontend")
+print("what a library prints", file=sys.stderr, flush=True)
 for _ in range(3):
     telemetry.tell("frontend.access_log", "request", {"model": "tiny"})
     telemetry.get_logger("frontend").error("something")
