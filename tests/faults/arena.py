@@ -9,10 +9,11 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import uvloop
@@ -56,7 +57,9 @@ class Arena:
     frontend_settings: Settings
     frontend_log: Path
     frontend: BaseProcess | None = None
-    notes: list[str] = field(default_factory=list)
+    lasting: ExitStack = field(default_factory=ExitStack)
+    """What several cases share is entered here, and left with the cluster."""
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def target(self) -> str:
@@ -179,6 +182,7 @@ async def opened(folder: Path, *, seed: int, prefill: int = 2, decode: int = 2) 
             yield arena
         finally:
             arena.close()
+            await asyncio.to_thread(arena.lasting.close)
 
 
 def _frontend_settings(cluster: FaultCluster) -> Settings:

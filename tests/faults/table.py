@@ -23,13 +23,22 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults import disk_cases, faults_page, frontend_cases, memory_cases, model_cases, process_cases
+from tests.faults import (
+    disk_cases,
+    faults_page,
+    frontend_cases,
+    memory_cases,
+    model_cases,
+    network_cases,
+    process_cases,
+)
 from tests.faults.arena import Arena, opened
 from tests.faults.case import Case, Measured, broken
 from tests.faults.load import loading
 
 CASES: tuple[Case, ...] = (
     *process_cases.CASES,
+    *network_cases.CASES,
     *frontend_cases.CASES,
     *memory_cases.CASES,
     *model_cases.CASES,

@@ -32,7 +32,7 @@ METRICS_PORT = 9100
 _KV_CACHE_BYTES = 16 << 20
 _ASK_TIMEOUT_S = 60.0
 
-PREFILL, DECODE = "prefill-far", "decode-near"
+PREFILL, DECODE, FAR_DECODE = "prefill-far", "decode-near", "decode-far"
 _SLIPSTREAM = (sys.executable, "-m", "slipstream")
 
 
@@ -62,7 +62,8 @@ class TwoHostCluster:
         flags: of both workers.
         prefill_flags: of the prefill worker alone.
         frontend_flags: of the frontend.
-        own_memory: whether the prefill worker has PIDs and /dev/shm of its own.
+        own_memory: whether the workers on the far host have PIDs and /dev/shm of their own.
+        far_decode: whether there is a decode worker on the far host, too.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TwoHostCluster:
         prefill_flags: Sequence[str] = (),
         frontend_flags: Sequence[str] = (),
         own_memory: bool = False,
+        far_decode: bool = False,
     ) -> None:
         self.hosts = hosts
         self.folder = folder
@@ -83,6 +85,7 @@ class TwoHostCluster:
         self._prefill_flags = prefill_flags
         self._frontend_flags = frontend_flags
         self._own_memory = own_memory
+        self._far_decode = far_decode
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -110,6 +113,10 @@ class TwoHostCluster:
                 *("prefill-worker", "--worker-id", PREFILL, "--host", far.address, *worker, *self._prefill_flags),
                 own_memory=self._own_memory,
             )
+            if self._far_decode:
+                words = ("decode-worker", "--worker-id", FAR_DECODE, "--host", far.address, *worker)
+                other = ("--metrics-port", str(METRICS_PORT + 1))  # the last one of a flag counts
+                self._start(far, FAR_DECODE, *words, *other, own_memory=self._own_memory)
             self._start(near, DECODE, "decode-worker", "--worker-id", DECODE, "--host", near.address, *worker)
             self._start(
                 near, "frontend", "frontend", "--host", near.address, *ports, *model, *join, *self._frontend_flags
@@ -149,7 +156,10 @@ class TwoHostCluster:
                 raise AssertionError(f"{name} ended:\n{self.log(name)[-4000:]}")
         if "control_plane_listening" not in self.log("control-plane"):
             return False
-        return all(worker.ready and worker.paths for worker in self.workers()) and len(self.workers()) == 2
+        return (
+            all(worker.ready and worker.paths for worker in self.workers())
+            and len(self.workers()) == 2 + self._far_decode
+        )
 
     def log(self, name: str) -> str:
         """What a process has written."""
@@ -161,8 +171,9 @@ class TwoHostCluster:
 
     def metrics(self, name: str) -> dict[str, float]:
         """A worker's /metrics now."""
-        host = self.hosts.far if name == PREFILL else self.hosts.near
-        return host.call(scrape, f"http://{host.address}:{METRICS_PORT}/metrics")
+        host = self.hosts.near if name == DECODE else self.hosts.far
+        port = METRICS_PORT + (name == FAR_DECODE)
+        return host.call(scrape, f"http://{host.address}:{port}/metrics")
 
     def cpu_s(self, name: str) -> float:
         """CPU seconds that a part of the cluster has used so far."""

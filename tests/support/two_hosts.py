@@ -204,9 +204,13 @@ class TwoHosts:
             host.tc(*words)
         return " ".join(words)
 
-    def cut(self) -> None:
-        """Nothing comes through any more, and nobody is told: a queue without places drops all it gets."""
-        for host in self._both:
+    def cut(self, *, only_from: Host | None = None) -> None:
+        """Nothing comes through any more, and nobody is told: a queue without places drops all it gets.
+
+        Args:
+            only_from: what this host sends; the other one is still heard.
+        """
+        for host in self._both if only_from is None else (only_from,):
             host.tc("pfifo", "limit", "0")
 
     def restore(self) -> None:
