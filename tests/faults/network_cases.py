@@ -1,7 +1,7 @@
 """A network that is slow, or cut in both directions or in one, between two hosts of a cluster.
 
-On the near host: control plane, frontend, a decode worker and the clients; on the far one: the prefill worker and another
-decode worker. So the cable lies between worker and worker, frontend and worker, and worker and control plane.
+On the near host: control plane, frontend, a decode worker and the clients; on the far one: the prefill worker and
+another decode worker. So the cable lies between worker and worker, frontend and worker, and worker and control plane.
 """
 
 from __future__ import annotations
@@ -93,37 +93,46 @@ def _missing(cluster: TwoHostCluster) -> list[str]:
 
 
 CUT = Promise(
-    "Every answer is whole and right: what was beyond the cut goes on on this side of it, within the deadlines; what is "
-    "beyond is used again when the cable is whole.",
+    "Every answer is whole and right: what was beyond the cut goes on on this side of it, within the deadlines; what "
+    "is beyond is used again when the cable is whole.",
     silence_s=2 * BUSY_S,
 )
 
-_WAYS: tuple[tuple[str, str, Disturb, float, Promise], ...] = (
-    ("cut", "nothing comes through for 20 s", lambda hosts: hosts.cut(), 20.0, CUT),
-    (
-        "cut-to-far",
-        "the far host hears nothing for 20 s, and is heard",
-        lambda hosts: hosts.cut(only_from=hosts.near),
-        20.0,
-        CUT,
-    ),
-    (
-        "cut-from-far",
-        "the far host is not heard for 20 s, and hears",
-        lambda hosts: hosts.cut(only_from=hosts.far),
-        20.0,
-        CUT,
-    ),
-    (
-        "slow",
-        "1 Mbit/s and, where the kernel can, 50 ms and 1% loss, for 20 s",
-        lambda hosts: hosts.slow(mbit=1, delay_ms=50, loss_percent=1),
-        20.0,
-        Promise("Every answer is whole and right, later.", silence_s=2 * BUSY_S),
-    ),
+HOLD_S = 20.0
+SLOW = Promise("Every answer is whole and right, later.", silence_s=2 * BUSY_S)
+
+
+def cut(hosts: TwoHosts) -> None:
+    hosts.cut()
+
+
+def cut_to_far(hosts: TwoHosts) -> None:
+    hosts.cut(only_from=hosts.near)
+
+
+def cut_from_far(hosts: TwoHosts) -> None:
+    hosts.cut(only_from=hosts.far)
+
+
+def slow(hosts: TwoHosts) -> None:
+    hosts.slow(mbit=1, delay_ms=50, loss_percent=1)
+
+
+_WAYS: tuple[tuple[str, str, Disturb, Promise], ...] = (
+    ("cut", "nothing comes through", cut, CUT),
+    ("cut-to-far", "the far host hears nothing, and is heard", cut_to_far, CUT),
+    ("cut-from-far", "the far host is not heard, and hears", cut_from_far, CUT),
+    ("slow", "1 Mbit/s and, where the kernel can, 50 ms of delay and 1% loss", slow, SLOW),
 )
 
 CASES = tuple(
-    Case(f"network-{name}", "Network", words, promise, alone=partial(disturb, how=how, hold_s=hold_s), why_not=why_not)
-    for name, words, how, hold_s, promise in _WAYS
+    Case(
+        f"network-{name}",
+        "Network",
+        f"{words}, for {HOLD_S:g} s",
+        promise,
+        alone=partial(disturb, how=how, hold_s=HOLD_S),
+        why_not=why_not,
+    )
+    for name, words, how, promise in _WAYS
 )
