@@ -118,6 +118,16 @@ fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
 faults: install  ## Break a cluster in every way of docs/faults.md, and write that page; ARGS="--only rolling-restart"
 	@exec $(BIN)/python -m tests.faults.table $(ARGS)
 
+.PHONY: soak overload trust
+soak: install model  ## An hour at 80% of capacity: memory, latencies, leaks; ARGS="--minutes 10 --engine vllm"
+	@exec $(BIN)/python -m benchmarks.soak $(ARGS)
+
+overload: install model  ## Up to three times the capacity: goodput, SLOs, Retry-After; ARGS="--no-real"
+	@exec $(BIN)/python -m benchmarks.overload $(ARGS)
+
+trust: install model  ## Load, faults, chaos, bad input and fuzzers in one report; ARGS="--json --long"
+	@exec $(BIN)/python -m benchmarks.trust $(ARGS)
+
 ##@ Develop
 .PHONY: format proto lock bench docs clean help
 format: install  ## Put the code into the house format

@@ -6,6 +6,13 @@ kv_compression.py  `python -m benchmarks.kv_compression`: what quantizing KV blo
 frontend.py        `python -m benchmarks.frontend`: our frontend beside NVIDIA Dynamo's, with workers that take no time
 frontend_comparison.py  what it asks of both and makes of it; frontend_servers.py starts them
 many_streams.py    its other half: thousands of streams through one frontend for minutes
+overload.py        `python -m benchmarks.overload`: goodput, SLOs and Retry-After from half to three times the capacity
+overload_simulated.py  its loads in virtual time; overload_real.py with processes; overload_report.py what both show
+soak.py            `python -m benchmarks.soak`: an hour at 80% of capacity; soak_watch.py what the processes have
+slope.py           whether a figure grows
+offered_load.py    what overload and soak ask for; goodput.py what became of it
+open_load.py       their load generator, a process of its own; http_exchange.py its connections
+trust.py           `python -m benchmarks.trust`: load, faults, chaos, bad inputs and fuzzers in one report
 instant_worker.py  those workers, for our frontend
 stream_load.py     a closed load of streamed answers over many connections, cheaper than what it measures
 transfer.py        `python -m benchmarks.transfer`: the transports beside raw copies and beside NIXL alone

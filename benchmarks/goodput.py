@@ -22,6 +22,7 @@ class Try:
         itl_s: mean time between the tokens of the answer.
         error: what was said of a failed one; the `code` of a refused one.
         retry_after_s: what a refused one was told.
+        longest_gap_s: between two reads that brought tokens of a streamed answer.
     """
 
     request_id: str
@@ -36,6 +37,8 @@ class Try:
     tokens: int = 0
     error: str = ""
     retry_after_s: float = 0.0
+    longest_gap_s: float = 0.0
+    streamed: bool = True
 
     @property
     def good(self) -> bool:

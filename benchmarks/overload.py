@@ -2,7 +2,8 @@
 
 Mixed classes and tenants come as a Poisson process, whether or not those before them are answered; who is refused
 comes back when Retry-After says. Capacity is measured first: a ramp of realtime requests until goodput stops growing.
-In virtual time the live router and admission run over the simulated engines' scheduler, without noise.
+In virtual time the live router and admission run over the simulated engines' scheduler, without noise; with real
+processes it is `slipstream up` with simulated workers, and with `--vllm` a small one with vLLM too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,9 +21,10 @@ from benchmarks import command, overload_report
 from benchmarks.command import Say
 from benchmarks.goodput import Result
 from benchmarks.offered_load import WAITS
+from benchmarks.overload_real import SIMULATED, VLLM, real
 from benchmarks.overload_report import TIMES, Part, Report, Step, targets
 from benchmarks.overload_simulated import World, capacity, replay
-from benchmarks.report import Machine, machine
+from benchmarks.report import machine
 
 _TIMEOUT_S = 3600.0
 _START_SHARE = 0.5
@@ -36,16 +40,34 @@ def main(
     decode: Annotated[int, typer.Option(min=1, help="decode workers")] = 8,
     seconds: Annotated[float, typer.Option(min=60, help="length of each load in virtual time")] = 300.0,
     seed: Annotated[int, typer.Option(help="of the arrivals")] = 1,
+    in_virtual_time: Annotated[
+        bool, typer.Option("--virtual/--no-virtual", help="in virtual time, half a minute")
+    ] = True,
+    with_processes: Annotated[bool, typer.Option("--real/--no-real", help="real processes, half an hour")] = True,
+    with_vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="vLLM on the CPU, twenty minutes")] = False,
+    speed: Annotated[float, typer.Option(min=0.05, max=4, help="of the simulated workers of real processes")] = 0.5,
+    load_s: Annotated[
+        float, typer.Option(min=20, help="length of each load on real processes, in engine time")
+    ] = 100.0,
 ) -> None:
     """Goodput, realtime's SLO and Retry-After under overload."""
     facts, world = machine(), World(prefill=prefill, decode=decode, seconds=seconds, seed=seed)
-    report = command.run(lambda logs, say: _measure(world, facts, say), _TIMEOUT_S)
+    simulated, vllm = replace(SIMULATED, prefill=prefill, decode=decode), VLLM
+    simulated = replace(simulated, start_per_s=_START_SHARE * 2.0 * prefill, speed=speed)
+    worlds = [
+        replace(one, seconds=load_s, warm_s=0.4 * load_s, ramp_s=0.3 * load_s, seed=seed)
+        for one, wanted in ((simulated, with_processes), (vllm, with_vllm))
+        if wanted
+    ]
+
+    async def measure(logs: Path, say: Say) -> Report:
+        parts = [await virtual(world, say)] if in_virtual_time else []
+        for one in worlds:
+            parts.append(await real(one, logs, say))  # noqa: PERF401 - one after the other
+        return Report(facts, WAITS, parts, [one for part in parts for one in part.targets])
+
+    report = command.run(measure, _TIMEOUT_S + 20.0 * load_s * sum(1.0 / one.speed for one in worlds))
     command.show(report, as_json, overload_report.show)
-
-
-async def _measure(world: World, facts: Machine, say: Say) -> Report:
-    parts = [await virtual(world, say)]
-    return Report(facts, WAITS, parts, [one for part in parts for one in part.targets])
 
 
 async def virtual(world: World, say: Say) -> Part:

@@ -45,6 +45,11 @@ AWAITING_FIRST_TOKEN = Gauge(
     _WHERE,
     multiprocess_mode="livesum",
 )
+TASKS = Gauge(
+    "slipstream_frontend_tasks",
+    "Tasks of the process' event loop when this page was asked for. The same whenever it is idle, or some leak.",
+    multiprocess_mode="livesum",
+)
 DURATION_S = Histogram(
     "slipstream_frontend_request_duration_seconds",
     "From the request's arrival to the last byte of its answer.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from frontend.admission.tenants import PEER_KEY_HEADER
 from frontend.cluster_state import STATE_PATH, TellsState
 from frontend.explanation import Explainer, Explains
+from frontend.face_metrics import TASKS
 from frontend.generation import ServedModel
 from frontend.http_boundary import Boundary, as_typed, routing_error, where_of
 from frontend.http_exchange import (
@@ -196,6 +198,7 @@ class HttpFace:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
+        TASKS.set(len(asyncio.all_tasks()))
         page = KnownNames(self.families, metric_names.FRONTEND, model=self.service.model_name)
         return Response(generate_latest(page), media_type=CONTENT_TYPE_LATEST)
 
