@@ -102,12 +102,12 @@ def plan(
 
 def default_run_folder(environ: Mapping[str, str], home: Path, now: datetime, pid: int) -> Path:
     """A new folder under the user's state folder (XDG_STATE_HOME, else ~/.local/state)."""
-    return _runs_folder(environ, home) / f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{pid}"
+    return state_folder(environ, home) / f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{pid}"
 
 
 def forget_old_runs(environ: Mapping[str, str], home: Path) -> None:
     """Delete the folders of all but the latest runs, so that logs do not fill the disk over the months."""
-    runs = sorted(_runs_folder(environ, home).glob("[0-9]*T[0-9]*Z-[0-9]*"))
+    runs = sorted(state_folder(environ, home).glob("[0-9]*T[0-9]*Z-[0-9]*"))
     for old in runs[:-_KEPT_RUNS]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -285,7 +285,8 @@ def _listen_once(host: str, port: int, setting: str, flag: str) -> int:
         return chosen
 
 
-def _runs_folder(environ: Mapping[str, str], home: Path) -> Path:
+def state_folder(environ: Mapping[str, str], home: Path) -> Path:
+    """Of this user: XDG_STATE_HOME, else ~/.local/state."""
     state = environ.get("XDG_STATE_HOME") or ""
     # The XDG specification: a relative path is to be ignored.
     return (Path(state) if os.path.isabs(state) else home / ".local" / "state") / "slipstream"

@@ -30,6 +30,11 @@ CHART_DECIDES: Final = frozenset(
         *(f"worker.{name}" for name in ("start_timeout_s", "drain_timeout_s")),
         *(f"transfer.{name}" for name in ("host", "port")),
         *(f"security.{name}" for name in ("keys_file", "anonymous")),
+        *(
+            f"security.{name}"
+            for name in ("tls_folder", "ca_file", "certificate_file", "key_file", "cluster_token_file")
+        ),
+        *(f"security.face_{name}_file" for name in ("certificate", "key", "client_ca")),
         "cluster",
         "planner",
         *(f"kubernetes.{name}" for name in ("namespace", "selector", "lease", "leader_worker_sets")),

@@ -1,7 +1,9 @@
 """Asks the process of a container how it is; what the images' HEALTHCHECK runs. Exit status 0: well.
 
     healthcheck.py http URL          a frontend
-    healthcheck.py grpc HOST:PORT    a control plane
+    healthcheck.py grpc HOST:PORT [SERVICE [FOLDER]]
+                                     a control plane, or what SERVICE says; with the certificate in FOLDER (tls.crt,
+                                     tls.key, ca.crt), which must be the asked process' own. $POD_IP is filled in
     healthcheck.py worker            a worker, at the address that its environment names
 
 A script of its own, which imports nothing of ours: it runs each few seconds beside the process that it asks.
@@ -12,6 +14,11 @@ from __future__ import annotations
 import os
 import sys
 import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import grpc
 
 TIMEOUT_S = 3.0
 
@@ -19,8 +26,10 @@ TIMEOUT_S = 3.0
 def main(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "http":
         return _http(arguments[1])
-    if len(arguments) == 2 and arguments[0] == "grpc":
-        return _grpc(arguments[1])
+    if 2 <= len(arguments) <= 4 and arguments[0] == "grpc":
+        pod = os.environ.get("POD_IP", "127.0.0.1")
+        address = arguments[1].replace("$POD_IP", f"[{pod}]" if ":" in pod else pod)
+        return _grpc(address, *arguments[2:])
     if arguments == ["worker"]:
         host = os.environ.get("SLIPSTREAM_WORKER__HOST", "127.0.0.1")
         address = f"[{host}]" if ":" in host else host
@@ -36,20 +45,34 @@ def _http(url: str) -> int:
         return _say(f"{url}: {error}", 1)
 
 
-def _grpc(address: str) -> int:
+def _grpc(address: str, service: str = "", folder: str = "") -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     try:
-        with grpc.insecure_channel(address) as channel:
+        with _secure(address, Path(folder)) if folder else grpc.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
+            status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S).status
+    except OSError as error:
+        return _say(f"{folder}: {error}", 1)
     except grpc.RpcError as error:
         return _say(f"{address}: {error}", 1)
     serving = health_pb2.HealthCheckResponse.SERVING
     return (
         0 if status == serving else _say(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}", 1)
     )
+
+
+def _secure(address: str, folder: Path) -> grpc.Channel:
+    """What answers must have the name that our own certificate has: it is the same one."""
+    import grpc
+    from cryptography import x509
+
+    ca, key, certificate = ((folder / name).read_bytes() for name in ("ca.crt", "tls.key", "tls.crt"))
+    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    name = names.value.get_values_for_type(x509.DNSName)[0]
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+    return grpc.secure_channel(address, credentials, options=[("grpc.ssl_target_name_override", name)])
 
 
 def _say(words: str, status: int) -> int:

@@ -12,11 +12,24 @@ from rich.console import Console
 
 from deploy import readiness
 from deploy.launch import launch
-from deploy.plan import CONTROL_PLANE, FRONTEND, STAGE_WORKERS, Commands, PlannedCluster, resolve_ports
+from deploy.plan import (
+    CONTROL_PLANE,
+    FRONTEND,
+    STAGE_WORKERS,
+    Commands,
+    PlannedCluster,
+    resolve_ports,
+    state_folder,
+)
 from deploy.ray.process import COMPONENT as POOL
 from deploy.supervisor import Report
 from slipstream import model_folder
+from slipstream.addresses import host_port
 from slipstream.errors import ConfigError
+from slipstream.security.authority import new_token, write_secret
+from slipstream.security.identity import component_files
+from slipstream.security.names import ComponentRole
+from slipstream.security.servers import is_loopback
 from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1.registry_pb2 import Role
 
@@ -29,7 +42,12 @@ _ANYWHERE = ("8.8.8.8", 53)
 
 
 def plan(
-    settings: Settings, *, environ: Mapping[str, str], run_folder: Path, python: str = sys.executable
+    settings: Settings,
+    *,
+    environ: Mapping[str, str],
+    run_folder: Path,
+    python: str = sys.executable,
+    home: Path | None = None,
 ) -> PlannedCluster:
     """Decide everything, and write the run folder's `slipstream.yaml`.
 
@@ -47,7 +65,8 @@ def plan(
         name = model_folder.resolve(settings.model, weights=False).served_name
         settings = settings.model_copy(update={"served_model_name": name})
     control = _reachable(settings.control_plane, settings.ray.address)
-    resolved = resolve_ports(settings.model_copy(update={"control_plane": control}))
+    closed = _closed(settings, control.host, token_file(environ, home or Path.home(), settings.cluster.name))
+    resolved = resolve_ports(closed.model_copy(update={"control_plane": control}))
     commands = Commands.of(resolved, environ, run_folder, python)
     pool = commands.component(
         POOL,
@@ -82,6 +101,23 @@ async def launch_on_ray(cluster: PlannedCluster, body: Callable[[], Coroutine[An
         ready_timeout_s=settings.cluster.ready_timeout_s,
         stop_timeout_s=settings.frontend.drain_timeout_s + settings.worker.drain_timeout_s + _DRAIN_MARGIN_S,
     )
+
+
+def token_file(environ: Mapping[str, str], home: Path, cluster: str) -> Path:
+    """Where the token of a cluster on Ray is kept: a later `up` of that name takes its workers over, and needs it."""
+    return state_folder(environ, home) / "ray" / f"{cluster}.token"
+
+
+def _closed(settings: Settings, host: str, token: Path) -> Settings:
+    """With a token that all components share, unless they are protected, or shall not be."""
+    security = settings.security
+    protected = component_files(security, ComponentRole.CONTROL_PLANE) or security.cluster_token_file
+    if protected or security.allow_insecure or is_loopback(host_port(host, 0)):
+        return settings
+    if not token.exists():
+        write_secret(token, f"{new_token()}\n")
+    security = security.model_copy(update={"cluster_token_file": token})
+    return settings.model_copy(update={"security": security})
 
 
 def _reachable(control: ControlPlaneSettings, ray_address: str | None) -> ControlPlaneSettings:

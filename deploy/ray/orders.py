@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -11,6 +11,7 @@ import yaml
 from deploy.ray.placement import Bundle
 from deploy.ray.worker_actor import Order
 from slipstream.errors import ConfigError
+from slipstream.security.files import read_tokens
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
 
@@ -22,6 +23,7 @@ class Orders:
     Attributes:
         settings_id: equal for workers that were ordered by the same settings.
         bundle: that each takes of its node.
+        tokens: of the cluster; workers get them, as their nodes do not have the file.
     """
 
     settings: Settings
@@ -29,6 +31,7 @@ class Orders:
     settings_id: str
     bundle: Bundle
     run_folder: Path
+    tokens: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, settings: Settings, run_folder: Path) -> Orders:
@@ -47,10 +50,14 @@ class Orders:
         text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         # How many there are, and where this launcher keeps its files, is nothing to a worker.
         told = settings.model_dump(mode="json", exclude={"cluster": True, "planner": True, "frontend": True})
+        token_file = settings.security.cluster_token_file
+        tokens = read_tokens(token_file) if token_file is not None else ()
+        # Not where the token is kept here, but whether it is the same.
+        told["security"]["cluster_token_file"] = [hashlib.sha256(token.encode()).hexdigest() for token in tokens]
         settings_id = hashlib.sha256(yaml.safe_dump(told).encode()).hexdigest()
         # One bundle is always on one node: so are all ranks of a worker, which talk to each other in every layer.
         bundle = {"CPU": ray.cpus_per_worker} | ({"GPU": float(ray.gpus_per_worker)} if ray.gpus_per_worker else {})
-        return cls(settings, text, settings_id, bundle, run_folder)
+        return cls(settings, text, settings_id, bundle, run_folder, tokens)
 
     @property
     def model(self) -> str:
@@ -72,4 +79,5 @@ class Orders:
             drain_timeout_s=worker.drain_timeout_s,
             orphan_after_s=self.settings.ray.orphan_after_s,
             ordered_unix_s=now_unix_s,
+            tokens=self.tokens,
         )

@@ -25,7 +25,8 @@ from deploy.ray.scaler_service import serving
 from slipstream import config, telemetry
 from slipstream.background import background
 from slipstream.errors import SlipstreamError
-from slipstream.security import audit
+from slipstream.security import audit, identity
+from slipstream.security.names import ComponentRole
 from slipstream.settings import Settings
 
 log = telemetry.get_logger(__name__)
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     settings = config.load({}, {}, given.config).settings
     telemetry.configure(settings.log, component=COMPONENT)
+    identity.install(settings.security, ComponentRole.LAUNCHER)
     audit.configure(settings.log.audit_log, COMPONENT)
     try:
         with joined(settings.ray.address):

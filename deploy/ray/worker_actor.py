@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.processes import Component, Process, describe_exit, log_tail
 from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import StartupError
+from slipstream.security.authority import write_secret
 from slipstream.v1.registry_pb2 import Role
 
 _CHECK_S = 0.5
@@ -39,6 +40,7 @@ class Order:
         settings_id: equal for workers that were ordered by the same settings.
         run_folder: of its log, on its node.
         threads: of an engine that computes on CPUs; None: as the settings say.
+        tokens: of the cluster.
     """
 
     worker_id: str
@@ -51,6 +53,7 @@ class Order:
     drain_timeout_s: float
     orphan_after_s: float
     ordered_unix_s: float
+    tokens: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,10 @@ class WorkerActor:
         argv += ["--node", self._node_id]
         if order.threads is not None:
             argv += ["--threads", str(order.threads)]
+        if order.tokens:
+            tokens = folder / f"{order.worker_id}.token"
+            write_secret(tokens, "".join(f"{token}\n" for token in order.tokens))
+            argv += ["--cluster-token-file", str(tokens)]
         return Component(
             name=order.worker_id, argv=tuple(argv), environ=_child_environ(os.environ), log_path=self._log_path
         )

@@ -173,7 +173,6 @@ def _run(
     from slipstream.cli.terminal import messages
 
     console, home = messages(), Path.home()
-    identity.install(settings.security, ComponentRole.LAUNCHER)
     run_folder = settings.cluster.log_dir
     if run_folder is None:
         run_folder = plan.default_run_folder(os.environ, home, datetime.now(UTC), os.getpid())
@@ -188,6 +187,7 @@ def _run(
                 param="planner.policy",
             )
         cluster, launched = _planned(settings, run_folder)
+        identity.install(cluster.settings.security, ComponentRole.LAUNCHER)
         where = " on Ray" if settings.cluster.on == "ray" else ""
         counts = f"{settings.cluster.prefill} prefill + {settings.cluster.decode} decode"
         console.print(f"Starting {settings.model} on {counts} workers{where}; logs in {run_folder}", soft_wrap=True)

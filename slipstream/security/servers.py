@@ -57,6 +57,7 @@ def listen(server: grpc.aio.Server, address: str, *, what: str) -> int:
     identity = identities.current()
     if is_local(address):
         return server.add_insecure_port(address)
+    check_closed(identity, address, what)
     if identity.tokens is not None:
         identity.tokens.current()  # or why not
     if identity.tls is None:

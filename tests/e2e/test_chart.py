@@ -5,6 +5,7 @@ Each pod has a loopback address of its own in place of a pod's; the Service's na
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -121,6 +122,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     release = Pods(folder, {component(pod): pod for _, pod in pod_templates(rendered)}, {})
     for name, text in named(rendered, "ConfigMap", "demo-slipstream")["data"].items():
         (folder / name).write_text(release._here(text, "control-plane"))
+    secrets = Path(f"{folder}-security")  # in place of /etc/slipstream-security
+    secrets.mkdir()
+    (secrets / "token").write_bytes(base64.b64decode(named(rendered, "Secret", "token")["data"]["token"]))
     with ExitStack() as ending:
         for who in ("control-plane", "prefill", "decode", "frontend"):
             process = release.start(who)

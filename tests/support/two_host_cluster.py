@@ -17,10 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 import psutil
 
 from slipstream.client import Account, Client
+from slipstream.security import identity
+from slipstream.security.authority import new_token, write_secret
+from slipstream.security.channels import open_blocking_channel
+from slipstream.security.names import ComponentRole
+from slipstream.security_settings import SecuritySettings
 from slipstream.v1 import registry_pb2, registry_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerState
 from tests.support.cluster import START_TIMEOUT_S, STOP_TIMEOUT_S, scrape, wait_for
@@ -32,6 +36,7 @@ METRICS_PORT = 9100
 _KV_CACHE_BYTES = 16 << 20
 _ASK_TIMEOUT_S = 60.0
 
+TOKEN_FILE = "cluster.token"
 PREFILL, DECODE, FAR_DECODE = "prefill-far", "decode-near", "decode-far"
 _SLIPSTREAM = (sys.executable, "-m", "slipstream")
 
@@ -90,8 +95,9 @@ class TwoHostCluster:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True)
+        write_secret(self.folder / TOKEN_FILE, f"{new_token()}\n")
         near, far = self.hosts.near, self.hosts.far
-        join = ("--control-plane", self.control_plane)
+        join = ("--control-plane", self.control_plane, *self._token())
         model = ("--model", str(self._model), "--served-model-name", "tiny")
         worker: tuple[str, ...] = (
             *model,
@@ -106,7 +112,8 @@ class TwoHostCluster:
         worker += ("--kv-cache-bytes", str(_KV_CACHE_BYTES), *self._flags)
         ports = ("--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT), "--security-anonymous")
         try:
-            self._start(near, "control-plane", "planner", "serve", "--host", near.address, "--port", str(CONTROL_PORT))
+            listens = ("--host", near.address, "--port", str(CONTROL_PORT), *self._token())
+            self._start(near, "control-plane", "planner", "serve", *listens)
             self._start(
                 far,
                 PREFILL,
@@ -150,6 +157,9 @@ class TwoHostCluster:
     def _start(self, host: Host, name: str, *words: str, own_memory: bool = False) -> None:
         self._processes[name] = host.start((*_SLIPSTREAM, *words), self.folder / f"{name}.log", own_memory=own_memory)
 
+    def _token(self) -> tuple[str, str]:
+        return "--cluster-token-file", str(self.folder / TOKEN_FILE)
+
     def _is_ready(self) -> bool:
         for name, process in self._processes.items():
             if process.poll() is not None:
@@ -167,7 +177,7 @@ class TwoHostCluster:
 
     def workers(self) -> list[Worker]:
         """The registry's view now."""
-        return self.hosts.near.call(_workers, self.control_plane)
+        return self.hosts.near.call(_workers, self.control_plane, self.folder / TOKEN_FILE)
 
     def metrics(self, name: str) -> dict[str, float]:
         """A worker's /metrics now."""
@@ -190,7 +200,8 @@ class TwoHostCluster:
 
     def slipstream(self, *words: str) -> str:
         """Run a command of the command line on the near host, as an operator would."""
-        return self.hosts.near.run(*_SLIPSTREAM, *words, "--control-plane", self.control_plane, timeout_s=90)
+        join = ("--control-plane", self.control_plane, *self._token())
+        return self.hosts.near.run(*_SLIPSTREAM, *words, *join, timeout_s=90)
 
     def probe(self) -> list[dict[str, Any]]:
         """`slipstream transfer probe` between the two workers: one row for each direction."""
@@ -198,8 +209,11 @@ class TwoHostCluster:
         return rows
 
 
-def _workers(control_plane: str) -> list[Worker]:
-    with grpc.insecure_channel(control_plane) as channel:
+def _workers(control_plane: str, token_file: Path) -> list[Worker]:
+    with (
+        identity.installed(SecuritySettings(cluster_token_file=token_file), ComponentRole.OPERATOR),
+        open_blocking_channel(control_plane, peer=ComponentRole.CONTROL_PLANE) as channel,
+    ):
         watch = registry_pb2_grpc.RegistryStub(channel).Watch(registry_pb2.WatchRequest(), timeout=10)
         found = next(iter(watch))
         watch.cancel()

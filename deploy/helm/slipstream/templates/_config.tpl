@@ -1,6 +1,7 @@
 {{/* The settings files, one for each component: the user's `config`, a pool's own over it, and what the chart decides. */}}
 
 {{- define "slipstream.modelConfig" -}}
+{{ include "slipstream.securityConfig" . }}
 model: {{ required "model.name: a Hugging Face id, or a folder in the model cache, is needed" .Values.model.name | quote }}
 {{- with .Values.model.servedName }}
 served_model_name: {{ . | quote }}
@@ -16,6 +17,10 @@ control_plane:
 {{- /* A pod has to listen where others reach it: without keys it is the network policy that says who does. */ -}}
 {{- $keys := .Values.frontend.keys -}}
 {{- $_ := set $own "security" (ternary (dict "anonymous" true) (dict "keys_file" (printf "/etc/slipstream-keys/%s" $keys.key)) (empty $keys.secret)) -}}
+{{- if .Values.tls.enabled -}}
+{{- $_ := set $own "security" (mergeOverwrite $own.security (dict
+  "face_certificate_file" "/etc/slipstream-face/tls.crt" "face_key_file" "/etc/slipstream-face/tls.key")) -}}
+{{- end -}}
 {{- mergeOverwrite (deepCopy .Values.config) (include "slipstream.modelConfig" . | fromYaml) $own | toYaml -}}
 {{- end }}
 
@@ -31,7 +36,7 @@ control_plane:
   "lease" (printf "%s-planner" (include "slipstream.fullname" .))
   "leader_worker_sets" (or (eq .Values.prefill.workload "LeaderWorkerSet") (eq .Values.decode.workload "LeaderWorkerSet"))) -}}
 {{- end -}}
-{{- mergeOverwrite (deepCopy .Values.config) $own | toYaml -}}
+{{- mergeOverwrite (deepCopy .Values.config) (include "slipstream.securityConfig" . | fromYaml) $own | toYaml -}}
 {{- end }}
 
 {{- define "slipstream.policy" -}}

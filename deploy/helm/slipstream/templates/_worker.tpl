@@ -140,17 +140,17 @@ containers:
     # The gRPC server answers once the model is loaded. Whether the worker lives is asked of a service of its own: one
     # that drains lives, and is not ready.
     startupProbe:
-      grpc: {port: 7700, service: slipstream.v1.Worker}
+      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "slipstream.v1.Worker") | nindent 6 }}
       periodSeconds: 30
       timeoutSeconds: 5
       failureThreshold: {{ add 1 (div (add $pool.startSeconds 29) 30) }}
     livenessProbe:
-      grpc: {port: 7700, service: slipstream.v1.Worker}
+      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "slipstream.v1.Worker") | nindent 6 }}
       periodSeconds: 10
       timeoutSeconds: 5
       failureThreshold: 3
     readinessProbe:
-      grpc: {port: 7700}
+      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "") | nindent 6 }}
       periodSeconds: 5
       timeoutSeconds: 3
       failureThreshold: 3
@@ -172,6 +172,7 @@ containers:
       {{- end }}
     volumeMounts:
       - {name: settings, mountPath: /etc/slipstream, readOnly: true}
+      {{- include "slipstream.securityMount" $root | nindent 6 }}
       - {name: tmp, mountPath: /tmp}
       - {name: shm, mountPath: /dev/shm}
       - {name: cache, mountPath: /cache}
@@ -180,6 +181,7 @@ volumes:
     configMap:
       name: {{ include "slipstream.fullname" $root }}
       items: [{key: {{ $role }}.yaml, path: {{ $role }}.yaml}]
+  {{- include "slipstream.securityVolume" (list $root "worker") | nindent 2 }}
   - {name: tmp, emptyDir: {}}
   - name: shm
     emptyDir: {medium: Memory, sizeLimit: {{ $pool.shmSize }}}

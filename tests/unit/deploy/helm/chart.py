@@ -89,6 +89,12 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "config": {"tracing": {"endpoint": "http://collector.tracing.svc:4317/"}},
     },
+    "tls": {
+        "tls": {"enabled": True, "certManager": {"issuer": "internal"}, "faceHosts": ["llm.example.com"]},
+        "monitoring": {"serviceMonitors": True},
+    },
+    "own-certificates": {"tls": {"enabled": True, "certManager": {"enabled": False}, "secrets": {"worker": "mine"}}},
+    "own-token": {"clusterToken": {"existingSecret": "mine"}},
     "open": {"networkPolicy": {"enabled": False}, "placement": {"sameZone": False, "rolesApart": False}},
     "own-names": {
         "fullnameOverride": "llm",

@@ -1,7 +1,7 @@
 """JSON Schemas of the custom resources that the chart and the examples use, as narrow as that use.
 
-Written down after the CRDs of LeaderWorkerSet 0.10, Prometheus operator 0.93, KEDA 2.20, and Karpenter's AWS provider
-1.14: only the fields that occur here, each with the type and the limits that it has there. A field that is missing is a
+Written down after the CRDs of LeaderWorkerSet 0.10, Prometheus operator 0.93, cert-manager 1.19, KEDA 2.20, and
+Karpenter's AWS provider 1.14: only the fields that occur here, each with the type and the limits that it has there. A field that is missing is a
 field that the API server would have to be asked about.
 """
 
@@ -79,7 +79,36 @@ LEADER_WORKER_SET = resource(
     )
 )
 
-_ENDPOINT = closed(("port",), port=TEXT, path=TEXT, interval=DURATION, honorLabels=FLAG)
+_SECRET_KEY = closed(("name", "key"), name=TEXT, key=TEXT)
+_ENDPOINT = closed(
+    ("port",),
+    port=TEXT,
+    path=TEXT,
+    interval=DURATION,
+    honorLabels=FLAG,
+    scheme=one_of("http", "https"),
+    tlsConfig=closed(
+        serverName=TEXT,
+        ca=closed(("secret",), secret=_SECRET_KEY),
+        cert=closed(("secret",), secret=_SECRET_KEY),
+        keySecret=_SECRET_KEY,
+    ),
+)
+CERTIFICATE = resource(
+    closed(
+        ("secretName", "issuerRef"),
+        secretName=TEXT,
+        duration=DURATION,
+        renewBefore=DURATION,
+        privateKey=closed(
+            algorithm=one_of("RSA", "ECDSA", "Ed25519"), size=COUNT, rotationPolicy=one_of("Never", "Always")
+        ),
+        usages=listed(one_of("digital signature", "key encipherment", "server auth", "client auth"), 1),
+        uris=listed(TEXT, 1),
+        dnsNames=listed(TEXT, 1),
+        issuerRef=closed(("name",), name=TEXT, kind=one_of("Issuer", "ClusterIssuer"), group=TEXT),
+    )
+)
 SERVICE_MONITOR = resource(closed(("selector", "endpoints"), selector=SELECTOR, endpoints=listed(_ENDPOINT, 1)))
 POD_MONITOR = resource(
     closed(("selector", "podMetricsEndpoints"), selector=SELECTOR, podMetricsEndpoints=listed(_ENDPOINT, 1))
@@ -222,6 +251,7 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
     ("monitoring.coreos.com/v1", "ServiceMonitor"): SERVICE_MONITOR,
     ("monitoring.coreos.com/v1", "PodMonitor"): POD_MONITOR,
     ("monitoring.coreos.com/v1", "PrometheusRule"): PROMETHEUS_RULE,
+    ("cert-manager.io/v1", "Certificate"): CERTIFICATE,
     ("keda.sh/v1alpha1", "ScaledObject"): SCALED_OBJECT,
     ("karpenter.sh/v1", "NodePool"): NODE_POOL,
     ("karpenter.k8s.aws/v1", "EC2NodeClass"): EC2_NODE_CLASS,

@@ -187,6 +187,10 @@ def test_probes_ask_a_port_of_the_container(case: str) -> None:
             if "httpGet" in probe:
                 assert probe["httpGet"]["port"] in ports
                 assert probe["httpGet"]["path"] in {"/health/live", "/health/ready"}
+            elif "exec" in probe:  # where the port speaks TLS, which a kubelet does not
+                *_, address, _service, folder = probe["exec"]["command"]
+                assert address.endswith(f":{ports.get('grpc', ports.get('registry'))}")
+                assert folder in {mount["mountPath"] for mount in own["volumeMounts"]}
             else:
                 assert probe["grpc"]["port"] == ports.get("grpc", ports.get("registry"))
 

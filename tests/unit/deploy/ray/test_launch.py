@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from deploy.ray.orders import Orders
 from deploy.ray.process import COMPONENT as POOL
 from slipstream import config
 from slipstream.errors import ConfigError
+from slipstream.security.files import read_tokens
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import ROLE_DECODE
 
@@ -24,8 +26,13 @@ def settings(**changed: object) -> Settings:
     return config.load({"cluster.on": "ray", "served_model_name": "m", **PORTS, **paths}, {}, None).settings
 
 
+def home(folder: Path) -> dict[str, str]:
+    """Where tokens are kept, away from the user's."""
+    return {"XDG_STATE_HOME": str(folder / "state")}
+
+
 def test_control_plane_pool_and_frontend_run_here_and_the_workers_end_between_the_two(tmp_path: Path) -> None:
-    cluster = plan(settings(), environ={"SLIPSTREAM_LOG__LEVEL": "debug"}, run_folder=tmp_path)
+    cluster = plan(settings(), environ={"SLIPSTREAM_LOG__LEVEL": "debug"} | home(tmp_path), run_folder=tmp_path)
     assert {one.name: one.stop_stage for one in cluster.components} == {
         FRONTEND: STAGE_FRONTEND,
         POOL: STAGE_WORKERS,
@@ -43,9 +50,36 @@ def test_workers_find_the_control_plane_where_the_head_of_ray_reaches_this_machi
 
 def test_an_address_that_was_set_is_kept(tmp_path: Path) -> None:
     cluster = plan(
-        settings(control_plane__host="0.0.0.0", ray__address="127.0.0.1:6379"), environ={}, run_folder=tmp_path
+        settings(control_plane__host="0.0.0.0", ray__address="127.0.0.1:6379"),
+        environ=home(tmp_path),
+        run_folder=tmp_path,
     )
     assert cluster.settings.control_plane.host == "0.0.0.0"
+
+
+def test_a_cluster_that_other_machines_reach_has_a_token_which_its_successor_has_too(tmp_path: Path) -> None:
+    reachable = settings(control_plane__host="0.0.0.0", ray__address="127.0.0.1:6379")
+    told = plan(reachable, environ=home(tmp_path), run_folder=tmp_path / "one").settings
+    again = plan(reachable, environ=home(tmp_path), run_folder=tmp_path / "two").settings
+    file = told.security.cluster_token_file
+    assert file is not None
+    assert file == again.security.cluster_token_file
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (token,) = read_tokens(file)
+    orders = Orders.of(told, tmp_path)
+    order = orders.order("w", ROLE_DECODE, 0.0)
+    assert order.tokens == (token,)
+    assert token not in f"{order} {orders} {order.settings_yaml}"
+    file.write_text("another-token-0123456789abcdef\n")
+    assert Orders.of(told, tmp_path).settings_id != orders.settings_id
+
+
+def test_a_cluster_on_one_machine_or_with_certificates_has_none(tmp_path: Path) -> None:
+    alone = settings(ray__address="127.0.0.1:6379")
+    certified = settings(control_plane__host="0.0.0.0", security__tls_folder=str(tmp_path))
+    for one in (alone, certified):
+        told = plan(one, environ=home(tmp_path), run_folder=tmp_path / "run").settings
+        assert told.security.cluster_token_file is None
 
 
 def test_how_many_workers_a_planner_may_start_has_to_be_said(tmp_path: Path) -> None:

@@ -217,7 +217,6 @@ async def test_the_synchronous_channel_proves_the_same(tmp_path: Path) -> None:
             assert await asyncio.to_thread(first_set, settings, address)
 
 
-@pytest.mark.skip(reason="not refused yet")
 async def test_an_unprotected_control_plane_is_for_this_machine_alone(tmp_path: Path) -> None:
     everywhere = ControlPlaneSettings(host="0.0.0.0", port=0)
     with pytest.raises(StartupError, match=r"let everybody in.*security\.tls_folder.*security\.cluster_token_file"):
