@@ -26,6 +26,10 @@ log = telemetry.get_logger(__name__)
 
 Options = Sequence[tuple[str, Any]]
 
+_KEPT: list[grpc.ServerCredentials] = []
+"""gRPC's own threads ask these for certificates, and hold no reference: a handshake that is under way when a server is
+gone would ask what was freed, and end the process. A process opens a port or two."""
+
 
 def create_server(options: Options = ()) -> grpc.aio.Server:
     """A server for other components, which looks at who calls."""
@@ -132,7 +136,9 @@ def _credentials(tls: Watched[TlsMaterial], asks_clients: bool) -> grpc.ServerCr
 
     # The stubs do not know that None stands for "as it was".
     fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", newer)
-    return grpc.dynamic_ssl_server_credentials(_configuration(material), fetch, asks_clients)
+    credentials = grpc.dynamic_ssl_server_credentials(_configuration(material), fetch, asks_clients)
+    _KEPT.append(credentials)
+    return credentials
 
 
 def _configuration(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:
