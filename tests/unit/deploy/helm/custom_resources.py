@@ -1,8 +1,8 @@
 """JSON Schemas of the custom resources that the chart and the examples use, as narrow as that use.
 
 Written down after the CRDs of LeaderWorkerSet 0.10, Prometheus operator 0.93, cert-manager 1.19, KEDA 2.20, and
-Karpenter's AWS provider 1.14: only the fields that occur here, each with the type and the limits that it has there. A field that is missing is a
-field that the API server would have to be asked about.
+Karpenter's AWS provider 1.14: only the fields that occur here, each with the type and the limits that it has there. A
+field that is missing is a field that the API server would have to be asked about.
 """
 
 from __future__ import annotations
