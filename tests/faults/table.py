@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from tests.faults import (
+    clock_cases,
     disk_cases,
     faults_page,
     frontend_cases,
@@ -43,6 +44,7 @@ CASES: tuple[Case, ...] = (
     *memory_cases.CASES,
     *model_cases.CASES,
     *disk_cases.CASES,
+    *clock_cases.CASES,
 )
 RESULTS = Path(__file__).with_name("measured.json")
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
