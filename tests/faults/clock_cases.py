@@ -1,7 +1,7 @@
 """A wall clock that jumps: forward, backward, and a worker that is started anew with a clock behind its own past.
 
-Control plane, frontend and a decode worker run with libfaketime (Debian's package of that name) in front of the C
-library; the monotonic clock is left alone, as the kernel leaves it alone.
+Control plane, frontend and the service of a decode worker run with libfaketime (Debian's package of that name) in front
+of the C library; the monotonic clock is left alone, as the kernel leaves it alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from tests.faults.load import Load, loading
 from tests.faults.process_cases import BUSY_S, signalled
 from tests.support import warm_processes
 from tests.support.fault_cluster import Member
+
+ENGINE_COMMAND = ("decode-worker",)
+_PLAIN = "import runpy; runpy.run_module('slipstream', run_name='__main__')"
+# libfaketime breaks `time.sleep` of a millisecond (it mistakes an absolute time of the monotonic clock for another),
+# and vLLM's engine core lives by it: what a service starts has its clocks to itself.
+_WITHOUT_ENGINE = f"import os; del os.environ['LD_PRELOAD']; {_PLAIN}"
 
 HOUR_S = 3600
 HOLD_S = 8.0
@@ -51,7 +57,8 @@ def run_faked(settings: Settings, command: Sequence[str], folder: str) -> None:
         "DONT_FAKE_MONOTONIC": "1",
         "PYTHONPATH": module_path(environ),
     }
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "slipstream", *command, "--config", str(file)], environ)
+    program = _WITHOUT_ENGINE if command == ENGINE_COMMAND else _PLAIN
+    os.execve(sys.executable, [sys.executable, "-P", "-c", program, *command, "--config", str(file)], environ)
 
 
 async def jump(arena: Arena) -> Measured:
@@ -114,8 +121,7 @@ def _start_faked(arena: Arena, member: Member) -> None:
 
 
 def _start_member(arena: Arena, member: Member) -> None:
-    command = ("decode-worker",)
-    member.process = warm_processes.start(run_faked, member.settings, command, str(arena.folder), log=member.log)
+    member.process = warm_processes.start(run_faked, member.settings, ENGINE_COMMAND, str(arena.folder), log=member.log)
     member.starts, member.record = member.starts + 1, None
 
 
@@ -123,7 +129,7 @@ CASES = (
     Case(
         "clock-jumps",
         "Clock jumps",
-        f"the wall clock of control plane, frontend and a decode worker: an hour forward, two backward {HOLD_S:g} s "
+        f"the wall clock of control plane, frontend and a decode service: an hour forward, two backward {HOLD_S:g} s "
         "later; then that worker is started anew, with a clock behind its own past",
         Promise(
             "No lease, deadline or request ends by a wall clock; a worker whose clock went back is taken when its "
