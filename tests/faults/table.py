@@ -106,6 +106,7 @@ def run(
     short: bool = False,
     only: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Table], None] = lambda table: None,
 ) -> Table:
     """Run cases, one after another, in one cluster.
 
@@ -114,11 +115,14 @@ def run(
         short: those alone that run with the tests.
         only: names of cases; all when empty.
         say: takes a line about each.
+        keep: takes the table as it is after each.
     """
-    return asyncio.run(_run(chosen(short=short, only=only), folder, seed, say))
+    return asyncio.run(_run(chosen(short=short, only=only), folder, seed, say, keep))
 
 
-async def _run(cases: list[Case], folder: Path, seed: int, say: Callable[[str], None]) -> Table:
+async def _run(
+    cases: list[Case], folder: Path, seed: int, say: Callable[[str], None], keep: Callable[[Table], None]
+) -> Table:
     table = Table(seed=seed)
     runnable = []
     for case in cases:
@@ -135,6 +139,7 @@ async def _run(cases: list[Case], folder: Path, seed: int, say: Callable[[str], 
             result = await _one(case, arena, seed)
             table.results.append(result)
             say(f"{case.name}: {'; '.join(result.broken) or 'ok'} ({told(result)})")
+            keep(table)
     return table
 
 
@@ -221,15 +226,22 @@ def main() -> None:
         PAGE.write_text(page())
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="slipstream-faults-"))
-    table = run(folder=folder, seed=args.seed, short=args.short, only=args.only, say=_say)
+    saved = args.save or not (args.short or args.only)
+    keep = _save if saved else lambda table: None
+    table = run(folder=folder, seed=args.seed, short=args.short, only=args.only, say=_say, keep=keep)
     _say(f"logs in {folder}; {', '.join(f'{count} {name}' for name, count in table.counts().items())}")
     if args.json:
         figures = {"counts": table.counts(), **msgspec.to_builtins(table)}
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
-    if args.save or not (args.short or args.only):
-        RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(merged(read_results(), table))) + b"\n")
-        PAGE.write_text(page())
+    if saved:
+        _save(table)
     sys.exit(1 if any(one.broken for one in table.results) else 0)
+
+
+def _save(table: Table) -> None:
+    """After each case: a run that is broken off has measured something."""
+    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(merged(read_results(), table))) + b"\n")
+    PAGE.write_text(page())
 
 
 def _say(line: str) -> None:
