@@ -30,6 +30,7 @@ _PLAIN = "import runpy; runpy.run_module('slipstream', run_name='__main__')"
 # and vLLM's engine core lives by it: what a service starts has its clocks to itself.
 _WITHOUT_ENGINE = f"import os; del os.environ['LD_PRELOAD']; {_PLAIN}"
 
+STARTS_WITHIN_S = 600.0  # a process that imports everything anew
 HOUR_S = 3600
 HOLD_S = 8.0
 
@@ -69,12 +70,12 @@ async def jump(arena: Arena) -> Measured:
     try:
         await _end_all(arena, member)
         _start_faked(arena, member)
-        await arena.whole()
+        await arena.whole(STARTS_WITHIN_S)
         async with loading([arena.target], arena.pool, Stream(), seed=9) as load:
             await _jump(arena, load, member, clock)
     finally:
         await _end_all(arena, member)
-        await arena.whole()
+        await arena.whole(STARTS_WITHIN_S)
     return load.measured
 
 
@@ -93,7 +94,7 @@ async def _jump(arena: Arena, load: Load, member: Member, clock: Path) -> None:
     await asyncio.to_thread(member.process.join, BUSY_S)
     began_s = time.monotonic()
     _start_member(arena, member)
-    await arena.whole()
+    await arena.whole(STARTS_WITHIN_S)
     load.measured.figures["back_after_s"] = round(time.monotonic() - began_s, 1)
     await load.until_answered(4)
 

@@ -8,6 +8,7 @@ import time
 from functools import partial
 from typing import Literal
 
+from slipstream.v1.registry_pb2 import WorkerState
 from tests.faults.arena import Arena
 from tests.faults.case import Case, Promise, Stream
 from tests.faults.load import Load
@@ -69,10 +70,19 @@ async def freeze(arena: Arena, load: Load, *, kind: Kind, part: Part, hold_s: fl
     """SIGSTOP, and SIGCONT after that time, if it is still there: a service does not wait for ever for its engine."""
     member = await busiest(arena, load, kind)
     signalled(member, signal.SIGSTOP, part)
+    began_s, silent_after_s = time.monotonic(), 0.0
     try:
-        await asyncio.sleep(hold_s)
+        while time.monotonic() - began_s < hold_s:
+            record = await member.status() if part == "engine" else None
+            if record is not None and record.state == WorkerState.FENCED:
+                silent_after_s = silent_after_s or time.monotonic() - began_s
+            await asyncio.sleep(0.1)
     finally:
         member.signal(signal.SIGCONT)
+    if silent_after_s:
+        load.measured.figures["called_silent_after_s"] = round(silent_after_s, 1)
+    elif (part, kind) == ("engine", "decode") and hold_s > BUSY_S / 2:
+        load.measured.broken.append("its service did not notice that it stood still")
     await load.until_answered(6)
     starts = member.starts
     await arena.whole()

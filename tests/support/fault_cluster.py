@@ -230,8 +230,8 @@ def running(
             max_running=16,
             threads=1,
             drain_timeout_s=3.0,
-            engine_silence_s=4.0,
-            engine_hang_s=15.0,
+            engine_silence_s=8.0,
+            engine_hang_s=16.0,
         )
         transfer = TransferSettings(
             transport="shm",
