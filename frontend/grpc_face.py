@@ -15,8 +15,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from frontend.admission.claim import Claim
 from frontend.cache_salt import checked_salt
 from frontend.face_metrics import Where
+from frontend.grpc_writes import write_within
 from frontend.inference import INTERNAL_ERROR, Answer, AnswerDelta, InferenceRequest, InferenceService
 from frontend.keys.guard import Caller, Guard
+from frontend.openai_requests import MAX_MESSAGES
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import ROUTE_HEADER, observed
@@ -24,7 +26,9 @@ from frontend.request_record import current
 from frontend.sampling_fields import checked_params
 from slipstream import telemetry
 from slipstream.errors import InvalidRequestError, SlipstreamError
+from slipstream.grpc_channels import public_server_options
 from slipstream.grpc_errors import abort
+from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
 from slipstream.security.servers import create_public_server
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 
@@ -48,9 +52,15 @@ class _Call:
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """`Generate` and `ListModels`. A cancelled call cancels its task, and with it the work on every worker."""
 
-    def __init__(self, service: InferenceService, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        guard: Guard | None = None,
+        write_timeout_s: float = DEFAULT_LIMITS.write_timeout_s,
+    ) -> None:
         self._service = service
         self._guard = guard
+        self._write_timeout_s = write_timeout_s
         self._where = Where("grpc", "generate", service.model_name)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (the stubs know only generators)
@@ -81,7 +91,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             asked = _asked(call.request, call.request_id, self._where, claim, caller)
             async with self._service.answer(asked) as answer:
                 async for delta in answer:
-                    await context.write(_response(delta, answer, call.shown_id))
+                    await write_within(context, _response(delta, answer, call.shown_id), self._write_timeout_s)
             record = current()
             limits = caller.limit_headers() if caller is not None else []
             route = [(ROUTE_HEADER, record.route)] if record is not None and record.route else []
@@ -152,6 +162,7 @@ class GrpcFace:
         max_message_bytes: larger requests are refused with RESOURCE_EXHAUSTED.
         shares_port: with other processes of the same pool.
         guard: who may come in; everybody without.
+        limits: of clients.
     """
 
     def __init__(
@@ -161,17 +172,16 @@ class GrpcFace:
         max_message_bytes: int,
         shares_port: bool = False,
         guard: Guard | None = None,
+        limits: LimitSettings = DEFAULT_LIMITS,
     ) -> None:
         self._service = service
         self._health = health.aio.HealthServicer()
         self.server = create_public_server(
-            [
-                ("grpc.max_receive_message_length", max_message_bytes),
-                # A second server on the same port should fail, not share it, unless it is meant to.
-                ("grpc.so_reuseport", int(shares_port)),
-            ]
+            public_server_options(limits, max_receive_bytes=max_message_bytes, shares_port=shares_port)
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service, guard), self.server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            InferenceServicer(service, guard, limits.write_timeout_s), self.server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, guard), self.server)
@@ -222,6 +232,11 @@ def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
         case "chat":
             if not request.chat.messages:
                 raise InvalidRequestError("'chat' has no messages; at least one is needed.", param="chat.messages")
+            if len(request.chat.messages) > MAX_MESSAGES:
+                raise InvalidRequestError(
+                    f"'chat' has {len(request.chat.messages)} messages; at most {MAX_MESSAGES} are allowed.",
+                    param="chat.messages",
+                )
             messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
             return ChatPrompt(messages, param="chat.messages")
         case _:

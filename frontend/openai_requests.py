@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from frontend.cache_salt import LONGEST_SALT
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from frontend.sampling_fields import MAX_LOGPROBS, SamplingFields, TokenId
+from frontend.sampling_fields import FIRST_MISTAKE, MAX_LOGPROBS, SamplingFields, TokenId
 from slipstream.errors import InvalidRequestError, UnsupportedError
 from slipstream.v1.sampling_pb2 import SamplingParams
 
 # Without `max_tokens`, /v1/completions gives this many: OpenAI's own default there.
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
+MAX_MESSAGES = 8192
+MAX_PARTS = 1024
 _STRICT = ConfigDict(strict=True, extra="ignore", frozen=True)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -90,7 +92,8 @@ class Message(BaseModel):
     role: str
     content: (
         Annotated[
-            Annotated[str, Tag("[text]")] | Annotated[list[ContentPart], Tag("[parts]")],
+            Annotated[str, Tag("[text]")]
+            | Annotated[list[ContentPart], Tag("[parts]"), Field(max_length=MAX_PARTS), FIRST_MISTAKE],
             Discriminator(
                 _content_form,
                 custom_error_type="content_type",
@@ -113,7 +116,7 @@ class ResponseFormat(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=FIRST_MISTAKE)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -124,7 +127,7 @@ class ChatBody(GenerationBody):
     functions: Any = None
     function_call: Any = None
     response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(fail_fast=FIRST_MISTAKE)] | None = None
     audio: Any = None
     web_search_options: Any = None
 
@@ -173,14 +176,21 @@ def _prompt_form(value: Any) -> str | None:
     return "[texts]" if isinstance(first, str) else "[batch]" if isinstance(first, list) else "[tokens]"
 
 
+_Ids = Annotated[list[TokenId], Field(fail_fast=FIRST_MISTAKE)]
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Annotated[
         Annotated[str, Tag("[text]")]
-        | Annotated[list[str], Tag("[texts]"), Field(min_length=1)]
-        | Annotated[list[TokenId], Tag("[tokens]"), Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Tag("[batch]"), Field(min_length=1)],
+        | Annotated[list[str], Tag("[texts]"), Field(min_length=1, fail_fast=FIRST_MISTAKE)]
+        | Annotated[list[TokenId], Tag("[tokens]"), Field(min_length=1, fail_fast=FIRST_MISTAKE)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(fail_fast=FIRST_MISTAKE)]],
+            Tag("[batch]"),
+            Field(min_length=1, fail_fast=FIRST_MISTAKE),
+        ],
         Discriminator(
             _prompt_form,
             custom_error_type="prompt_type",

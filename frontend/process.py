@@ -187,7 +187,11 @@ async def run_faces(
         isolates_tenants=settings.prefix_cache == "tenant",
     )
     grpc_face = GrpcFace(
-        service, max_message_bytes=settings.max_body_bytes, shares_port=settings.workers > 1, guard=guard
+        service,
+        max_message_bytes=settings.max_body_bytes,
+        shares_port=settings.workers > 1,
+        guard=guard,
+        limits=limits,
     )
     grpc_port = bind_grpc(grpc_face.server, settings)
     server = http_server(

@@ -7,9 +7,17 @@ written once and a wrong value is refused with the same words on either face.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from slipstream.errors import InvalidRequestError
@@ -22,10 +30,31 @@ MAX_STOP_CHARACTERS = 1024
 MAX_LISTED_IDS = 1024
 MAX_LOGPROBS = 20
 _SHOWN_VALUE_CHARACTERS = 60
+_SHOWN_ENTRIES = 16
+_LONGEST_ID = 20
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Finite = Annotated[float, AllowInfNan(False)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+# Of lists: one mistake is told. A body of eight megabytes has room for millions, which took seconds and gigabytes.
+FIRST_MISTAKE: Final = True
+
+
+def _few(value: Any) -> Any:
+    """Entries by token id, which is a text in JSON; counted first, since of a mapping every mistake is collected."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LISTED_IDS:
+        limits = {"most": MAX_LISTED_IDS, "count": len(value)}
+        raise PydanticCustomError("too_long", "there are {count} entries, at most {most} are allowed", limits)
+    return {_as_id(key): bias for key, bias in value.items()}
+
+
+def _as_id(key: Any) -> Any:
+    numeric = isinstance(key, str) and len(key) <= _LONGEST_ID and key.isascii() and key.removeprefix("-").isdecimal()
+    return int(key) if numeric else key
 
 
 def _listed(value: Any) -> Any:
@@ -62,12 +91,13 @@ class SamplingFields(BaseModel):
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
     ignore_eos: bool | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=MAX_LISTED_IDS)] | None
-    ) = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LISTED_IDS)] | None = None
+    logit_bias: Annotated[
+        Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=MAX_LISTED_IDS)] | None,
+        BeforeValidator(_few),
+    ] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LISTED_IDS, fail_fast=FIRST_MISTAKE)] | None = None
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
+        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=FIRST_MISTAKE)] | None,
         BeforeValidator(_listed),
         WithJsonSchema(_STOP_SCHEMA),
     ] = None
@@ -136,7 +166,8 @@ def _is_tag(part: int | str) -> bool:
 
 
 def _reason(details: ErrorDetails) -> str:
-    shown = repr(details["input"])
+    value = details["input"]
+    shown = f"{len(value)} entries" if isinstance(value, list | dict) and len(value) > _SHOWN_ENTRIES else repr(value)
     if len(shown) > _SHOWN_VALUE_CHARACTERS:
         shown = shown[:_SHOWN_VALUE_CHARACTERS] + "..."
     message = details["msg"].removeprefix("Value error, ")

@@ -7,6 +7,8 @@ other side accepts.
 
 from __future__ import annotations
 
+from slipstream.limit_settings import LimitSettings
+
 ChannelOptions = list[tuple[str, int]]
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -63,4 +65,31 @@ def server_options(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> ChannelOpti
         ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.so_reuseport", 0),
+    ]
+
+
+def public_server_options(
+    limits: LimitSettings, *, max_receive_bytes: int, shares_port: bool = False
+) -> ChannelOptions:
+    """Options for a server that clients call: what one may take of it before it is refused."""
+    return [
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.max_grpc_streams),
+        ("grpc.max_allowed_incoming_connections", limits.max_grpc_connections),
+        # Who opens a connection and says nothing, or something else than HTTP/2.
+        ("grpc.server_handshake_timeout_ms", int(limits.header_timeout_s * 1000)),
+        # A client host that vanished must not hold calls open.
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 3000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Pings as our own channels send them are in order; a flood of them ends the connection.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME_S * 500)),
+        # Clients come back by themselves.
+        ("grpc.max_connection_idle_ms", int(limits.keep_alive_s * 1000)),
+        # A second server on the same port should fail, not share it, unless it is meant to.
+        ("grpc.so_reuseport", int(shares_port)),
     ]

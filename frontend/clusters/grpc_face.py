@@ -16,6 +16,7 @@ from frontend.clusters.breaker import Health
 from frontend.clusters.fleet import ClusterFleet, Member, Visit
 from frontend.clusters.forward import CLUSTER_HEADER
 from frontend.clusters.resume import Passed, resumable
+from frontend.grpc_writes import write_within
 from frontend.inference import INTERNAL_ERROR
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import SESSION_HEADER
@@ -28,8 +29,9 @@ from slipstream.errors import (
     SlipstreamError,
     UnavailableError,
 )
-from slipstream.grpc_channels import client_options
+from slipstream.grpc_channels import client_options, public_server_options
 from slipstream.grpc_errors import abort, from_rpc_error
+from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
 from slipstream.security.channels import open_public_channel, public_credentials
 from slipstream.security.servers import create_public_server
 from slipstream.v1 import inference_pb2
@@ -48,15 +50,21 @@ _NOT_PASSED_ON = frozenset((PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, "use
 class GlobalGrpcFace:
     """The server with everything on it. Create it in the loop it runs in."""
 
-    def __init__(self, fleet: ClusterFleet, *, max_message_bytes: int, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        fleet: ClusterFleet,
+        *,
+        max_message_bytes: int,
+        request_timeout_s: float,
+        limits: LimitSettings = DEFAULT_LIMITS,
+    ) -> None:
         self._fleet = fleet
+        self._write_timeout_s = limits.write_timeout_s
         self._request_timeout_s = request_timeout_s
         self._health = health.aio.HealthServicer()
         self._channels = AsyncExitStack()
         self._stubs: dict[str, grpc.aio.UnaryStreamMultiCallable[Any, Any]] = {}
-        self.server = create_public_server(
-            [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
-        )
+        self.server = create_public_server(public_server_options(limits, max_receive_bytes=max_message_bytes))
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Generate": grpc.unary_stream_rpc_method_handler(
                 self._generate, request_deserializer=inference_pb2.GenerateRequest.FromString
@@ -91,7 +99,9 @@ class GlobalGrpcFace:
     async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         failure: SlipstreamError | None
         try:
-            failure = await _Call(self._fleet, self._stubs, request, context, self._request_timeout_s).run()
+            failure = await _Call(
+                self._fleet, self._stubs, request, context, self._request_timeout_s, self._write_timeout_s
+            ).run()
         except SlipstreamError as error:
             failure = error
         except Exception:
@@ -130,8 +140,10 @@ class _Call:
         request: inference_pb2.GenerateRequest,
         context: Context,
         request_timeout_s: float,
+        write_timeout_s: float,
     ) -> None:
         self._fleet, self._stubs, self._request, self._context = fleet, stubs, request, context
+        self._write_timeout_s = write_timeout_s
         self._metadata = [
             (name, value) for name, value in context.invocation_metadata() or () if name not in _NOT_PASSED_ON
         ]
@@ -186,7 +198,8 @@ class _Call:
                 if not begun:
                     begun = True
                     self._fleet.answered(visit, self._asked, measured=True)
-                await self._context.write(message if self._passed is None else self._passed.pass_on(message))
+                passed = message if self._passed is None else self._passed.pass_on(message)
+                await write_within(self._context, passed, self._write_timeout_s)
             trailing = [(str(name), value) for name, value in await call.trailing_metadata() or ()]
             cluster = (CLUSTER_HEADER, f"{known.cluster}; {visit.choice.reason.value}")
             self._context.set_trailing_metadata((*trailing, cluster))
@@ -238,7 +251,7 @@ class _Call:
         assert self._passed is not None, "only what is kept is resumed"
         following = self._passed.take_over()
         if isinstance(following, inference_pb2.GenerateResponse):
-            await self._context.write(following.SerializeToString())
+            await write_within(self._context, following.SerializeToString(), self._write_timeout_s)
             return True
         self._request = following
         return False

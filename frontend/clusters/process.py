@@ -75,7 +75,12 @@ async def _run_faces(
         request_timeout_s=faces.request_timeout_s,
         draining=stop.is_set,
     )
-    grpc_face = GlobalGrpcFace(fleet, max_message_bytes=faces.max_body_bytes, request_timeout_s=faces.request_timeout_s)
+    grpc_face = GlobalGrpcFace(
+        fleet,
+        max_message_bytes=faces.max_body_bytes,
+        request_timeout_s=faces.request_timeout_s,
+        limits=settings.limits,
+    )
     grpc_port = bind_grpc(grpc_face.server, faces)
     server = http_server(app, faces, settings.limits)
     http_socket.listen(BACKLOG_CONNECTIONS)

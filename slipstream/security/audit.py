@@ -132,7 +132,8 @@ class Audit(grpc.aio.ServerInterceptor):
         assert inner is not None, f"{action} is a stream"
 
         async def audited(request: Message, context: Context) -> Any:
-            arguments = MessageToDict(request, preserving_proto_field_name=True)
+            readable = isinstance(request, Message)  # else it is refused, further in
+            arguments = MessageToDict(request, preserving_proto_field_name=True) if readable else {}
             try:
                 reply = await inner(request, context)
             except BaseException as error:

@@ -21,6 +21,7 @@ from slipstream.security.channels import is_local
 from slipstream.security.files import TlsMaterial, Watched
 from slipstream.security.guard import Guard
 from slipstream.security.identity import Identity
+from slipstream.security.malformed import UnreadableMessages
 
 log = telemetry.get_logger(__name__)
 
@@ -34,8 +35,8 @@ gone would ask what was freed, and end the process. A process opens a port or tw
 def create_server(options: Options = ()) -> grpc.aio.Server:
     """A server for other components, which looks at who calls."""
     identity = identities.current()
-    guards = [Guard(identity)] if identity.protected else []
-    return grpc.aio.server(interceptors=[Audit(), *guards], options=list(options))
+    guards: list[grpc.aio.ServerInterceptor] = [Guard(identity)] if identity.protected else []
+    return grpc.aio.server(interceptors=[Audit(), *guards, UnreadableMessages()], options=list(options))
 
 
 def create_local_server(options: Options = ()) -> grpc.aio.Server:
@@ -45,7 +46,7 @@ def create_local_server(options: Options = ()) -> grpc.aio.Server:
 
 def create_public_server(options: Options = ()) -> grpc.aio.Server:
     """A server for clients; who they are is asked where requests are taken."""
-    return grpc.aio.server(options=list(options))
+    return grpc.aio.server(interceptors=[UnreadableMessages()], options=list(options))
 
 
 def listen(server: grpc.aio.Server, address: str, *, what: str) -> int:
