@@ -95,7 +95,7 @@ def create_app(
     if tells_state is not None:
         _tell_state(app, tells_state)
     app.add_api_route("/metrics", face.metrics, methods=["GET"], **_documented(None))
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, service.max_n)  # type: ignore[method-assign]
     return app
 
 
@@ -308,7 +308,7 @@ def _documented(responds_with: str | None, body: type[GenerationBody] | None = N
     return documented
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, max_n: int) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _names, definitions = models_json_schema(
@@ -316,5 +316,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         components = document.setdefault("components", {}).setdefault("schemas", {})
         components.update(cast("dict[str, Any]", definitions["$defs"]) | response_schemas())
+        for body in (ChatBody, CompletionBody):
+            components[body.__name__]["properties"]["n"]["anyOf"][0]["maximum"] = max_n
         app.openapi_schema = document
     return app.openapi_schema

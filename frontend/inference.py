@@ -162,7 +162,7 @@ class InferenceService:
         self._cold = cold
         self._isolates_tenants = isolates_tenants
         self._request_timeout_s = request_timeout_s
-        self._max_n = max_n
+        self.max_n = max_n
         self._open: set[asyncio.Timeout] = set()
         self.closing = False
 
@@ -282,8 +282,8 @@ class InferenceService:
         return request.caller.enter()
 
     def _check(self, request: InferenceRequest) -> None:
-        if not 1 <= request.n <= self._max_n:
-            raise InvalidRequestError(f"Invalid 'n': {request.n} is not within 1 to {self._max_n}.", param="n")
+        if not 1 <= request.n <= self.max_n:
+            raise InvalidRequestError(f"Invalid 'n': {request.n} is not within 1 to {self.max_n}.", param="n")
         answers = request.n * len(request.prompts)
         if not 1 <= answers <= MAX_ANSWERS:
             raise InvalidRequestError(

@@ -14,7 +14,9 @@ import grpc.aio
 import pytest
 
 from benchmarks import bad_bodies
+from frontend.grpc_writes import write_within
 from frontend.tokenizer import TextModel
+from slipstream.errors import CancelledByClientError
 from slipstream.limit_settings import LimitSettings
 from slipstream.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.scripted_dispatcher import ScriptedDispatcher, tokens
@@ -136,16 +138,16 @@ async def test_a_thousand_calls_begun_and_reset_leave_nothing(
     await dispatcher.until_running(0)
 
 
-async def test_a_client_that_reads_nothing_is_cut(
-    channel: grpc.aio.Channel, dispatcher: ScriptedDispatcher, text_model: TextModel
-) -> None:
-    a = text_model.encode_now("a", add_special_tokens=False)
-    dispatcher.script = lambda request: [tokens(*a * 20_000)] * 1000
-    call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest(text="x"))
-    await dispatcher.until_running(1)
-    async with asyncio.timeout(20):
-        await dispatcher.until_running(0)
-    call.cancel()
+async def test_a_client_that_reads_nothing_is_not_waited_for() -> None:
+    class Full:
+        """As gRPC's context while the client's window is full."""
+
+        async def write(self, message: object) -> None:
+            await asyncio.Event().wait()
+
+    context: Any = Full()
+    with pytest.raises(CancelledByClientError, match=r"limits\.write_timeout_s"):
+        await write_within(context, b"", 0.01)
 
 
 @asynccontextmanager
