@@ -112,6 +112,10 @@ class RequestStream(Generic[Request, Event]):
 
     def _begin(self, request: Request) -> None:
         call = request.call
+        if call in self._tasks:
+            # The one that runs would have no name any more: nobody could cancel it, and nothing would end it.
+            log.warning("call_begun_twice", call=call, request_id=request.request_id)
+            return
         task = self._loop.create_task(self._run(request), name=f"call {call}")
         self._tasks[call] = task
         task.add_done_callback(lambda _: self._tasks.pop(call, None))

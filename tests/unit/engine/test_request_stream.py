@@ -133,3 +133,13 @@ async def test_a_draining_worker_refuses_what_comes_and_ends_the_stream_when_all
         worker.admission.close()
         async with asyncio.timeout(5):
             assert [events async for events in messages] == []
+
+
+async def test_a_call_begun_twice_runs_once_and_ends_with_its_stream() -> None:
+    worker = Worker()
+    async with serving(worker.stream(), worker.said(), worker.admission.over):
+        worker.start(1, 1, 1)
+        await until(lambda: worker.running == 1)
+        await asyncio.sleep(0.02)
+        assert worker.running == 1
+    assert worker.running == 0
