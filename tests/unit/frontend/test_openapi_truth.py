@@ -61,6 +61,7 @@ def answers(operation: Any, mode: GenerationMode) -> Counter[int]:
 def test_what_the_document_says_is_what_is_answered(app: FastAPI) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     seen = {}
+    found: Any
     for found in schema.get_all_operations():
         operation = found.ok()
         seen[operation.label] = answers(operation, GenerationMode.POSITIVE)
