@@ -59,7 +59,11 @@ _COUNTERS = (
         "slipstream_kv_transfer_spans_resent",
         "Spans that did not fit their digest and were sent again. Anything but 0 is worth a look at the way.",
     ),
-    (Counter.HANDOFFS_OPENED, "slipstream_kv_handoffs_opened", "Leases on this worker's blocks that began."),
+    (
+        Counter.HANDOFFS_OPENED,
+        "slipstream_kv_handoffs_opened",
+        "Leases on this worker's blocks that began. Each that has ended is one of slipstream_kv_handoffs.",
+    ),
     (
         Counter.HANDOFFS_RESET,
         "slipstream_kv_handoffs_reset",
@@ -104,6 +108,7 @@ _OUTCOMES = {
     Counter.HANDOFFS_RELEASED: "released",
     Counter.HANDOFFS_EXPIRED: "expired",
     Counter.HANDOFFS_NOT_CACHED: "not_cached",
+    Counter.HANDOFFS_ABORTED: "aborted",
 }
 Paths = Callable[[], Sequence[TransferPath]]
 """What this worker has measured. Called from the thread that serves /metrics."""

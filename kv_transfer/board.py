@@ -44,6 +44,7 @@ class Head(enum.IntEnum):
     ENDPOINT_LENGTH = 3  # bytes; 0 until the engine has published where its transfer agent is
 
 
+@enum.unique
 class Counter(enum.IntEnum):
     """Words of the head that the engine process counts in. All only grow, but for the gauges at the end."""
 
@@ -66,6 +67,7 @@ class Counter(enum.IntEnum):
     HIDDEN_NS = 24
     PREEMPTIONS = 25  # of any request, for lack of blocks
     STEPS = 26  # that the scheduler has begun; also those in which there was nothing to compute yet
+    HANDOFFS_ABORTED = 27  # that began and were given up before the whole prompt was computed
     BYTES_SHM_DIRECT = 32
     BYTES_SHM_STAGED = 33
     BYTES_UCX = 34

@@ -135,6 +135,7 @@ class _Outgoing:
     tokens: int
     digest: int
     begun: bool = False
+    opened: bool = False  # counted; a preemption makes it begin once more
     published: int = 0  # blocks
 
 
@@ -299,7 +300,9 @@ class SchedulerSide:
         ready = 0
         if not outgoing.begun:
             outgoing.begun = True
-            self._board.add(Counter.HANDOFFS_OPENED)
+            if not outgoing.opened:
+                outgoing.opened = True
+                self._board.add(Counter.HANDOFFS_OPENED)
             begin = (outgoing.tokens, outgoing.digest)
             hits = computed // self._block_tokens
             ready = next((n for n, block_id in enumerate(block_ids[:hits]) if block_id in unwritten), hits)
@@ -387,6 +390,8 @@ class SchedulerSide:
         if outgoing is None or not completed or board.get(slot, Word.RELEASED) == nonce:
             if board.outcome(slot, nonce) is None:
                 board.put(slot, Word.OUTCOME, nonce | Outcome.ABORTED)
+            if outgoing is not None and outgoing.opened:
+                board.add(Counter.HANDOFFS_ABORTED)
             self._step.ends.append((bytes(raw[2]), "lease_ended"))
             return False, out
         board.put(slot, Word.HELD, nonce)

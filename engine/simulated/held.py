@@ -17,6 +17,7 @@ _COUNTERS = {
     Outcome.RELEASED: Counter.HANDOFFS_RELEASED,
     Outcome.EXPIRED: Counter.HANDOFFS_EXPIRED,
     Outcome.NOT_CACHED: Counter.HANDOFFS_NOT_CACHED,
+    Outcome.ABORTED: Counter.HANDOFFS_ABORTED,
 }
 _CODES = {Outcome.TAKEN: "", Outcome.NOT_CACHED: "not_cached"}
 
@@ -30,6 +31,7 @@ class HeldPrompt:
     nonce: int
     outgoing: Outgoing
     held: bool = False
+    opened: bool = False
 
 
 class HeldPrompts:
@@ -60,7 +62,8 @@ class HeldPrompts:
 
     def progress(self, prompt: HeldPrompt, ready_blocks: int, *, computed: bool) -> None:
         """See `SendingSide.progress`; a computed prompt is held from now on."""
-        if not prompt.outgoing.begun:
+        if not prompt.opened:
+            prompt.opened = True
             self._board.add(Counter.HANDOFFS_OPENED)
         if computed and not prompt.held:
             prompt.held = True
@@ -83,7 +86,7 @@ class HeldPrompts:
             self._board.put(prompt.slot, Word.OUTCOME, prompt.nonce | outcome)
         if prompt.held:
             self._count(-1)
-        if (prompt.outgoing.begun or outcome is Outcome.NOT_CACHED) and outcome in _COUNTERS:
+        if prompt.opened or outcome is Outcome.NOT_CACHED:
             self._board.add(_COUNTERS[outcome])
         self._sending.end(prompt.outgoing, _CODES.get(outcome, "lease_ended"))
         self._release(prompt.request_id)

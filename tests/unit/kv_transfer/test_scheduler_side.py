@@ -408,6 +408,9 @@ def test_a_prompt_that_nobody_gets_is_not_held(side: SchedulerSide, board: Board
     assert take(side).ends == [(ID, "lease_ended")]
     assert board.outcome(1, NONCE) is Outcome.ABORTED
     assert board.get(1, Word.HELD) == 0
+    # What began has ended, in the figures too.
+    assert board.counter(Counter.HANDOFFS_OPENED) == (why != "never scheduled")
+    assert board.counter(Counter.HANDOFFS_ABORTED) == board.counter(Counter.HANDOFFS_OPENED)
 
 
 def test_only_what_the_prefix_cache_has_is_sent_when_that_was_asked(side: SchedulerSide, board: Board) -> None:

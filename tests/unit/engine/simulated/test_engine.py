@@ -214,6 +214,8 @@ async def test_a_prefill_that_is_cancelled_leaves_nothing(tmp_path: Path) -> Non
         await asyncio.gather(computing, return_exceptions=True)
         assert await prefill.ended(lease) is Outcome.ABORTED
         assert prefill.used == 0
+        assert prefill.board.counter(Counter.HANDOFFS_OPENED) == 1
+        assert prefill.board.counter(Counter.HANDOFFS_ABORTED) == 1
 
 
 async def test_a_stream_that_is_closed_frees_its_blocks(tmp_path: Path) -> None:
