@@ -47,6 +47,7 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
+from slipstream.loop_tasks import LoopTasks
 from slipstream.model_cache import local_model
 from slipstream.model_check import check_model_files
 from slipstream.model_folder import ModelFolder
@@ -239,6 +240,7 @@ class _Host:
             )
             self._registering_s = self._startup.since_start_s()
             metrics.add(StartupCollector(self._startup, metrics.labels))
+            metrics.add(LoopTasks(asyncio.get_running_loop()))
             engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
             if engine is None:  # stopped while loading
                 return

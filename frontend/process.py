@@ -48,6 +48,7 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.limit_settings import DEFAULT_LIMITS, LimitSettings
+from slipstream.loop_tasks import tasks_shown
 from slipstream.security import identity
 from slipstream.security.expiry import CertificateCollector
 from slipstream.security.http_ends import face_context
@@ -97,6 +98,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
         stop_signals() as stop,
         bound_socket(settings.frontend) as http_socket,
         access_log.writing(settings.log),
+        tasks_shown(REGISTRY),
         tracing.exporting(
             settings.tracing, service="slipstream-frontend", instance=f"{socket.gethostname()}-{os.getpid()}"
         ),

@@ -31,6 +31,7 @@ from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
 from slipstream.grpc_channels import server_options
+from slipstream.loop_tasks import LoopTasks
 from slipstream.security import audit, identity
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import create_server, listen
@@ -158,7 +159,8 @@ async def open_control_plane(
         background(service.run(), name="registry_publishing") as publishing,
         AsyncExitStack() as stack,
     ):
-        metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port, metrics))
+        shown = (*metrics, LoopTasks(asyncio.get_running_loop()))
+        metrics_url = stack.enter_context(serving_metrics(service, settings.host, settings.metrics_port, shown))
         await server.start()
         try:
             for name in ("", *names):

@@ -8,7 +8,10 @@ Metrics live beside what they measure, as `prometheus_client` objects with the p
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import logging
+import signal
 import sys
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -61,6 +64,8 @@ _lines: _Lines | None = None
 def configure(settings: LogSettings, *, component: str) -> None:
     """Send all logging of this process, libraries included, to standard error in one format.
 
+    SIGUSR1 writes the stacks of all threads there too, whatever the process is doing.
+
     Args:
         component: written with each line, for example `frontend` or a worker's id.
     """
@@ -101,3 +106,5 @@ def configure(settings: LogSettings, *, component: str) -> None:
     structlog.contextvars.bind_contextvars(component=component)
     global _lines
     _lines = _Lines(handler, renderer, told=root.isEnabledFor(logging.INFO))
+    with suppress(io.UnsupportedOperation, AttributeError):  # standard error is no file
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
