@@ -110,6 +110,10 @@ audit: install  ## Known vulnerabilities and licences of what is locked; ADVISOR
 hooks: install  ## Have git check each commit (.pre-commit-config.yaml)
 	@$(BIN)/pre-commit install
 
+.PHONY: chaos
+chaos: install  ## Faults under load by a seed; ARGS="--seed 7 --minutes 60", "--minutes 10 --engine vllm"
+	@exec $(BIN)/python -m tests.faults.chaos $(ARGS)
+
 .PHONY: fuzz
 fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
 	@exec $(BIN)/python -m tests.faults.fuzz $(ARGS)

@@ -17,6 +17,7 @@ import psutil
 
 from kv_transfer import wire
 from kv_transfer.handoff import ID_BYTES
+from slipstream.v1.registry_pb2 import WorkerRecord
 from tests.faults.fuzz_cases import Fault, Kind
 from tests.support.fault_cluster import FaultCluster, Member, landing_area
 
@@ -49,7 +50,7 @@ async def inflict(fault: Fault, cluster: FaultCluster, rng: random.Random) -> bo
         case Kind.GARBAGE:
             await send_garbage(member.settings.transfer.port, rng)
         case Kind.FLIP:
-            await _flip(member, fault.hold_s, rng)
+            await flip_bits(member.record, fault.hold_s, rng)
         case Kind.LOSE_PLANE:
             if cluster.plane is not None:
                 cluster.plane.kill()
@@ -70,27 +71,31 @@ def cut_connections(member: Member, agents: set[int]) -> int:
     Args:
         agents: ports of all transfer agents.
 
-    The engine's sockets are borrowed (pidfd_getfd): both ends see the connection end, as when a firewall drops it.
     """
     pid = member.engine_pid()
-    if pid is None:
-        return 0
-    cut = 0
+    return cut(pid, agents) if pid is not None else 0
+
+
+def cut(pid: int, ports: set[int]) -> int:
+    """Shut down a process' connections from or to these ports; returns how many.
+
+    Its sockets are borrowed (pidfd_getfd): both ends see the connection end, as when a firewall drops it.
+    """
+    ended = 0
     with ExitStack() as stack, suppress(OSError, psutil.Error):
         process = os.pidfd_open(pid)
         stack.callback(os.close, process)
         for connection in psutil.Process(pid).net_connections(kind="tcp"):
             near, far = connection.laddr, connection.raddr
-            # From another agent to here, or from here to another one.
-            if connection.status != psutil.CONN_ESTABLISHED or not {near.port, far.port} & agents:
+            if connection.status != psutil.CONN_ESTABLISHED or not {near.port, far.port} & ports:
                 continue
             borrowed = _libc.syscall(_SYS_PIDFD_GETFD, process, connection.fd, 0)
             if borrowed < 0:
                 continue
             with socket.socket(fileno=borrowed) as line, suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
-                cut += 1
-    return cut
+                ended += 1
+    return ended
 
 
 async def send_garbage(port: int, rng: random.Random) -> None:
@@ -125,10 +130,10 @@ def _nonsense(rng: random.Random) -> list[bytes]:
     )
 
 
-async def _flip(member: Member, hold_s: float, rng: random.Random) -> None:
+async def flip_bits(record: WorkerRecord | None, hold_s: float, rng: random.Random) -> None:
     """Change bits in the landing area of a receiver, again and again: what lies there has been digested by its sender,
     and has not been checked by the receiver."""
-    path = landing_area(member)
+    path = landing_area(record) if record is not None else None
     if path is None:
         return
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as area:

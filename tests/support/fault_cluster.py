@@ -161,11 +161,9 @@ def leftovers(member: Member) -> list[str]:
     return [path.name for stem in stems for path in (*_SHM.glob(f"{stem}{SUFFIX}"), *_SHM.glob(f"{stem}-*"))]
 
 
-def landing_area(member: Member) -> Path | None:
+def landing_area(record: WorkerRecord) -> Path | None:
     """The file in which spans land at this worker; None when there is none."""
-    if member.record is None:
-        return None
-    stem = board_name(member.record).removesuffix(SUFFIX)
+    stem = board_name(record).removesuffix(SUFFIX)
     return next(iter(_SHM.glob(f"{stem}-*{SEGMENT_SUFFIX}")), None)
 
 
