@@ -33,6 +33,8 @@ ONLY_IN_TROUBLE = {
     "slipstream_frontend_refused_total": {"class", "tenant", "reason"},
     "slipstream_frontend_preempted_total": {"tenant"},
     "slipstream_kv_path_broken": {"role", "worker", "peer"},
+    # Where there are certificates.
+    "slipstream_certificate_seconds_to_expiry": {"certificate"},
     # Where there is a GPU, and where a planner can start workers.
     "slipstream_health_slowness_ratio": {"worker"},
     "slipstream_device_lost": {"role", "worker", "gpu", "uuid"},
