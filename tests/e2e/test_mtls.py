@@ -7,17 +7,21 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import pytest
+import yaml
 
 from slipstream.client import Client, Tls
 from slipstream.errors import UnavailableError
 from slipstream.security.authority import make_everything, renew
 from slipstream.security.names import ComponentRole, server_name
 from slipstream.v1 import registry_pb2, registry_pb2_grpc
+from tests.e2e.test_global_frontend import KEY, GlobalFrontend
 from tests.support.cluster import Cluster, wait_for
 from tests.support.text_model_folder import write_model_folder
 
@@ -34,7 +38,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Ite
     model = write_model_folder(tmp_path_factory.mktemp("model"), config={"max_position_embeddings": 8192})
     folder = tmp_path_factory.mktemp("cluster") / "run"
     flags = ("--engine", "simulated", "--served-model-name", "sim", "--tls", str(certificates))
-    with Cluster(model, folder, *flags, "--frontend-workers", "2") as running:
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({"admission": {"peer_key_sha256": sha256(KEY.encode()).hexdigest()}}))
+    with Cluster(model, folder, "--config", str(config), *flags, "--frontend-workers", "2") as running:
         yield running
 
 
@@ -99,6 +105,27 @@ def test_a_frontends_certificate_registers_no_worker(cluster: Cluster, certifica
         stub = registry_pb2_grpc.RegistryStub(channel)
         with pytest.raises(grpc.RpcError, match="a frontend may not do that"):
             stub.Register(registry_pb2.RegisterRequest(), timeout=5)
+
+
+async def test_a_global_frontend_reaches_it_by_the_authority_of_its_certificate(
+    cluster: Cluster, certificates: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    make_everything(foreign, "foreign", [], days=1.0, authority_days=1.0)
+    http_port, grpc_port = cluster.http_url.rpartition(":")[2], cluster.grpc_target.rpartition(":")[2]
+
+    def peer(name: str, host: str, trusted: Path) -> dict[str, Any]:
+        http, grpc_face = f"https://{host}:{http_port}", f"{host}:{grpc_port}"
+        return {"name": name, "http": [http], "grpc": [grpc_face], "key": KEY, "ca_file": str(trusted / "ca.pem")}
+
+    peers = [peer("trusted", "127.0.0.1", certificates), peer("unknown", "localhost", foreign)]
+    with GlobalFrontend(tmp_path / "global", peers).running() as front:
+        told = front.clusters()
+        assert (told["trusted"]["health"], told["unknown"]["health"]) == ("up", "down")
+        assert "certificate" in told["unknown"]["why"].lower()
+        async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+            assert (await front.ask(client, "hello")).status_code == 200
+        assert len(await front.tokens([5, 6, 7])) == 80
 
 
 def test_everything_goes_on_with_new_certificates(cluster: Cluster, certificates: Path) -> None:
