@@ -35,6 +35,7 @@ def ask_planner(address: str, call: Callable[[PlannerStub], Any], kind: type[T])
     from slipstream.grpc_channels import client_options
     from slipstream.grpc_errors import from_rpc_error
     from slipstream.security.channels import open_blocking_channel
+    from slipstream.security.diagnosis import why_unreachable
     from slipstream.security.names import ComponentRole
     from slipstream.v1.planner_pb2_grpc import PlannerStub
 
@@ -46,9 +47,12 @@ def ask_planner(address: str, call: Callable[[PlannerStub], Any], kind: type[T])
             if isinstance(known, DeadlineError):
                 raise DeadlineError(f"the control plane at {address} did not answer within {TIMEOUT_S:g} s") from None
             if isinstance(known, WorkerLostError):  # what a broken connection is taken for, and nothing else here
+                reason = why_unreachable(address, ComponentRole.CONTROL_PLANE)
+                remedy = (
+                    "; start one with `slipstream planner serve`, or say where it is with --control-plane HOST:PORT"
+                )
                 raise UnavailableError(
-                    f"no control plane answers at {address} ({known.message}); start one with `slipstream planner "
-                    "serve`, or say where it is with --control-plane HOST:PORT"
+                    f"no control plane answers at {address} ({known.message}){reason or remedy}"
                 ) from None
             raise known from None
     assert isinstance(answer, kind)

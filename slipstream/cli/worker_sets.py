@@ -27,6 +27,7 @@ async def worker_sets(address: str, timeout_s: float) -> AsyncGenerator[WorkerSe
 
     from slipstream.grpc_errors import from_rpc_error
     from slipstream.security.channels import open_channel
+    from slipstream.security.diagnosis import why_unreachable
     from slipstream.security.names import ComponentRole
     from slipstream.v1.registry_pb2 import WatchRequest, WorkerSet
     from slipstream.v1.registry_pb2_grpc import RegistryStub
@@ -46,9 +47,10 @@ async def worker_sets(address: str, timeout_s: float) -> AsyncGenerator[WorkerSe
             raise DeadlineError(f"the control plane at {address} did not answer within {wait_s:g} s") from None
         except grpc.RpcError as error:
             if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE:
+                reason = await asyncio.to_thread(why_unreachable, address, ComponentRole.CONTROL_PLANE)
+                remedy = "; start a cluster with `slipstream up`, or say where it is with --control-plane HOST:PORT"
                 raise UnavailableError(
-                    f"no control plane answers at {address} ({error.details()}); start a cluster with `slipstream up`, "
-                    "or say where it is with --control-plane HOST:PORT"
+                    f"no control plane answers at {address} ({error.details()}){reason or remedy}"
                 ) from None
             raise from_rpc_error(error) from None
         finally:

@@ -12,7 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from planner.server import open_control_plane
-from slipstream.errors import ConfigError, StartupError
+from slipstream.cli.worker_sets import current_set
+from slipstream.errors import ConfigError, StartupError, UnavailableError
 from slipstream.security import files, identity
 from slipstream.security.authority import renew
 from slipstream.security.channels import open_blocking_channel, open_channel
@@ -250,3 +251,18 @@ async def test_what_is_no_secret_is_no_token(tmp_path: Path, token: str) -> None
     ):
         async with open_control_plane(ControlPlaneSettings(port=0)):
             pass
+
+
+async def test_commands_are_told_what_is_wrong_with_certificates(tmp_path: Path) -> None:
+    ours, theirs = an_authority(tmp_path / "ours"), an_authority(tmp_path / "theirs")
+
+    async def complaint(settings: SecuritySettings, address: str) -> str:
+        with identity.installed(settings, ComponentRole.OPERATOR), pytest.raises(UnavailableError) as told:
+            await current_set(address, TIMEOUT_S)
+        return told.value.message
+
+    async with a_plane(ours) as address:
+        assert "it speaks TLS: set security.tls_folder (--tls FOLDER)" in await complaint(SecuritySettings(), address)
+        assert "security.ca_file" in await complaint(theirs, address)
+    async with a_plane(SecuritySettings()) as address:
+        assert "it does not speak TLS" in await complaint(ours, address)
