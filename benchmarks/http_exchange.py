@@ -87,6 +87,7 @@ class Connection(asyncio.Protocol):
                 return self._answer
             return self._done.result()
         except asyncio.CancelledError:
+            self._done.cancel()
             self.abort()
             raise
 

@@ -22,6 +22,7 @@ from benchmarks.goodput import Result, Try, result
 from benchmarks.offered_load import LENGTHS, PATIENCE, SOURCES, WAITS, Lengths, Patience, Source
 from benchmarks.open_load import Cost, Plan, generate
 from benchmarks.overload_report import TIMES, Part, Step, targets
+from benchmarks.overload_simulated import KEEPS_UP
 from benchmarks.server import Server, tree_cpu_s
 from slipstream.settings import DEFAULT_MODEL
 
@@ -135,9 +136,9 @@ async def capacity(server: Server, world: RealWorld, say: Say) -> tuple[float, l
         one = result(driven.tries, 0.0, rate_per_s, world.ramp_s / 3, world.ramp_s)
         steps.append(Step(rate_per_s, one.goodput_per_s, one.classes[0].ttft_p99_s))
         say(f"{world.name}: {rate_per_s:.2f} requests/s offered, {one.goodput_per_s:.2f} within the SLO")
-        if one.goodput_per_s < best * _GROWS:
+        if one.goodput_per_s < best * _GROWS and one.classes[0].attainment < KEEPS_UP:
             return best, steps
-        best = max(best, one.goodput_per_s)
+        best = max(best, min(one.goodput_per_s, rate_per_s))
         rate_per_s *= _RAMP_STEP
 
 

@@ -21,6 +21,9 @@ _CAPACITY_STEP = 1.08
 _GROWS = 1.01
 """Goodput grows while a step of the ramp adds more than this."""
 
+KEEPS_UP = 0.95
+"""A step at which so many keep their SLO is not the last one, whatever chance did to its goodput."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -104,7 +107,7 @@ def capacity(world: World, start_per_s: float) -> tuple[float, list[Result]]:
     while True:
         one = replay(world, rate_per_s, sources=sources)
         steps.append(one)
-        if one.goodput_per_s < best * _GROWS:
+        if one.goodput_per_s < best * _GROWS and one.classes[0].attainment < KEEPS_UP:
             return best, steps
-        best = max(best, one.goodput_per_s)
+        best = max(best, min(one.goodput_per_s, rate_per_s))
         rate_per_s *= _CAPACITY_STEP

@@ -45,6 +45,8 @@ _WARM_SHARE = 0.2
 _EVERY_S = 5.0
 _SETTLE_S = 5.0
 _FIRST_S = 15.0
+_TASKS_PER_WORKER = 4
+"""A stream of prefill and one of decode calls, opened at the first call, with a reader and a writer each."""
 _QUIET_S = 30.0
 _START_S = 900.0
 _LEAST_SAMPLES = 10
@@ -291,7 +293,12 @@ def targets(
         equals("requests, blocks and leases held when all had gone", left, 0, f"{TARGET}, nothing leaked"),
         at_most("files and sockets: more than before", _more(grown, "fds"), 0, f"{TARGET}, nothing leaked"),
         at_most("threads of all processes: more than before", _more(grown, "threads"), 0, f"{TARGET}, nothing leaked"),
-        at_most("tasks of the frontend: more than before", tasks[1] - tasks[0], 0, f"{TARGET}, nothing leaked"),
+        at_most(
+            "tasks of the frontend: more than before, where each worker's streams may have been opened meanwhile",
+            tasks[1] - tasks[0],
+            _TASKS_PER_WORKER * sum("-" in one.process for one in grown),
+            f"{TARGET}, nothing leaked",
+        ),
         at_most("refused, of all tries", outcomes[REFUSED] / max(1, outcomes.total()), 0.01, f"{TARGET}: below it"),
     ]
 

@@ -39,6 +39,7 @@ CHAOS = (
 _SLACK_S = 900.0
 _STOP_TIMEOUT_S = 90.0
 _TAIL_CHARACTERS = 1500
+_EXAMPLES = 5
 _HARM = ("server_errors", "crashes", "stuck")
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -281,6 +282,7 @@ def chaos_counts(name: str, report: Any, promised_minutes: float) -> tuple[Count
 def bad_input_counts(report: Any) -> tuple[Counts, list[Target]]:
     """Of `benchmarks.bad_inputs`."""
     counts: Counts = {name: value for name, value in report.items() if name not in ("examples", "seed")}
+    counts |= {f"example {number}": str(one) for number, one in enumerate(report["examples"][:_EXAMPLES], 1)}
     return counts, [
         at_least("bad inputs: tried", float(counts["tried"]), 1, TARGET),
         *(equals(f"bad inputs: {name}", float(counts[name]), 0, TARGET) for name in _HARM),
