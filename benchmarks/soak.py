@@ -83,6 +83,7 @@ class Grown:
         memory_mib: its median after the warm-up; slope: of that, MiB an hour.
         early_mib, late_mib: medians of the first and last third after the warm-up.
         before, after: when nothing was asked for.
+        by_minute_mib: from the beginning on, so that one sees where it becomes flat.
     """
 
     process: str
@@ -92,6 +93,7 @@ class Grown:
     late_mib: float
     before: Has | None
     after: Has | None
+    by_minute_mib: list[float]
 
     @property
     def share_per_hour(self) -> float | None:
@@ -252,7 +254,15 @@ def _grown(name: str, samples: Samples, seconds: float, before: dict[str, Has], 
         median(memory_mib[-third:]),
         before.get(name),
         after.get(name),
+        _by_minute(samples),
     )
+
+
+def _by_minute(samples: Samples) -> list[float]:
+    minutes: dict[int, list[float]] = {}
+    for at_s, mib in zip(samples.times_s, samples.memory_mib, strict=True):
+        minutes.setdefault(int(at_s // 60), []).append(mib)
+    return [median(minutes[minute]) for minute in sorted(minutes)]
 
 
 def targets(
