@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             caller = self._caller(metadata)
             claim = self._service.tenants.of_grpc(metadata, context.time_remaining(), caller)
             asked = _asked(call.request, call.request_id, self._where, claim, caller)
-            async with self._service.answer(asked) as answer:
+            async with self._connected(caller, context), self._service.answer(asked) as answer:
                 async for delta in answer:
                     await write_within(context, _response(delta, answer, call.shown_id), self._write_timeout_s)
             record = current()
@@ -113,6 +114,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if record is not None and caller is not None:
             record.note_caller(caller)
         return caller
+
+    @asynccontextmanager
+    async def _connected(self, caller: Caller | None, context: Context) -> AsyncIterator[None]:
+        if caller is None or self._guard is None or caller.key.rates.connections is None:
+            yield
+            return
+        with self._guard.peers.calling(caller.ledger, caller.key, context.peer()):
+            yield
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Context

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from frontend.cluster_state import STATE_PATH
 from frontend.face_metrics import Where
 from frontend.inference import INTERNAL_ERROR
+from frontend.keys.connections import EXTENSION, ConnectionAccounts
 from frontend.keys.guard import Caller, Guard
 from frontend.openai_responses import ErrorBody, ErrorDetails, error_body
 from frontend.request_ids import safe_request_id, unique_request_id
@@ -117,7 +118,14 @@ class Boundary:
             await error_response(INTERNAL_ERROR)(scope, receive, outgoing)
 
     def _let_in(self, scope: Scope, endpoint: str) -> Caller | None:
-        return self._guard.http_caller(scope["headers"], endpoint) if self._guard is not None else None
+        if self._guard is None:
+            return None
+        caller = self._guard.http_caller(scope["headers"], endpoint)
+        if caller is not None and caller.key.rates.connections is not None:
+            accounts: ConnectionAccounts | None = scope.get("extensions", {}).get(EXTENSION)
+            if accounts is not None:
+                accounts.use(caller.ledger, caller.key)
+        return caller
 
 
 class _Outgoing:

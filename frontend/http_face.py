@@ -20,7 +20,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frontend.admission.tenants import PEER_KEY_HEADER
 from frontend.cluster_state import STATE_PATH, TellsState
 from frontend.explanation import Explainer, Explains
 from frontend.face_metrics import TASKS
@@ -37,7 +36,7 @@ from frontend.http_exchange import (
     start_message,
 )
 from frontend.inference import Answer, InferenceRequest, InferenceService
-from frontend.keys.guard import Caller, Guard
+from frontend.keys.guard import PEER_KEY_HEADER, Caller, Guard
 from frontend.openai_requests import COMPLETIONS_DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, GenerationBody
 from frontend.openai_responses import ModelCard, ModelList, error_body, response_schemas
 from frontend.openai_writers import ChatWriter, CompletionWriter, Head, Wishes, Writer, collect

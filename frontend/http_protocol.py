@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from frontend.connection_table import ConnectionTable, Verdict
+from frontend.keys.connections import EXTENSION, ConnectionAccounts
 from frontend.openai_responses import error_body
 from slipstream.errors import (
     HeadersTooLargeError,
@@ -92,6 +93,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = self._later_bytes = self._header_count = 0
         self._breach: SlipstreamError | None = None
         self._running: RequestResponseCycle | None = None
+        self._accounts = ConnectionAccounts()
         self._waiting_for = ""  # head or body: what `_deadline` is for
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
@@ -122,6 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._deadline = self._write_deadline = None
         self._leave_table()
+        self._accounts.close()
         if self._lingering:
             self._lingering = False
             self._door.lingering -= 1
@@ -174,6 +177,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = self._later_bytes = self._header_count = 0
         super().on_message_begin()
+        self.scope["extensions"] = {EXTENSION: self._accounts}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url))

@@ -25,7 +25,7 @@ from frontend.cold_start import ColdStarts
 from frontend.face_metrics import TokenTimes, Where, series
 from frontend.fan_in import merged
 from frontend.generation import Dispatcher, ServedModel, TokenRequest
-from frontend.keys.guard import Caller
+from frontend.keys.guard import NOT_ITS_FAULT, Caller
 from frontend.keys.ledger import Spending
 from frontend.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, context_length_error
 from frontend.request_life import received, stage
@@ -50,8 +50,6 @@ MAX_ANSWERS = 256
 _NO_WORKER_RETRY_S = 2.0
 INTERNAL_ERROR = SlipstreamError("The server had an error while processing your request; the logs have the details.")
 """What a client is told of an error nobody foresaw."""
-_NOT_ITS_FAULT = frozenset((429, 500, 503))
-"""Statuses of requests that do not count against a key's rates when nothing was generated."""
 _CLOSING = "The frontend is shutting down; another one, or this one in a moment, will answer."
 
 
@@ -260,7 +258,7 @@ class InferenceService:
                     record.cached_tokens = answer.usage.cached_tokens
                     record.fallback = next((each.fallback for each in answer.accounts.values() if each.fallback), "")
         except SlipstreamError as error:
-            void = error.http_status in _NOT_ITS_FAULT and not record.completion_tokens
+            void = error.http_status in NOT_ITS_FAULT and not record.completion_tokens
             raise
         except TimeoutError as error:
             if not deadline.expired():

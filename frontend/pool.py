@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import multiprocess
@@ -33,6 +34,8 @@ from slipstream.settings import FrontendSettings, Settings
 log = telemetry.get_logger(__name__)
 
 SETTINGS_FILE = "settings.json"
+HANGUP = b"h"
+"""Written to a member's standard input: read the files that are reread on SIGHUP."""
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Read by prometheus_client when it is imported, and by nothing else; set for members alone."""
 _FIRST_BACKOFF_S = 0.5
@@ -65,10 +68,12 @@ async def supervise(settings: Settings) -> None:
         log.info(
             "frontend_pool", processes=frontend.workers, http_port=frontend.http_port, grpc_port=frontend.grpc_port
         )
-        with first_error():
+        members_now: set[asyncio.subprocess.Process] = set()
+        with _hangups_told(settings, members_now), first_error():
             async with asyncio.TaskGroup() as tasks:
                 for index in range(frontend.workers):
-                    tasks.create_task(_keep(folder, stop, frontend.drain_timeout_s), name=f"frontend member {index}")
+                    kept = _keep(_Place(folder, index, members_now), stop, frontend.drain_timeout_s)
+                    tasks.create_task(kept, name=f"frontend member {index}")
 
 
 @contextlib.contextmanager
@@ -103,7 +108,41 @@ def _free_port(settings: FrontendSettings, name: str) -> int:
         return chosen
 
 
-async def _keep(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> None:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A member's place: its successors have the same.
+
+    Attributes:
+        members: those that run, in all places.
+    """
+
+    folder: Path
+    index: int
+    members: set[asyncio.subprocess.Process]
+
+
+@contextlib.contextmanager
+def _hangups_told(settings: Settings, members: set[asyncio.subprocess.Process]) -> Iterator[None]:
+    """SIGHUP is passed on: through the members' standard input, since a member that has only begun would die of the
+    signal itself."""
+    if settings.security.keys_file is None:
+        yield
+        return
+
+    def tell() -> None:
+        for one in members:
+            if one.stdin is not None and not one.stdin.is_closing():
+                one.stdin.write(HANGUP)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, tell)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+async def _keep(place: _Place, stop: asyncio.Event, drain_timeout_s: float) -> None:
     """One member and its successors, until `stop` and its end.
 
     Raises:
@@ -112,7 +151,7 @@ async def _keep(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> No
     quick_ends = 0
     while not stop.is_set():
         began_s = asyncio.get_running_loop().time()
-        code = await _run_member(folder, stop, drain_timeout_s)
+        code = await _run_member(place, stop, drain_timeout_s)
         if stop.is_set():
             return
         lived_s = asyncio.get_running_loop().time() - began_s
@@ -129,13 +168,15 @@ async def _keep(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> No
                 await stop.wait()
 
 
-async def _run_member(folder: Path, stop: asyncio.Event, drain_timeout_s: float) -> int:
+async def _run_member(place: _Place, stop: asyncio.Event, drain_timeout_s: float) -> int:
     """One process from its start to its end: by itself, or because of `stop`; its exit code."""
+    folder = place.folder
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "frontend.pool_member", str(folder)),
+        *(sys.executable, "-P", "-m", "frontend.pool_member", str(place.index), str(folder)),
         stdin=asyncio.subprocess.PIPE,  # its end tells the member that this process is gone
         env=_environ(os.environ, folder),
     )
+    place.members.add(process)
     stopping = asyncio.create_task(stop.wait(), name="stop")
     ended = asyncio.create_task(process.wait(), name="member ended")
     try:
@@ -144,6 +185,7 @@ async def _run_member(folder: Path, stop: asyncio.Event, drain_timeout_s: float)
             process.send_signal(signal.SIGTERM)
             await asyncio.wait({ended}, timeout=drain_timeout_s + _STOP_GRACE_S)
     finally:
+        place.members.discard(process)
         stopping.cancel()
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):

@@ -38,6 +38,7 @@ from frontend.http_protocol import Doorkeeper
 from frontend.inference import InferenceService
 from frontend.keys.guard import Guard
 from frontend.keys.opening import guarding
+from frontend.keys.table import SharedTable
 from frontend.pool_peers import answering
 from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
@@ -74,12 +75,13 @@ _OTHER_FILES = 256
 _FEWEST_CONNECTIONS = 16
 
 
-async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
+async def serve(settings: Settings, *, pool_folder: Path | None = None, member: int = 0) -> None:
     """Run both faces until SIGTERM or SIGINT, then let open requests finish for `frontend.drain_timeout_s`.
 
     Args:
         pool_folder: where the processes of a pool (`frontend.pool`) keep their counts, and find each other; None
             outside of one.
+        member: the place of this process in the pool.
 
     Raises:
         StartupError: a port is taken, the model folder is not usable, the control plane's settings are wrong.
@@ -124,10 +126,11 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None) -> None:
                 speeds=WorkerSpeeds(dispatcher.routing.fleet).take,
                 take_on_demand=cold.take,
             )
+            table = _shared_accounts(settings, pool_folder, member)
             async with (
                 background(reporter.follow(), name="traffic-report"),
                 _explaining(pool_folder, Explainer(dispatcher.routing.decisions, gate.accounts)) as explain,
-                guarding(settings) as guard,
+                guarding(settings, table, check_peer=tenants.check_peer) as guard,
             ):
                 await run_faces(
                     settings.frontend,
@@ -230,6 +233,11 @@ async def run_faces(
     finally:
         await grpc_face.stop(0)
     log.info("frontend_stopped")
+
+
+def _shared_accounts(settings: Settings, folder: Path | None, member: int) -> SharedTable | None:
+    """Of the keys, where a pool's processes keep their rates together. Closed by the process' end."""
+    return None if folder is None else SharedTable(folder / "keys", member, settings.frontend.workers)
 
 
 @contextlib.asynccontextmanager

@@ -23,7 +23,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 from frontend.admission.claim import DEFAULT_TENANT, Claim, Priority
-from frontend.keys.guard import Caller
+from frontend.keys.guard import PEER_KEY_HEADER, Caller
 from slipstream.errors import InvalidRequestError, PeerKeyError
 from slipstream.settings import AdmissionSettings
 
@@ -31,7 +31,6 @@ CLASS_HEADER = "x-slipstream-class"
 TENANT_HEADER = "x-slipstream-tenant"
 TIMEOUT_HEADER = "x-request-timeout-s"
 KEY_HEADER = "authorization"
-PEER_KEY_HEADER = "x-slipstream-peer-key"
 PREFIX_HEADER = "x-slipstream-prefix"
 
 _HTTP_NAMES = {

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 
 from starlette.types import Send
 
-from frontend.admission.tenants import CLASS_HEADER, PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER
+from frontend.admission.claim import Priority
+from frontend.admission.tenants import CLASS_HEADER, PREFIX_HEADER, TIMEOUT_HEADER
 from frontend.clusters import metrics
 from frontend.clusters.asked import Asked
 from frontend.clusters.fleet import ClusterFleet, Visit
 from frontend.clusters.upstream import Headers, UpstreamAnswer, UpstreamError
 from frontend.http_exchange import body_message, send_last, sse_event
+from frontend.keys.guard import KEY_HEADERS, PEER_KEY_HEADER, Caller
+from frontend.keys.vouching import CALLER_HEADER, vouched
 from frontend.openai_responses import error_body
 from slipstream import telemetry
 from slipstream.errors import ClusterLostError, DeadlineError, NoClusterError
@@ -43,12 +46,14 @@ _NOT_PASSED_ON = _HOP_BY_HOP | {
     b"x-request-id",
     PEER_KEY_HEADER.encode(),
     PREFIX_HEADER.encode(),
+    CALLER_HEADER.encode(),
     TIMEOUT_HEADER.encode(),
 }
+_KEYS = frozenset(name.encode() for name in KEY_HEADERS)
 _NOT_PASSED_BACK = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CLUSTER_HEADER.encode()}
 _UNAVAILABLE = frozenset((500, 502, 503))
 _CLASS_NAME = CLASS_HEADER.encode()
-_CLASSES = frozenset(("realtime", "nearline", "batch"))
+_CLASSES = {one.label: one for one in Priority}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Exchange:
     Attributes:
         request_id: as the client knows it; clusters make it unique.
         timeout_s: longest it may take in all.
+        caller: whose key it came with; the key itself then goes no further.
     """
 
     path: str
@@ -67,6 +73,7 @@ class Exchange:
     request_id: str
     timeout_s: float
     service_class: str = "realtime"
+    caller: Caller | None = None
 
 
 @dataclass(slots=True)
@@ -179,7 +186,7 @@ class Forwarding:
             self._refusals.append(refusal)
             self._failed(visit, "error", f"status {answer.status}: {content[:200]!r}", unreachable=False)
             return "failed"
-        if answer.status == 429:
+        if answer.status == 429 and b'"rate_limit_exceeded"' not in content:  # a key's rate is not another's to give
             self._overloaded(visit, refusal)
             return "overloaded"
         if answer.status < 400:
@@ -245,7 +252,11 @@ class Forwarding:
         return {"type": "http.response.start", "status": status, "headers": passed}
 
     def _headers(self, visit: Visit, left_s: float) -> list[tuple[bytes, bytes]]:
-        passed = [pair for pair in self.exchange.headers if pair[0] not in _NOT_PASSED_ON]
+        caller = self.exchange.caller
+        left_out = _NOT_PASSED_ON if caller is None else _NOT_PASSED_ON | _KEYS
+        passed = [pair for pair in self.exchange.headers if pair[0] not in left_out]
+        if caller is not None:
+            passed.append((CALLER_HEADER.encode(), vouched(caller.key, self.exchange.asked.model).encode()))
         names = self.exchange.asked.names
         passed += [
             (b"x-request-id", self.exchange.request_id.encode()),
@@ -257,10 +268,22 @@ class Forwarding:
         return passed
 
 
-def service_class_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The class that a request names; what is no class its cluster will refuse."""
-    said = next((value.decode("latin-1").strip().lower() for name, value in headers if name == _CLASS_NAME), "")
-    return said if said in _CLASSES else "realtime"
+def service_class_of(headers: Iterable[tuple[bytes, bytes]], caller: Caller | None) -> str:
+    """The class that a request names; what is no class its cluster will refuse.
+
+    Raises:
+        NotAllowedError: the caller's key is not for it.
+    """
+    said = next((value.decode("latin-1") for name, value in headers if name == _CLASS_NAME), "")
+    return class_of(said, caller)
+
+
+def class_of(said: str, caller: Caller | None) -> str:
+    """The same of what a header says."""
+    wanted = _CLASSES.get(said.strip().lower())
+    if caller is not None:
+        wanted = caller.allowed_class(wanted, Priority.REALTIME)
+    return (wanted or Priority.REALTIME).label
 
 
 def _passed_back(

@@ -9,15 +9,17 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from frontend.admission.tenants import CLASS_HEADER, PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, timeout_of
+from frontend.admission.tenants import CLASS_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, timeout_of
 from frontend.clusters import metrics
 from frontend.clusters.asked import Asked, of_call
 from frontend.clusters.breaker import Health
 from frontend.clusters.fleet import ClusterFleet, Member, Visit
-from frontend.clusters.forward import CLUSTER_HEADER
+from frontend.clusters.forward import CLUSTER_HEADER, class_of
 from frontend.clusters.resume import Passed, resumable
 from frontend.grpc_writes import write_within
 from frontend.inference import INTERNAL_ERROR
+from frontend.keys.guard import KEY_HEADERS, PEER_KEY_HEADER, Caller, Guard
+from frontend.keys.vouching import CALLER_HEADER, vouched
 from frontend.request_ids import safe_request_id, unique_request_id
 from frontend.request_life import SESSION_HEADER
 from slipstream import telemetry
@@ -44,7 +46,9 @@ log = telemetry.get_logger(__name__)
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _GENERATE = f"/{SERVICE_NAME}/Generate"
 _LONGEST_SESSION = 200
-_NOT_PASSED_ON = frozenset((PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, "user-agent", "grpc-accept-encoding"))
+_NOT_PASSED_ON = frozenset(
+    (PEER_KEY_HEADER, PREFIX_HEADER, TIMEOUT_HEADER, CALLER_HEADER, "user-agent", "grpc-accept-encoding")
+)
 
 
 class GlobalGrpcFace:
@@ -57,8 +61,10 @@ class GlobalGrpcFace:
         max_message_bytes: int,
         request_timeout_s: float,
         limits: LimitSettings = DEFAULT_LIMITS,
+        guard: Guard | None = None,
     ) -> None:
         self._fleet = fleet
+        self._guard = guard
         self._write_timeout_s = limits.write_timeout_s
         self._request_timeout_s = request_timeout_s
         self._health = health.aio.HealthServicer()
@@ -99,9 +105,11 @@ class GlobalGrpcFace:
     async def _generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         failure: SlipstreamError | None
         try:
-            failure = await _Call(
-                self._fleet, self._stubs, request, context, self._request_timeout_s, self._write_timeout_s
-            ).run()
+            caller = self._caller(context)
+            call = _Call(
+                self._fleet, self._stubs, request, context, self._request_timeout_s, self._write_timeout_s, caller
+            )
+            failure = await call.run() if caller is None else await self._counted(call, caller, context)
         except SlipstreamError as error:
             failure = error
         except Exception:
@@ -110,9 +118,24 @@ class GlobalGrpcFace:
         if failure is not None:
             await abort(context, failure)
 
+    def _caller(self, context: Context) -> Caller | None:
+        return None if self._guard is None else self._guard.grpc_caller(context.invocation_metadata() or (), "generate")
+
+    async def _counted(self, call: _Call, caller: Caller, context: Context) -> SlipstreamError | None:
+        assert self._guard is not None, "it knows the caller"
+        with self._guard.peers.calling(caller.ledger, caller.key, context.peer()), caller.forwarding():
+            failure = await call.run()
+            if failure is not None:
+                raise failure  # so that it does not count where it should not
+        return None
+
     async def _list_models(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
+        try:
+            caller = self._caller(context)
+        except SlipstreamError as error:
+            await abort(context, error)
         now_s = self._fleet.clock()
         models: dict[str, inference_pb2.Model] = {}
         counted = set()
@@ -127,7 +150,8 @@ class GlobalGrpcFace:
                     counted.add((known.cluster, said.name))
                     one.prefill_workers += said.prefill_workers
                     one.decode_workers += said.decode_workers
-        return inference_pb2.ListModelsResponse(models=[models[name] for name in sorted(models)])
+        shown = [name for name in sorted(models) if caller is None or caller.key.may_use(name)]
+        return inference_pb2.ListModelsResponse(models=[models[name] for name in shown])
 
 
 class _Call:
@@ -141,18 +165,22 @@ class _Call:
         context: Context,
         request_timeout_s: float,
         write_timeout_s: float,
+        caller: Caller | None,
     ) -> None:
         self._fleet, self._stubs, self._request, self._context = fleet, stubs, request, context
         self._write_timeout_s = write_timeout_s
-        self._metadata = [
-            (name, value) for name, value in context.invocation_metadata() or () if name not in _NOT_PASSED_ON
-        ]
+        left_out = _NOT_PASSED_ON if caller is None else _NOT_PASSED_ON.union(KEY_HEADERS)
+        self._metadata = [(name, value) for name, value in context.invocation_metadata() or () if name not in left_out]
+        if caller is not None:
+            if request.model or caller.key.models is not None:
+                caller.check_model(request.model)
+            self._metadata.append((CALLER_HEADER, vouched(caller.key, request.model)))
         said = {name: str(value) for name, value in context.invocation_metadata() or ()}
         left_s = context.time_remaining()
         self._timeout_s = min(request_timeout_s, request_timeout_s if left_s is None else left_s)
         if TIMEOUT_HEADER in said:
             self._timeout_s = min(self._timeout_s, timeout_of(said[TIMEOUT_HEADER]))
-        self._class = said.get(CLASS_HEADER, "realtime")
+        self._class = class_of(said.get(CLASS_HEADER, ""), caller)
         self._asked: Asked = of_call(request, said.get(SESSION_HEADER, "")[:_LONGEST_SESSION])
         wanted = safe_request_id(request.request_id)
         self._request_id = wanted or unique_request_id("")

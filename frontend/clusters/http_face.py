@@ -19,6 +19,7 @@ from frontend.clusters.fleet import ClusterFleet
 from frontend.clusters.forward import Exchange, Forwarding, service_class_of
 from frontend.http_boundary import REQUEST_ID_HEADER, Boundary
 from frontend.http_exchange import ConnectedResponse, read_body
+from frontend.keys.guard import Caller, Guard
 from frontend.openai_responses import ModelCard, ModelList
 from frontend.request_ids import safe_request_id
 from frontend.request_life import SESSION_HEADER
@@ -51,10 +52,11 @@ def create_app(
     draining: Callable[[], bool],
     body_timeout_s: float = DEFAULT_LIMITS.body_timeout_s,
     metrics: Collector = REGISTRY,
+    guard: Guard | None = None,
 ) -> ASGIApp:
     """The ASGI application."""
     face = GlobalHttpFace(fleet, max_body_bytes, body_timeout_s, request_timeout_s, draining, metrics)
-    return Boundary(face, clock=fleet.clock, model="")
+    return Boundary(face, clock=fleet.clock, model="", guard=guard)
 
 
 class GlobalHttpFace:
@@ -86,7 +88,7 @@ class GlobalHttpFace:
             return await self._generate(request)
         if method not in ("GET", "HEAD"):
             raise _NotServedError(f"Unknown request URL: {method} {path}.")
-        return self._look(path, method)
+        return self._look(path, method, request.state.caller)
 
     async def _generate(self, request: Request) -> Response:
         if self._draining():
@@ -99,14 +101,28 @@ class GlobalHttpFace:
         asked = of_body(body, request.headers.get(SESSION_HEADER, "")[:_LONGEST_SESSION])
         request_id = safe_request_id(request.headers.get(REQUEST_ID_HEADER)) or request.state.request_id
         path = request.scope["path"]
-        exchange = Exchange(path, headers, body, asked, request_id, timeout_s, service_class_of(headers))
-        return ConnectedResponse(Forwarding(self._fleet, exchange).run)
+        caller: Caller | None = request.state.caller
+        if caller is not None:
+            caller.check_model(asked.model)
+        service_class = service_class_of(headers, caller)
+        exchange = Exchange(path, headers, body, asked, request_id, timeout_s, service_class, caller)
+        return ConnectedResponse(lambda send: self._forward(exchange, send))
 
-    def _look(self, path: str, method: str) -> Response:
+    async def _forward(self, exchange: Exchange, send: Send) -> None:
+        forwarding, caller = Forwarding(self._fleet, exchange), exchange.caller
+        if caller is None:
+            await forwarding.run(send)
+            return
+        with caller.forwarding():
+            await forwarding.run(send)
+
+    def _look(self, path: str, method: str, caller: Caller | None) -> Response:
         if path == "/v1/models":
-            return _json(ModelList(self._models()))
+            return _json(ModelList([one for one in self._models() if caller is None or caller.key.may_use(one.id)]))
         if path.startswith("/v1/models/"):
             wanted = path.removeprefix("/v1/models/")
+            if caller is not None:
+                caller.check_model(wanted)
             for card in self._models():
                 if card.id == wanted:
                     return _json(card)

@@ -12,6 +12,8 @@ from frontend.clusters import watch
 from frontend.clusters.fleet import ClusterFleet
 from frontend.clusters.grpc_face import GlobalGrpcFace
 from frontend.clusters.http_face import create_app
+from frontend.keys.guard import Guard
+from frontend.keys.opening import guarding
 from frontend.process import (
     BACKLOG_CONNECTIONS,
     bind_grpc,
@@ -56,8 +58,11 @@ async def serve(settings: Settings, listening: Callable[[str, str], None] = lamb
         contextlib.closing(ClusterFleet(settings.global_frontend, uuid.uuid4().hex)) as fleet,
     ):
         calm_collector()
-        async with background(watch.follow(fleet), name="watch clusters"):
-            await _run_faces(settings, fleet, http_socket, stop, listening)
+        async with (
+            background(watch.follow(fleet), name="watch clusters"),
+            guarding(settings, counts_tokens=False) as guard,
+        ):
+            await _run_faces(settings, fleet, http_socket, stop, listening, guard)
 
 
 async def _run_faces(
@@ -66,6 +71,7 @@ async def _run_faces(
     http_socket: socket.socket,
     stop: asyncio.Event,
     listening: Callable[[str, str], None],
+    guard: Guard | None,
 ) -> None:
     faces = settings.frontend
     app = create_app(
@@ -74,12 +80,14 @@ async def _run_faces(
         body_timeout_s=settings.limits.body_timeout_s,
         request_timeout_s=faces.request_timeout_s,
         draining=stop.is_set,
+        guard=guard,
     )
     grpc_face = GlobalGrpcFace(
         fleet,
         max_message_bytes=faces.max_body_bytes,
         request_timeout_s=faces.request_timeout_s,
         limits=settings.limits,
+        guard=guard,
     )
     grpc_port = bind_grpc(grpc_face.server, faces)
     server = http_server(app, faces, settings.limits)

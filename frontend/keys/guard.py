@@ -16,19 +16,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from frontend.admission.claim import Priority
 from frontend.keys import metrics
+from frontend.keys.connections import CallPeers
 from frontend.keys.keyring import Key, Keyring, RefusedKeyError
 from frontend.keys.ledger import Ledger, LimitError, Spending
-from slipstream.errors import NotAllowedError
+from frontend.keys.vouching import CALLER_HEADER, believed
+from slipstream.errors import NotAllowedError, SlipstreamError
 
 KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 """The first of them that has a key counts."""
-_HTTP_KEY_HEADERS = {name.encode(): place for place, name in enumerate(KEY_HEADERS)}
+PEER_KEY_HEADER = "x-slipstream-peer-key"
+_NAMES = frozenset((*KEY_HEADERS, PEER_KEY_HEADER, CALLER_HEADER))
+_HTTP_NAMES = {name.encode(): name for name in _NAMES}
 _BEARER = "bearer "
+
+NOT_ITS_FAULT = frozenset((429, 500, 503))
+"""Statuses of requests that do not count against a key's rates when nothing was generated."""
 
 OPEN = frozenset(("health", "cluster"))
 SCOPES = {
@@ -44,10 +52,15 @@ SCOPES = {
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request, with its key."""
+    """Whoever sent a request, with its key.
+
+    Attributes:
+        counts_tokens: whether tokens are counted here; a global frontend leaves that to the clusters.
+    """
 
     key: Key
     ledger: Ledger
+    counts_tokens: bool = True
 
     def check_model(self, model: str) -> None:
         """Whether the key is for this model, which may or may not exist.
@@ -120,11 +133,28 @@ class Caller:
         if output_tokens:
             metrics.series_of(self.key.tenant).output.inc(output_tokens)
 
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """A request that is answered elsewhere, where its tokens count: a global frontend's.
+
+        Raises:
+            LimitError: it cannot be had now.
+        """
+        with self.enter() as spending:
+            self.charge(spending, 0, 0)
+            try:
+                yield
+            except SlipstreamError as error:
+                self.settle(spending, 0, void=error.http_status in NOT_ITS_FAULT)
+                raise
+
     def limit_headers(self) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-*`, as things are now. `tokens` is whichever of input and output has less left."""
         rates = self.ledger.left(self.key)
         tokens = [one for one in rates if one[0] != "requests"]
-        if tokens:
+        if not self.counts_tokens:
+            rates = [one for one in rates if one not in tokens]
+        elif tokens:
             rates.append(("tokens", *min(tokens, key=lambda one: one[2] / one[1])[1:]))
         headers = []
         for name, limit, left, whole_in_s in rates:
@@ -139,6 +169,9 @@ class Guard:
 
     Args:
         observe_needs_key: `security.observe_needs_key`.
+        required: whether nobody comes in without a key; else only what global frontends say of callers counts.
+        counts_tokens: see `Caller`.
+        check_peer: raises PeerKeyError for what is no key of a global frontend; without it none is believed.
         wall_clock: Unix seconds, for the times in keys.
 
     Attributes:
@@ -151,9 +184,14 @@ class Guard:
         ledger: Ledger,
         *,
         observe_needs_key: bool = True,
+        required: bool = True,
+        counts_tokens: bool = True,
+        check_peer: Callable[[str], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.keyring, self.ledger = keyring, ledger
+        self.peers = CallPeers()
+        self._required, self._counts_tokens, self._check_peer = required, counts_tokens, check_peer
         self._observe_needs_key = observe_needs_key
         self._wall_clock = wall_clock
 
@@ -173,12 +211,12 @@ class Guard:
         """
         if self._is_open(endpoint):
             return None
-        found: list[str | None] = [None] * len(KEY_HEADERS)
-        for name, value in headers:
-            place = _HTTP_KEY_HEADERS.get(name)
-            if place is not None and found[place] is None:
-                found[place] = value.decode("latin-1")
-        return self._caller(_credential(*found), endpoint)
+        said: dict[str, str] = {}
+        for raw, value in headers:
+            name = _HTTP_NAMES.get(raw)
+            if name is not None:
+                said.setdefault(name, value.decode("latin-1"))
+        return self._caller(said, endpoint)
 
     def grpc_caller(self, metadata: Iterable[tuple[str, str | bytes]], endpoint: str) -> Caller | None:
         """The same of a call's metadata."""
@@ -186,31 +224,43 @@ class Guard:
             return None
         said: dict[str, str] = {}
         for name, value in metadata:
-            if name in KEY_HEADERS and isinstance(value, str):
+            if name in _NAMES and isinstance(value, str):
                 said.setdefault(name, value)
-        return self._caller(_credential(*(said.get(name) for name in KEY_HEADERS)), endpoint)
+        return self._caller(said, endpoint)
 
     def _is_open(self, endpoint: str) -> bool:
         return endpoint in OPEN or (not self._observe_needs_key and SCOPES.get(endpoint) == "observe")
 
-    def _caller(self, credential: str, endpoint: str) -> Caller:
+    def _caller(self, said: dict[str, str], endpoint: str) -> Caller | None:
+        if CALLER_HEADER in said and PEER_KEY_HEADER in said and self._check_peer is not None:
+            self._check_peer(said[PEER_KEY_HEADER])
+            key = believed(said[CALLER_HEADER])
+        elif not self._required:
+            return None
+        else:
+            key = self._key(_credential(*(said.get(name) for name in KEY_HEADERS)))
+        self._check_scope(key, endpoint)
+        return Caller(key, self.ledger, self._counts_tokens)
+
+    def _key(self, credential: str) -> Key:
         try:
             if not credential:
                 raise RefusedKeyError(
                     "You didn't provide an API key. Send it as `Authorization: Bearer KEY` (or `x-api-key: KEY`).",
                     "missing",
                 )
-            key = self.keyring.find(credential, self._wall_clock())
+            return self.keyring.find(credential, self._wall_clock())
         except RefusedKeyError as error:
             metrics.refused(error.reason)
             raise
+
+    def _check_scope(self, key: Key, endpoint: str) -> None:
         scope = SCOPES.get(endpoint)
         if scope is not None and scope not in key.scopes:
             metrics.refused("scope")
             raise NotAllowedError(
                 f"The API key {key.key_id} has not the scope '{scope}', which this needs.", code="scope_not_allowed"
             )
-        return Caller(key, self.ledger)
 
 
 def _credential(authorization: str | None, *others: str | None) -> str:

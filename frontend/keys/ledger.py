@@ -38,6 +38,7 @@ from slipstream.errors import RateLimitError
 SWEEP_S = 1.0
 """How often what was held for too long is looked for: other processes may wait for it."""
 _FIRST_GUESS_S = 1.0
+_MANY_ACCOUNTS = 20_000
 _SMOOTHING = 0.2
 
 
@@ -190,6 +191,8 @@ class Ledger:
             if account.holds:
                 with self.table.locked():
                     self._lapse(account, now_s)
+        if len(self._accounts) > _MANY_ACCOUNTS:  # a global frontend speaks for as many keys as it has
+            self.keep_only(name for name, one in self._accounts.items() if max(one.row[:LAST_HELD]) > now_s)
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget the accounts of keys that are gone, when nothing of theirs runs."""

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from frontend.admission.tenants import Tenants
 from frontend.http_face import create_app
 from frontend.inference import InferenceService
 from frontend.keys.guard import Guard
@@ -51,6 +52,12 @@ def guard() -> Guard | None:
     return None
 
 
+@pytest.fixture
+def tenants() -> Tenants | None:
+    """Whose requests are whose: of no settings, unless the test says otherwise."""
+    return None
+
+
 class Faces:
     """Where the faces listen, and how to stop them."""
 
@@ -68,6 +75,7 @@ async def faces(
     frontend_settings: FrontendSettings,
     limits: LimitSettings,
     guard: Guard | None,
+    tenants: Tenants | None,
 ) -> AsyncIterator[Faces]:
     faces = Faces(asyncio.Event())
     listening = asyncio.Event()
@@ -88,6 +96,7 @@ async def faces(
                 listening=note,
                 limits=limits,
                 guard=guard,
+                tenants=tenants,
             )
         )
         async with asyncio.timeout(10):

@@ -14,10 +14,15 @@ import pytest
 from frontend.clusters import watch
 from frontend.clusters.fleet import ClusterFleet
 from frontend.clusters.http_face import create_app
+from frontend.keys.guard import Guard
+from frontend.keys.keyring import Keyring
+from frontend.keys.ledger import Ledger
+from frontend.keys.secret import new_key
 from slipstream.background import background
 from slipstream.errors import ConfigError
 from slipstream.settings import GlobalFrontendSettings, PeerClusterSettings
 from tests.support.scripted_peer import ScriptedPeer, gone, says, streams
+from tests.unit.frontend.keys.faces import bearer, content, entry
 
 ANSWER = b'{"id":"cmpl-1","choices":[{"text":"hi"}]}'
 BODY = {"model": "sim", "prompt": "hello " * 100, "max_tokens": 3}
@@ -28,7 +33,7 @@ Global = tuple[httpx.AsyncClient, ClusterFleet]
 
 
 @asynccontextmanager
-async def global_frontend(*peers: ScriptedPeer, **settings: Any) -> AsyncIterator[Global]:
+async def global_frontend(*peers: ScriptedPeer, guard: Guard | None = None, **settings: Any) -> AsyncIterator[Global]:
     """Its client, once all peers have said how they are; they are called c0, c1 and so on."""
     async with AsyncExitStack() as stack:
         for peer in peers:
@@ -39,7 +44,7 @@ async def global_frontend(*peers: ScriptedPeer, **settings: Any) -> AsyncIterato
         whole = GlobalFrontendSettings(clusters=clusters, **{"poll_every_s": 0.05, **settings})
         fleet = stack.enter_context(closing(ClusterFleet(whole, "global")))
         await stack.enter_async_context(background(watch.follow(fleet), name="watch"))
-        app = create_app(fleet, max_body_bytes=4096, request_timeout_s=30, draining=lambda: False)
+        app = create_app(fleet, max_body_bytes=4096, request_timeout_s=30, draining=lambda: False, guard=guard)
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://global")
         for _ in range(1000):
             if all(one.known.heard_s is not None or one.known.failure for one in fleet.members):
@@ -215,3 +220,34 @@ def test_a_wrong_cluster_is_named_at_the_start(wrong: dict[str, Any]) -> None:
     settings = {"name": "eu", "http": ("http://127.0.0.1:1",), "key": "k", **wrong}
     with pytest.raises(ConfigError, match=r"global_frontend\.clusters"):
         ClusterFleet(GlobalFrontendSettings(clusters=(PeerClusterSettings(**settings),)), "global")
+
+
+async def test_with_keys_it_lets_in_who_has_one_and_the_key_goes_no_further() -> None:
+    key, other = new_key(), new_key()
+    limits = {"requests_per_minute": 1, "output_tokens_per_minute": 600}
+    ring = Keyring(content(entry(key, tenant="acme", models=["sim"], limits=limits), entry(other, models=["big"])))
+    peer = ScriptedPeer(says(200, ANSWER, x_ratelimit_remaining_output_tokens="590"))
+    async with global_frontend(peer, guard=Guard(ring, Ledger(), counts_tokens=False)) as (client, _):
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 401
+        assert (await client.get("/slipstream/v1/clusters", headers=bearer(key))).status_code == 403
+        assert (await client.post("/v1/completions", json=BODY, headers=bearer(other))).status_code == 403
+        forged = bearer(key) | {"x-slipstream-caller": "someone;else", "x-api-key": key.plain}
+        answer = await client.post("/v1/completions", json=BODY, headers=forged)
+        assert (await client.post("/v1/completions", json=BODY, headers=bearer(key))).status_code == 429
+    assert answer.content == ANSWER
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert answer.headers["x-ratelimit-remaining-output-tokens"] == "590", "the cluster counts those"
+    (seen,) = peer.seen
+    assert seen.headers["x-slipstream-caller"] == (
+        f"{key.key_id};acme;1.0;realtime,nearline,batch;sim;;10.0,600.0;512;{key.key_id}"
+    )
+    assert key.plain not in str(seen)
+
+
+async def test_what_a_key_may_not_have_at_one_cluster_is_not_had_at_another() -> None:
+    limited = b'{"error":{"code":"rate_limit_exceeded"}}'
+    first, second = ScriptedPeer(says(429, limited, retry_after="3")), ScriptedPeer(says(200, ANSWER), wait_s=5.0)
+    async with global_frontend(first, second) as (client, _):
+        answer = await client.post("/v1/completions", json=BODY)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+    assert not second.seen

@@ -6,7 +6,7 @@ import traceback
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frontend.keys import edits, secret
@@ -43,6 +43,7 @@ def test_no_text_is_too_strange_to_be_refused(text: str) -> None:
     assert caught.value.reason == "malformed"
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text("ab*", min_size=1, max_size=6), max_size=4), st.text("ab", max_size=6))
 def test_patterns_are_those_of_a_shell_and_never_slow(patterns: list[str], name: str) -> None:
     found = model_pattern(patterns)
