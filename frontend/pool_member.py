@@ -1,4 +1,4 @@
-"""One of several frontend processes on the same ports: `python -m frontend.pool_member PLACE FOLDER`, by `frontend.pool`."""
+"""One of several frontend processes on the same ports: `python -m frontend.pool_member PLACE FOLDER`."""
 
 from __future__ import annotations
 

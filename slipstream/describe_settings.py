@@ -24,6 +24,7 @@ CHART_DECIDES: Final = frozenset(
     {
         "model",
         "served_model_name",
+        "api_key",
         *(f"control_plane.{name}" for name in ("host", "port", "address", "metrics_port")),
         *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "workers", "drain_timeout_s")),
         *(f"worker.{name}" for name in ("worker_id", "node", "host", "port", "metrics_port")),

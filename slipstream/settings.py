@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from slipstream.limit_settings import LimitSettings
 from slipstream.security_settings import SecuritySettings
@@ -589,6 +589,11 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engine computes")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto is float32 on a CPU without AVX512-BF16"
+    )
+    api_key: SecretStr | None = Field(
+        None,
+        description="API key with which commands ask a frontend; in SLIPSTREAM_API_KEY other users of this machine do "
+        "not see it, as they see flags",
     )
     control_plane: ControlPlaneSettings = ControlPlaneSettings()
     frontend: FrontendSettings = FrontendSettings()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from slipstream.addresses import host_port, reachable
-from slipstream.cli.face_tls import face_tls
+from slipstream.cli.face_tls import api_key, face_tls
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -37,7 +37,7 @@ def add_to(app: typer.Typer) -> None:
     )(chat)
 
 
-@with_settings(*select("frontend.host", "frontend.grpc_port", "security.tls_folder", own={"frontend"}))
+@with_settings(*select("api_key", "frontend.host", "frontend.grpc_port", "security.tls_folder", own={"frontend"}))
 def chat(
     loaded: LoadedConfig,
     model: Annotated[str, typer.Option("--model", help="Name of the model, when several are served.")] = "",
@@ -53,7 +53,8 @@ def chat(
     from slipstream.client import Client
 
     face = loaded.settings.frontend
-    with Client(host_port(reachable(face.host), face.grpc_port), tls=face_tls(loaded.settings.security)) as client:
+    target, tls = host_port(reachable(face.host), face.grpc_port), face_tls(loaded.settings.security)
+    with Client(target, tls=tls, api_key=api_key(loaded.settings)) as client:
         if not model:
             model = _only_model(client)
         options: SamplingOptions = {"max_tokens": max_tokens, "temperature": temperature}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slipstream.cli.face_tls import http_address
+from slipstream.cli.face_tls import api_key, http_address
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -35,13 +35,13 @@ def add_to(app: typer.Typer) -> None:
     )(clusters)
 
 
-@with_settings(*select("frontend.host", "frontend.http_port", "security.tls_folder"))
+@with_settings(*select("api_key", "frontend.host", "frontend.http_port", "security.tls_folder"))
 def clusters(
     loaded: LoadedConfig,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a global frontend's clusters: health, the way there, how long a prompt would wait, what is cached."""
-    content = fetch(http_address(loaded.settings))
+    content = fetch(http_address(loaded.settings), api_key(loaded.settings))
     if as_json:
         print(content.decode())  # noqa: T201
         return
@@ -50,18 +50,22 @@ def clusters(
     output().print(table(json.loads(content)["clusters"]))
 
 
-def fetch(address: str) -> bytes:
+def fetch(address: str, key: str | None = None) -> bytes:
     """What a global frontend says, as JSON.
 
     Raises:
         UnavailableError: nobody answers there, or it is no global frontend.
     """
     try:
-        with opened(f"{address}/slipstream/v1/clusters", TIMEOUT_S) as answer:
+        with opened(f"{address}/slipstream/v1/clusters", TIMEOUT_S, key) as answer:
             content: bytes = answer.read(_MAX_ANSWER_BYTES)
             return content
     except urllib.error.HTTPError as error:
         error.close()
+        if error.code in (401, 403):
+            raise UnavailableError(
+                f"{address} wants an API key with the scope `observe` (SLIPSTREAM_API_KEY)"
+            ) from None
         raise UnavailableError(
             f"{address} answers with status {error.code}; is it a frontend of one cluster (see `slipstream status`)?"
         ) from None

@@ -47,6 +47,7 @@ async def ask_and_account(
     max_tokens: int,
     console: Console,
     tls: Tls | None = None,
+    key: str | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -54,7 +55,7 @@ async def ask_and_account(
     console.print(Text.assemble(("\n> ", "bold cyan"), prompt), soft_wrap=True)
     pieces: list[Piece] = []
     arrivals: list[tuple[float, int]] = []
-    async with AsyncClient(target, timeout_s=_TIMEOUT_S, tls=tls) as client:
+    async with AsyncClient(target, timeout_s=_TIMEOUT_S, tls=tls, api_key=key) as client:
         messages = [{"role": "user", "content": prompt}]
         sent_s = clock()
         async for piece in client.chat(messages, max_tokens=max_tokens, temperature=0.0):  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import typer
 
-from slipstream.cli.face_tls import http_address
+from slipstream.cli.face_tls import api_key, http_address
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -39,7 +39,7 @@ def add_to(app: typer.Typer) -> None:
     )(explain)
 
 
-@with_settings(*select("frontend.host", "frontend.http_port", "security.tls_folder"))
+@with_settings(*select("api_key", "frontend.host", "frontend.http_port", "security.tls_folder"))
 def explain(
     loaded: LoadedConfig,
     request_id: Annotated[str, typer.Argument(help="As in the answer's X-Request-Id header.")],
@@ -49,7 +49,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how long a request waited, why it went to its workers, what was predicted, and what came of it."""
-    content = fetch(frontend or http_address(loaded.settings), request_id)
+    content = fetch(frontend or http_address(loaded.settings), request_id, api_key(loaded.settings))
     if as_json:
         print(content.decode())  # noqa: T201
         return
@@ -67,7 +67,7 @@ def explain(
             console.print(table(decision))
 
 
-def fetch(address: str, request_id: str) -> bytes:
+def fetch(address: str, request_id: str, key: str | None = None) -> bytes:
     """What a frontend says of a request, as JSON.
 
     Raises:
@@ -80,7 +80,7 @@ def fetch(address: str, request_id: str) -> bytes:
         raise ConfigError(f"--frontend = {address} is not an HTTP address, such as http://127.0.0.1:8000")
     url = f"{base.rstrip('/')}/slipstream/v1/requests/{quote(request_id, safe='')}"
     try:
-        with opened(url, TIMEOUT_S) as answer:
+        with opened(url, TIMEOUT_S, key) as answer:
             content: bytes = answer.read(_MAX_ANSWER_BYTES)
             return content
     except urllib.error.HTTPError as error:

@@ -34,3 +34,8 @@ def http_address(settings: Settings) -> str:
     """Of the HTTP face that the settings name."""
     scheme = "http" if face_tls(settings.security) is None else "https"
     return f"{scheme}://{host_port(reachable(settings.frontend.host), settings.frontend.http_port)}"
+
+
+def api_key(settings: Settings) -> str | None:
+    """The key with which frontends are asked."""
+    return None if settings.api_key is None else settings.api_key.get_secret_value()

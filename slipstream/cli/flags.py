@@ -19,6 +19,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -156,4 +157,4 @@ def _plain_type(annotation: Any) -> Any:
     if get_origin(annotation) not in (Union, UnionType):
         return annotation
     (plain,) = (member for member in get_args(annotation) if member is not NoneType)
-    return plain
+    return str if plain is SecretStr else plain

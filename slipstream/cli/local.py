@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli.autoscaling import autoscaled
-from slipstream.cli.face_tls import face_tls
+from slipstream.cli.face_tls import api_key, face_tls
 from slipstream.cli.flags import select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -39,6 +39,7 @@ QUESTION = "What is the capital of France?"
 _FLAGS = select(
     "model",
     "served_model_name",
+    "api_key",
     "device",
     "dtype",
     "cluster.*",
@@ -137,7 +138,9 @@ def demo(
         from slipstream.cli.demo_account import ask_and_account
         from slipstream.cli.terminal import output
 
-        await ask_and_account(cluster.grpc_target, prompt, max_tokens, output(), _face_tls(cluster))
+        await ask_and_account(
+            cluster.grpc_target, prompt, max_tokens, output(), _face_tls(cluster), api_key(loaded.settings)
+        )
 
     _run(_with_free_ports(loaded), ask, ends_by_signal=False)
 
@@ -222,9 +225,15 @@ def _with_free_ports(loaded: LoadedConfig) -> Settings:
 async def _served_model(cluster: PlannedCluster) -> str:
     from slipstream.client import AsyncClient
 
-    async with AsyncClient(cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S, tls=_face_tls(cluster)) as client:
+    settings = cluster.settings
+    key = api_key(settings)
+    if key is None and settings.security.keys_file is not None:
+        return settings.served_model_name or settings.model  # nobody here may ask
+    async with AsyncClient(
+        cluster.grpc_target, timeout_s=_ASK_TIMEOUT_S, tls=_face_tls(cluster), api_key=key
+    ) as client:
         models = await client.models()
-    return models[0].id if models else cluster.settings.model
+    return models[0].id if models else settings.model
 
 
 def _face_tls(cluster: PlannedCluster) -> Tls | None:

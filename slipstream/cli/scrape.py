@@ -70,10 +70,11 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
     return bounds[-1]
 
 
-async def fetch(url: str, timeout_s: float, component: ComponentRole | None = None) -> Page:
+async def fetch(url: str, timeout_s: float, component: ComponentRole | None = None, key: str | None = None) -> Page:
     """The page at an http or https URL.
 
     Args:
+        key: an API key, where one is wanted.
         component: what has to answer there over TLS; None: a public face, with the host's name in its certificate.
 
     Raises:
@@ -81,7 +82,7 @@ async def fetch(url: str, timeout_s: float, component: ComponentRole | None = No
     """
     try:
         async with asyncio.timeout(timeout_s):
-            head, body = await _get(url, component)
+            head, body = await _get(url, component, key)
     except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
         reason = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
         raise UnavailableError(f"{url}: {reason}") from None
@@ -91,7 +92,7 @@ async def fetch(url: str, timeout_s: float, component: ComponentRole | None = No
     return parse(body.decode())
 
 
-async def _get(url: str, component: ComponentRole | None) -> tuple[bytes, bytes]:
+async def _get(url: str, component: ComponentRole | None, key: str | None) -> tuple[bytes, bytes]:
     parts = urlsplit(url)
     tls, name, port = None, None, 80
     if parts.scheme == "https":
@@ -102,7 +103,9 @@ async def _get(url: str, component: ComponentRole | None) -> tuple[bytes, bytes]
     )
     try:
         # 1.0: the answer ends with the connection, and comes in one piece.
-        writer.write(f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.netloc}\r\nAccept: text/plain\r\n\r\n".encode())
+        headers = f"Host: {parts.netloc}\r\nAccept: text/plain\r\n"
+        headers += f"Authorization: Bearer {key}\r\n" if key is not None else ""
+        writer.write(f"GET {parts.path or '/'} HTTP/1.0\r\n{headers}\r\n".encode())
         await writer.drain()
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.read(-1)

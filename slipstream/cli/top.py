@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from slipstream.cli.face_tls import http_address
+from slipstream.cli.face_tls import api_key, http_address
 from slipstream.cli.flags import CONTROL_PLANE, select, with_settings
 from slipstream.cli.show import examples
 from slipstream.config import LoadedConfig
@@ -42,7 +42,7 @@ def add_to(app: typer.Typer) -> None:
     )(top)
 
 
-@with_settings(*select(*CONTROL_PLANE, "frontend.host", "frontend.http_port"))
+@with_settings(*select("api_key", *CONTROL_PLANE, "frontend.host", "frontend.http_port"))
 def top(
     loaded: LoadedConfig,
     frontend: Annotated[
@@ -58,7 +58,8 @@ def top(
     if not 0.1 <= interval_s <= 3600:
         raise ConfigError(f"--interval-s = {interval_s:g} must be within 0.1 and 3600")
     urls = [_metrics_url(url) for url in frontend or [http_address(loaded.settings)]]
-    watched = _Watched(loaded.settings.control_plane.address, urls, interval_s, max(window_s, interval_s))
+    key = api_key(loaded.settings)
+    watched = _Watched(loaded.settings.control_plane.address, urls, interval_s, max(window_s, interval_s), key)
     try:
         asyncio.run(_show(watched, once=once, as_json=as_json))
     except KeyboardInterrupt:
@@ -70,14 +71,17 @@ class _Watched:
 
     Args:
         urls: of the frontends' /metrics.
+        key: that they want to see.
     """
 
-    def __init__(self, registry: str, urls: list[str], interval_s: float, window_s: float) -> None:
+    def __init__(
+        self, registry: str, urls: list[str], interval_s: float, window_s: float, key: str | None = None
+    ) -> None:
         from slipstream.registry_watch import RegistryView
 
         self.registry = registry
         self.interval_s = interval_s
-        self._urls = urls
+        self._urls, self._key = urls, key
         self._window_s = window_s
         self._view = RegistryView()
         self._outage = ""
@@ -136,7 +140,9 @@ class _Watched:
         async def page(url: str) -> Page | None:
             async with places:
                 try:
-                    return await fetch(url, _SCRAPE_TIMEOUT_S, None if url in self._urls else ComponentRole.WORKER)
+                    if url in self._urls:
+                        return await fetch(url, _SCRAPE_TIMEOUT_S, key=self._key)
+                    return await fetch(url, _SCRAPE_TIMEOUT_S, ComponentRole.WORKER)
                 except UnavailableError as error:
                     problems.append(error.message)
                     return None

@@ -23,6 +23,7 @@ from slipstream.client.connection import (
     Tls,
     checked_timeout,
     credentials_of,
+    key_metadata,
     typed_error,
 )
 from slipstream.client.results import (
@@ -53,9 +54,14 @@ class AsyncStream:
     """
 
     def __init__(
-        self, stub: InferenceAsyncStub, request: inference_pb2.GenerateRequest, target: str, timeout_s: float
+        self,
+        stub: InferenceAsyncStub,
+        request: inference_pb2.GenerateRequest,
+        target: str,
+        timeout_s: float,
+        metadata: tuple[tuple[str, str], ...] | None,
     ) -> None:
-        self._stub, self._request = stub, request
+        self._stub, self._request, self._metadata = stub, request, metadata
         self._target, self._timeout_s = target, timeout_s
         self._call: _Call | None = None
         self._ended = False
@@ -68,7 +74,7 @@ class AsyncStream:
         if self._ended:
             raise StopAsyncIteration
         if self._call is None:
-            self._call = self._stub.Generate(self._request, timeout=self._timeout_s)
+            self._call = self._stub.Generate(self._request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
@@ -111,9 +117,15 @@ class AsyncClient:
     """A connection to one frontend. Arguments and errors are those of `slipstream.client.Client`."""
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: Tls | None = None
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: Tls | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._target = target
+        self._metadata = key_metadata(api_key)
         self._timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
         self._credentials = credentials_of(tls)
         self._channel: grpc.aio.Channel | None = None
@@ -160,7 +172,9 @@ class AsyncClient:
         """The models that are served now. Raises UnavailableError, DeadlineError."""
         deadline_s = checked_timeout(timeout_s, self._timeout_s)
         try:
-            response = await self._stub().ListModels(inference_pb2.ListModelsRequest(), timeout=deadline_s)
+            response = await self._stub().ListModels(
+                inference_pb2.ListModelsRequest(), timeout=deadline_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise typed_error(error, self._target, deadline_s) from None
         return models_from_wire(response.models)
@@ -180,7 +194,8 @@ class AsyncClient:
         await self.aclose()
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> AsyncStream:
-        return AsyncStream(self._stub(), request, self._target, checked_timeout(timeout_s, self._timeout_s))
+        deadline_s = checked_timeout(timeout_s, self._timeout_s)
+        return AsyncStream(self._stub(), request, self._target, deadline_s, self._metadata)
 
     def _stub(self) -> InferenceAsyncStub:
         # The channel belongs to the running loop: made at the first call, as a client may be built before one runs.

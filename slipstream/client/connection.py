@@ -49,6 +49,19 @@ def credentials_of(tls: Tls | None) -> grpc.ChannelCredentials | None:
     return None if tls is None else public_credentials(tls.ca_file, tls.certificate_file, tls.key_file)
 
 
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...] | None:
+    """What shows a frontend that the caller has a key.
+
+    Raises:
+        InvalidRequestError: it cannot be one.
+    """
+    if api_key is None:
+        return None
+    if not api_key or not api_key.isascii() or not api_key.isprintable():
+        raise errors.InvalidRequestError("api_key has characters that no key has", param="api_key")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
 def checked_timeout(timeout_s: float | None, default_s: float) -> float:
     """The deadline of one call in seconds.
 

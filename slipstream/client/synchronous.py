@@ -15,6 +15,7 @@ from slipstream.client.connection import (
     Tls,
     checked_timeout,
     credentials_of,
+    key_metadata,
     typed_error,
 )
 from slipstream.client.results import (
@@ -78,12 +79,19 @@ class Client:
         target: host:port of the frontend's gRPC face.
         timeout_s: longest any call may take in all, unless the call says otherwise.
         tls: whom to trust, and who this is; None: the connection is plain.
+        api_key: where the frontend demands one.
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: Tls | None = None
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: Tls | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._target = target
+        self._metadata = key_metadata(api_key)
         self._timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
         self._channel = open_blocking_public_channel(target, credentials_of(tls), CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
@@ -145,7 +153,9 @@ class Client:
         """The models that are served now. Raises UnavailableError, DeadlineError."""
         deadline_s = checked_timeout(timeout_s, self._timeout_s)
         try:
-            response = self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=deadline_s)
+            response = self._stub.ListModels(
+                inference_pb2.ListModelsRequest(), timeout=deadline_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise typed_error(error, self._target, deadline_s) from None
         return models_from_wire(response.models)
@@ -170,7 +180,7 @@ class Client:
         self, request: inference_pb2.GenerateRequest, timeout_s: float, ending: Ending
     ) -> Generator[Piece, None, None]:
         # A generator, because Python closes one that nobody holds any more: that is what makes `break` cancel.
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for message in call:
                 yield piece_from_wire(message)

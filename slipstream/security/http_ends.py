@@ -71,10 +71,14 @@ def name_demanded(peer: ComponentRole) -> str | None:
     return server_name(identity.own_name().cluster, peer) if identity.tls is not None else None
 
 
-def opened(url: str, timeout_s: float) -> Any:
+def opened(url: str, timeout_s: float, api_key: str | None = None) -> Any:
     """`urllib.request.urlopen`, which trusts the cluster's authority where it is known."""
     context = client_context() if url.startswith("https:") else None
-    return urllib.request.urlopen(url, timeout=timeout_s, context=context)
+    request = urllib.request.Request(url)
+    if api_key is not None:
+        # Not to where an answer may send us on: the key is for this frontend.
+        request.add_unredirected_header("Authorization", f"Bearer {api_key}")
+    return urllib.request.urlopen(request, timeout=timeout_s, context=context)
 
 
 def _following(files: TlsFiles, watched: Watched[TlsMaterial], *, asks_clients: bool) -> ssl.SSLContext:

@@ -10,12 +10,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from frontend.admission.claim import Priority
 from frontend.keys.guard import Guard
 from frontend.keys.secret import NewKey
+from slipstream import config
+from slipstream.cli.face_tls import api_key
+from slipstream.client import AsyncClient
 from slipstream.errors import InvalidApiKeyError, NotAllowedError, RateLimitError
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.v1.inference_pb2 import GenerateRequest, ListModelsRequest
 from slipstream.v1.inference_pb2_grpc import InferenceStub
 from slipstream.v1.sampling_pb2 import SamplingParams
 from tests.support.scripted_dispatcher import ScriptedDispatcher
+from tests.unit.frontend.conftest import Faces
 from tests.unit.frontend.keys import faces as keys
 
 REQUEST = GenerateRequest(text="abc", sampling=SamplingParams(max_tokens=8))
@@ -96,3 +100,15 @@ async def test_models_are_those_of_the_key_and_only_health_needs_none(channel: g
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     listed = await reflect.ServerReflectionInfo(iter([asked]), metadata=metadata(keys.PLAIN), timeout=20).read()
     assert "slipstream.v1.Inference" in {one.name for one in listed.list_services_response.service}
+
+
+async def test_the_client_library_takes_a_key_and_commands_take_it_from_the_configuration(faces: Faces) -> None:
+    async with AsyncClient(faces.grpc, api_key=keys.PLAIN.plain) as client:
+        assert await client.models()
+        assert (await client.complete("abc", max_tokens=8)).text
+    async with AsyncClient(faces.grpc) as client:
+        with pytest.raises(InvalidApiKeyError):
+            await client.models()
+    settings = config.load({}, {"SLIPSTREAM_API_KEY": keys.PLAIN.plain}, None).settings
+    assert api_key(settings) == keys.PLAIN.plain
+    assert keys.PLAIN.plain not in f"{settings!r}{config.dump(settings)}"
