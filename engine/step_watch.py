@@ -52,12 +52,14 @@ class StepWatch:
 
         Args:
             steps: begun so far. step_tokens: of the one that runs.
-            busy: whether the engine has anything to do. One that was found silent loses its requests; it is silent
-                until it takes a step, whether or not it has others.
+            busy: whether the engine has anything to do. Requests that leave it do not make it well: it is silent until
+                it takes a step, whether or not it has others.
         """
         passed_s, self._looked_s = min(max(0.0, now_s - self._looked_s), MOST_BETWEEN_LOOKS_S), now_s
-        if steps != self._steps or not (busy or self._stall is not Stall.NONE):
+        if steps != self._steps:
             self._steps, self._silent_s, self._stall = steps, 0.0, Stall.NONE
+            return self._stall
+        if not busy and self._stall is Stall.NONE:
             return self._stall
         self._silent_s += passed_s
         allowed_s = step_tokens * self.token_s

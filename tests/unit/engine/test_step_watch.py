@@ -46,6 +46,13 @@ def test_a_silent_engine_whose_requests_have_left_it_stays_silent_until_it_takes
     assert seconds(one, 120, 120, busy=False) is Stall.HUNG
 
 
+def test_requests_that_give_up_on_a_frozen_engine_do_not_make_it_well() -> None:
+    one = watch()
+    assert seconds(one, 0, 12) is Stall.NONE
+    assert seconds(one, 13, 30, busy=False) is Stall.NONE
+    assert seconds(one, 31, 39) is Stall.SILENT
+
+
 def test_a_large_step_may_take_its_time() -> None:
     one = watch()
     assert seconds(one, 0, 20 + 99, tokens=2000) is Stall.NONE
