@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks import command, nixl_alone
 from benchmarks.command import Say
 from benchmarks.report import Machine, Target, at_least, below, machine, ratio, targets_table, to_json
-from benchmarks.transfer_peer import BLOCK_BYTES, BLOCKS, make_worker
+from benchmarks.transfer_peer import BLOCK_BYTES, BLOCKS, RECEIVER, SENDER, identity, make_worker
 from kv_transfer import ways
 from kv_transfer.agent import TransferAgent
 from kv_transfer.exchange import Event, Received, Started
@@ -211,9 +211,10 @@ class _Pair:
     def handoff(self, mib: int) -> tuple[float, float]:
         """Seconds from the last computed piece to the last checked one, and CPU-seconds of both processes."""
         self._number += 1
-        handoff_id, request_id = os.urandom(16), f"r{self._number}"
-        self.ask(do="begin", id=handoff_id.hex(), blocks=mib)
-        self._agent.open(request_id, Handoff(handoff_id, self._address, self._epoch))
+        handoff_id, token, request_id = os.urandom(16), os.urandom(32), f"r{self._number}"
+        self.ask(do="begin", id=handoff_id.hex(), token=token.hex(), blocks=mib)
+        sender = identity(SENDER).public
+        self._agent.open(request_id, Handoff(handoff_id, self._address, self._epoch, sender, token))
         self._wait(Started)
         self._agent.receive(request_id, Want(0, list(range(mib))))
         time.sleep(_ANNOUNCE_S)
@@ -274,7 +275,7 @@ def _pair(transfer: dict[str, Any]) -> Iterator[_Pair]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    board, memory, agent = make_worker(folder, transfer, seed=2)
+    board, memory, agent = make_worker(folder, transfer, seed=RECEIVER)
     try:
         yield _Pair(child, agent, memory)
     finally:

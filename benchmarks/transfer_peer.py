@@ -20,8 +20,10 @@ from kv_transfer import agent_start
 from kv_transfer.agent import TransferAgent
 from kv_transfer.board import Board
 from kv_transfer.extents import Extent
+from kv_transfer.identity import Identity
 from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout, block_views
+from kv_transfer.permits import Permit
 from slipstream import telemetry
 from slipstream.settings import LogSettings, TransferSettings
 
@@ -30,6 +32,7 @@ PIECE_BYTES = 128 << 10
 BLOCK_BYTES = REGIONS * PIECE_BYTES
 BLOCKS = 256
 HOST_ID = "benchmark"
+SENDER, RECEIVER = 1, 2
 
 
 def make_worker(folder: Path, transfer: dict[str, Any], *, seed: int) -> tuple[Board, KvMemory, TransferAgent]:
@@ -38,16 +41,29 @@ def make_worker(folder: Path, transfer: dict[str, Any], *, seed: int) -> tuple[B
     torch.manual_seed(seed)
     caches = {f"layers.{n}": torch.randint(0, 255, (BLOCKS, PIECE_BYTES), dtype=torch.uint8) for n in range(REGIONS)}
     memory = KvMemory(block_views(caches, BLOCKS), dtype="float32")
-    board = Board.create(folder, slots=16)
+    board = Board.create(folder, slots=16, seed=bytes([seed]) * 32)
     settings = TransferSettings(**transfer)
     layout = Layout("benchmark", BLOCKS, 16, memory.regions)
-    agent, _ = agent_start.start(memory, layout, board, settings, host_id=HOST_ID, host="127.0.0.1")
+    agent, _ = agent_start.start(
+        memory,
+        layout,
+        board,
+        settings,
+        host_id=HOST_ID,
+        host="127.0.0.1",
+        registered=[identity(SENDER).public, identity(RECEIVER).public],
+    )
     return board, memory, agent
+
+
+def identity(seed: int) -> Identity:
+    """The sender's, or the receiver's: both processes know both."""
+    return Identity.of(bytes([seed]) * 32)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    board, memory, agent = make_worker(folder, json.loads(sys.argv[2]), seed=1)
+    board, memory, agent = make_worker(folder, json.loads(sys.argv[2]), seed=SENDER)
     say({"address": agent.address, "epoch": board.epoch})
     for line in sys.stdin:
         ask = json.loads(line)
@@ -60,6 +76,7 @@ def _do(ask: dict[str, Any], memory: KvMemory, agent: TransferAgent) -> dict[str
     handoff_id = bytes.fromhex(ask.get("id", ""))
     match ask["do"]:
         case "begin":
+            agent.expect(Permit(handoff_id, bytes.fromhex(ask["token"]), identity(RECEIVER).public))
             agent.begin(handoff_id, ask["blocks"] * 16, 0)
         case "publish":
             now_ns = time.monotonic_ns()

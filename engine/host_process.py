@@ -254,8 +254,10 @@ class _Host:
                 settings.control_plane.address,
                 role=self._role,
                 model=self._model,
+                admit=engine.admit,
                 probe=self._timed_probe,
                 on_change=registration.push,
+                measures=settings.transfer.probe,
             )
             metrics.watch(engine, board, admission, self._paths)
             await owned.enter_async_context(self._watching_health(metrics, registration))
@@ -326,10 +328,8 @@ class _Host:
 
     @asynccontextmanager
     async def _measuring_paths(self) -> AsyncIterator[None]:
-        """Meet the peers that come while the block runs, unless `transfer.probe` is off."""
-        if self._path_watch is None or not self._settings.transfer.probe:
-            yield
-            return
+        """Meet the peers that come while the block runs."""
+        assert self._path_watch is not None
         async with background(self._path_watch.follow(), name="path-watch"):
             yield
 

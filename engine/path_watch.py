@@ -26,6 +26,8 @@ PROBE_S = 30.0
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 
+Admit = Callable[[Collection[bytes]], Awaitable[None]]
+"""See `Engine.admit`."""
 Probe = Callable[[str, TransferEndpoint, str], Awaitable[TransferPath]]
 """See `Engine.probe_path`."""
 
@@ -121,11 +123,16 @@ class PeerBook:
 
 
 class PathWatch:
-    """Keeps `paths` up to date while `follow` runs.
+    """Keeps `paths` up to date, and who may exchange blocks with this worker, while `follow` runs.
+
+    Whoever the registry has with the same model, in any role, may: roles change. While the control plane is gone that
+    stays as it is.
 
     Args:
         role, model: this worker's own; they say who is a peer.
+        admit: is told the public keys of those.
         probe: measures; one call at a time.
+        measures: whether ways are measured (`transfer.probe`).
         on_change: called when `paths` has changed.
     """
 
@@ -135,14 +142,19 @@ class PathWatch:
         *,
         role: Role.ValueType,
         model: str,
+        admit: Admit,
         probe: Probe,
         on_change: Callable[[], None],
+        measures: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.paths: tuple[TransferPath, ...] = ()
         self._address = registry_address
         self._role = role
         self._model = model
+        self._admit = admit
+        self._admitted: frozenset[bytes] | None = None
+        self._measures = measures
         self._probe = probe
         self._on_change = on_change
         self._clock = clock
@@ -161,11 +173,27 @@ class PathWatch:
             group.create_task(
                 registry_watch.follow(self._address, take=self._take, lost=_registry_lost, identities=True)
             )
-            group.create_task(self._measure_all())
+            if self._measures:
+                group.create_task(self._measure_all())
 
     async def _take(self, workers: WorkerSet) -> None:
         self._view.apply(workers)
+        await self._tell_registered()
         self._meet()
+
+    async def _tell_registered(self) -> None:
+        keys = frozenset(
+            record.transfer.public_key
+            for record in self._view.records()
+            if record.model == self._model and record.transfer.public_key
+        )
+        if keys == self._admitted:
+            return
+        try:
+            await self._admit(keys)
+            self._admitted = keys
+        except SlipstreamError as error:  # tried again with the next set, at the latest within a lease period
+            log.warning("registered_workers_not_told", reason=error.message)
 
     def _meet(self) -> None:
         if self._book.meet(self._view.records(), self._role, self._model, self._clock()):

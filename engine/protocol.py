@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kv_transfer.permits import Permit
 from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams, TokenLogprobs
 from slipstream.v1.worker_pb2 import Handoff, Tier
@@ -84,12 +85,12 @@ class Engine(Protocol):
         token_ids: Sequence[int],
         lease: tuple[int, int],
         *,
-        handoff_id: bytes,
+        permit: Permit,
         source: Handoff | None,
         cached_only: bool,
         cache_salt: str = "",
     ) -> PromptComputed:
-        """Compute a prompt, and hand its blocks over, while it is computed, to whoever announces this handoff id.
+        """Compute a prompt, and hand its blocks over, while it is computed, to whom this permit is for.
 
         The blocks are held under the lease (slot, nonce); returns when the prompt is computed, while they still are.
 
@@ -128,6 +129,15 @@ class Engine(Protocol):
         Args:
             worker_id: of the peer.
             transport: shm, ucx or nixl; empty for the one that would be chosen.
+
+        Raises:
+            TransferError: this worker's own agent does not answer.
+            EngineDeadError: the engine has died.
+        """
+        ...
+
+    async def admit(self, keys: Collection[bytes]) -> None:
+        """Exchange blocks with the transfer agents that have these public keys, and with no others.
 
         Raises:
             TransferError: this worker's own agent does not answer.

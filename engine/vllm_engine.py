@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +26,15 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
-from engine import host_id, path_probe
+from engine import host_id
+from engine.own_agent import OwnAgent
 from engine.protocol import CacheChange, EngineTimes, PromptComputed, TokensGenerated
 from engine.vllm_events import EventSocket, Translation
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.accounts import FAILURES
-from kv_transfer.agent_start import read_endpoint
+from kv_transfer.agent_start import Endpoint, read_endpoint
 from kv_transfer.board import Board, Counter
+from kv_transfer.permits import Permit
 from kv_transfer.scheduler_side import ACCOUNT, RECEIVE, SEND
 from slipstream import telemetry
 from slipstream.errors import (
@@ -86,6 +88,7 @@ class VllmEngine:
     def __init__(self, settings: Settings, *, model_path: Path, served_name: str, board: Board) -> None:
         self._settings = settings
         self._board = board
+        self._own_agent = OwnAgent()
         self._queues: _Queues | None = None
         self._served_name = served_name
         self._events = EventSocket() if settings.worker.cache_events else None
@@ -174,6 +177,7 @@ class VllmEngine:
                 kv_connector_extra_config={
                     "board": str(self._board.path),
                     "owner_pid": os.getpid(),
+                    "owner_key": self._own_agent.key.hex(),
                     "host_id": host_id.read(),
                     "host": transfer.host or worker.host,
                     "transfer": transfer.model_dump(),
@@ -195,14 +199,14 @@ class VllmEngine:
         token_ids: Sequence[int],
         lease: tuple[int, int],
         *,
-        handoff_id: bytes,
+        permit: Permit,
         source: Handoff | None,
         cached_only: bool,
         cache_salt: str = "",
     ) -> PromptComputed:
         """See `Engine.prefill`."""
         self._check_prompt(token_ids)
-        wishes: dict[str, Any] = {SEND: [*lease, handoff_id, cached_only]}
+        wishes: dict[str, Any] = {SEND: [*lease, permit.handoff, cached_only, permit.token, permit.receiver]}
         if source is not None:
             wishes[RECEIVE] = _receive(source, _SOURCE_PATIENCE_S)
         params = prefill_sampling(wishes)
@@ -312,18 +316,29 @@ class VllmEngine:
     def transfer(self) -> TransferEndpoint | None:
         """See `Engine.transfer`."""
         found = read_endpoint(self._board)
-        return (
-            TransferEndpoint(address=found.address, epoch=found.epoch, transports=found.transports, ranks=found.ranks)
-            if found
-            else None
+        if found is None:
+            return None
+        return TransferEndpoint(
+            address=found.address,
+            epoch=found.epoch,
+            transports=found.transports,
+            ranks=found.ranks,
+            public_key=found.key,
         )
+
+    async def admit(self, keys: Collection[bytes]) -> None:
+        """See `Engine.admit`."""
+        await self._own_agent.admit(self._own_endpoint(), keys)
 
     async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
         """See `Engine.probe_path`."""
+        return await self._own_agent.measure(self._own_endpoint(), worker_id, peer, transport)
+
+    def _own_endpoint(self) -> Endpoint:
         own = read_endpoint(self._board)
         if own is None:
             raise EngineDeadError("the worker's engine is not running")
-        return await path_probe.ask(own.address, worker_id, peer, transport)
+        return own
 
     def cache_changes(self) -> AsyncIterator[CacheChange] | None:
         """See `Engine.cache_changes`."""
@@ -393,7 +408,8 @@ def _times(output: RequestOutput) -> EngineTimes | None:
 
 def _receive(handoff: Handoff, patience_s: float) -> list[Any]:
     sender = handoff.sender
-    return [handoff.id, sender.address, sender.epoch, list(sender.ranks), patience_s]
+    ranks = list(sender.ranks)
+    return [handoff.id, sender.address, sender.epoch, ranks, patience_s, sender.public_key, handoff.token]
 
 
 def _account(output: RequestOutput) -> RequestAccount:

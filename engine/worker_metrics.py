@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from engine.admission import Admission
 from engine.observed_call import STAGE_S
 from engine.protocol import Engine
-from kv_transfer.accounts import BYTES_BY_WAY, FAILURES
+from kv_transfer.accounts import BYTES_BY_WAY, FAILURES, REFUSED
 from kv_transfer.board import Board, Counter
 from slipstream import metric_names
 from slipstream.errors import StartupError
@@ -98,6 +98,7 @@ _BYTES_BY_PATH = {word: path for path, word in BYTES_BY_WAY.items()}
 _CAUSES = {word: cause for cause, word in FAILURES.items() if word is not Counter.FAILED_CANCELLED} | {
     Counter.FAILED_OTHER: "other"
 }
+_REFUSED = {word: reason for reason, word in REFUSED.items()}
 _RESULTS = {
     "done": (Counter.TRANSFERS_DONE,),
     "failed": tuple(_CAUSES),
@@ -172,6 +173,13 @@ class WorkerCollector:
             "Failed transfers by cause.",
             "cause",
             {cause: board.counter(word) for word, cause in _CAUSES.items()},
+        )
+        yield self._labelled(
+            "slipstream_kv_refused",
+            "Connections, handoffs and messages that this worker's transfer agent refused, by reason. not_registered, "
+            "bad_identity and bad_token: somebody wants blocks who is not meant to have them.",
+            "reason",
+            {reason: board.counter(word) for word, reason in _REFUSED.items()},
         )
         yield self._labelled(
             "slipstream_kv_handoffs",

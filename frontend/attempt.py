@@ -36,7 +36,7 @@ from slipstream.v1.worker_pb2 import (
     PromptComputed,
 )
 
-HANDOFF_ID_BYTES = 16
+HANDOFF_ID_BYTES, HANDOFF_TOKEN_BYTES = 16, 32
 _PATIENCE = 3.0
 """Times the predicted time of a prompt that a worker may be silent: predictions are wrong, and first ones most."""
 COMPUTED_GRACE_S = 0.2
@@ -203,6 +203,8 @@ class Attempt:
             # One more than is handed over: the last token of a prompt is never taken from a cache.
             token_ids=job.token_ids[: self.write_back.tokens + 1],
             handoff_id=handoff.id,
+            handoff_token=handoff.token,
+            receiver_key=_key_of(self.route.prefill),
             cached_only=True,
             frontend_id=self.around.frontend_id,
             cache_salt=job.cache_salt,
@@ -213,7 +215,13 @@ class Attempt:
     def _start_prefill(self, worker: WorkerRecord, source: Handoff | None) -> Handoff:
         job, handoff = self.job, _handoff_from(worker)
         request = PrefillRequest(
-            request_id=job.name, model=job.model, token_ids=job.token_ids, handoff_id=handoff.id, source=source
+            request_id=job.name,
+            model=job.model,
+            token_ids=job.token_ids,
+            handoff_id=handoff.id,
+            handoff_token=handoff.token,
+            receiver_key=_key_of(self.route.decode),
+            source=source,
         )
         request.frontend_id, request.cache_salt = self.around.frontend_id, job.cache_salt
         self._prefill = call = self.around.streams.prefill(worker, request, self.trace.prefill(worker))
@@ -350,4 +358,13 @@ class Attempt:
 
 
 def _handoff_from(worker: WorkerRecord) -> Handoff:
-    return Handoff(id=secrets.token_bytes(HANDOFF_ID_BYTES), worker_id=worker.worker_id, sender=worker.transfer)
+    return Handoff(
+        id=secrets.token_bytes(HANDOFF_ID_BYTES),
+        worker_id=worker.worker_id,
+        sender=worker.transfer,
+        token=secrets.token_bytes(HANDOFF_TOKEN_BYTES),
+    )
+
+
+def _key_of(receiver: WorkerRecord | None) -> bytes:
+    return receiver.transfer.public_key if receiver is not None else b""

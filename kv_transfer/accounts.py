@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kv_transfer.board import Board, Counter
+from kv_transfer.door import REFUSALS
 from slipstream import telemetry
 
 log = telemetry.get_logger(__name__)
@@ -23,7 +24,11 @@ FAILURES = {
     "digest": Counter.FAILED_DIGEST,
     "no_path": Counter.FAILED_NO_PATH,
     "cancelled": Counter.FAILED_CANCELLED,
+    "not_registered": Counter.FAILED_NOT_REGISTERED,
+    "bad_identity": Counter.FAILED_BAD_IDENTITY,
+    "bad_token": Counter.FAILED_BAD_TOKEN,
 }
+REFUSED = {why: Counter[f"REFUSED_{why.upper()}"] for why in REFUSALS}
 
 
 @dataclass(slots=True)

@@ -16,13 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import uvloop
 
+from kv_transfer.door import Door
 from kv_transfer.exchange import Event, Exchange, Limits
 from kv_transfer.extents import Extent
 from kv_transfer.handoff import Handoff
+from kv_transfer.identity import Identity, Peers
 from kv_transfer.inbound import Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
 from kv_transfer.outbound import Fence
 from kv_transfer.path_probe import ProbeMemory
+from kv_transfer.permits import Permit
 from kv_transfer.sender_link import Terms
 from kv_transfer.ways import Factory, Transports
 from slipstream import telemetry
@@ -43,11 +46,26 @@ class TransferAgent:
     Args:
         factories: of the transports, by way (see `ways.Transports`).
         host, port: where receivers connect to; port 0 takes a free one.
+        identity: this agent's. owner, refused: see `door.Door`.
+        registered: the keys of those that are known from the start; the owner tells the others.
     """
 
     def __init__(
-        self, memory: KvMemory, terms: Terms, limits: Limits, factories: Mapping[str, Factory], *, host: str, port: int
+        self,
+        memory: KvMemory,
+        terms: Terms,
+        limits: Limits,
+        factories: Mapping[str, Factory],
+        *,
+        host: str,
+        port: int,
+        identity: Identity,
+        refused: Callable[[str], None],
+        owner: bytes = b"",
+        registered: Iterable[bytes] = (),
     ) -> None:
+        self.key = identity.public
+        self._door = Door(identity, Peers(registered), silence_s=terms.silence_s, refused=refused, owner=owner)
         self._memory = memory
         self._terms = terms
         self._limits = limits
@@ -111,15 +129,14 @@ class TransferAgent:
 
     # -- as a sender --------------------------------------------------------------------------------------
 
-    def expect(self, handoff_id: bytes) -> None:
+    def expect(self, permit: Permit) -> None:
         """A prompt that is to be handed over waits to be computed: so may its receiver, as long as it takes."""
-        fence = self._fences.setdefault(handoff_id, Fence())
-        self._tell(self._within.expect, handoff_id, fence)
+        fence = self._fences.setdefault(permit.handoff, Fence())
+        self._tell(self._within.expect, permit, fence)
 
     def begin(self, handoff_id: bytes, tokens: int, digest: int) -> None:
-        """A prompt that is to be handed over is being computed from now on (again, after a `reset`)."""
-        fence = self._fences.setdefault(handoff_id, Fence())
-        self._tell(self._within.begin, handoff_id, fence, tokens, digest)
+        """A prompt that is expected is being computed from now on (again, after a `reset`)."""
+        self._tell(self._within.begin, handoff_id, tokens, digest)
 
     def publish(self, handoff_id: bytes, block_ids: list[int], extent: Extent) -> None:
         """These pieces are finished; `block_ids` is the prompt's block table as far as the extent needs it."""
@@ -175,7 +192,15 @@ class TransferAgent:
         runs = [*self._memory.runs(), *(buffer.run for buffer in buffers), probed.run]
         transports = Transports(self._factories, runs, self._terms.setup_s)
         exchange = Exchange(
-            self._memory, self._terms, self._limits, transports, self._happened, self._pool, buffers, probed
+            self._memory,
+            self._door,
+            self._terms,
+            self._limits,
+            transports,
+            self._happened,
+            self._pool,
+            buffers,
+            probed,
         )
         self._stopping = asyncio.Event()
         server = await asyncio.start_server(exchange.welcome, self._host, self._port)

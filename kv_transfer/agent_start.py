@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from kv_transfer import ways
+from kv_transfer.accounts import REFUSED
 from kv_transfer.agent import TransferAgent
 from kv_transfer.board import Board
 from kv_transfer.compression import codec_for
 from kv_transfer.exchange import Limits
+from kv_transfer.identity import Identity
 from kv_transfer.kv_memory import Codec, KvMemory, Verbatim
 from kv_transfer.layout import Layout
 from kv_transfer.sender_link import Terms
@@ -27,18 +29,35 @@ _SPAN_BYTES = 8 << 20
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a worker's transfer agent is; `ranks`: the addresses of those of all its ranks, where it has several."""
+    """Where a worker's transfer agent is, and its public key.
+
+    Attributes:
+        ranks: the addresses of the agents of all its ranks, where it has several; they have one key.
+    """
 
     address: str
     epoch: int
     transports: list[str]
+    key: bytes
     ranks: list[str] = []
 
 
 def start(
-    memory: KvMemory, layout: Layout, board: Board, settings: TransferSettings, *, host_id: str, host: str
+    memory: KvMemory,
+    layout: Layout,
+    board: Board,
+    settings: TransferSettings,
+    *,
+    host_id: str,
+    host: str,
+    owner: bytes = b"",
+    registered: Iterable[bytes] = (),
 ) -> tuple[TransferAgent, Endpoint]:
     """A running agent, and where it is.
+
+    Args:
+        owner: the public key of the worker's service; it tells the agent who is registered.
+        registered: who is from the start.
 
     Raises:
         StartupError: it cannot listen; or the transport asked for is not installed.
@@ -71,10 +90,25 @@ def start(
     )
     stem = f"{board.stem}-{layout.rank}"
     factories = _factories(memory, board.path.parent, stem, settings, host, span_bytes)
-    port = settings.port + layout.rank if settings.port else 0
-    agent = TransferAgent(memory, terms, limits, factories, host=host, port=port)
+
+    def refused(why: str) -> None:
+        if layout.rank == 0:  # a word of the board has one writer: of other ranks only their logs tell
+            board.add(REFUSED[why])
+
+    agent = TransferAgent(
+        memory,
+        terms,
+        limits,
+        factories,
+        host=host,
+        port=settings.port + layout.rank if settings.port else 0,
+        identity=Identity.of(board.seed),
+        registered=registered,
+        owner=owner,
+        refused=refused,
+    )
     agent.start()
-    return agent, Endpoint(agent.address, board.epoch, transports)
+    return agent, Endpoint(agent.address, board.epoch, transports, agent.key)
 
 
 def publish(board: Board, ranks: Sequence[Endpoint]) -> None:
@@ -82,7 +116,7 @@ def publish(board: Board, ranks: Sequence[Endpoint]) -> None:
     first = ranks[0]
     shared = [name for name in first.transports if all(name in end.transports for end in ranks)]
     addresses = [end.address for end in ranks] if len(ranks) > 1 else []
-    board.publish_endpoint(msgspec.msgpack.encode(Endpoint(first.address, first.epoch, shared, addresses)))
+    board.publish_endpoint(msgspec.msgpack.encode(Endpoint(first.address, first.epoch, shared, first.key, addresses)))
 
 
 def read_endpoint(board: Board) -> Endpoint | None:

@@ -12,23 +12,27 @@ A lease is a slot and a nonce (random, its low three bits zero). Words of a slot
     deadline  service  CLOCK_MONOTONIC nanoseconds; the service renews it while its caller is there (the first
                        lease period counts from when the blocks are ready)
 
-The head of the board carries counters of the engine process, which its service exports as metrics, and the endpoint of
-the engine's transfer agent.
+The head of the board carries counters of the engine process, which its service exports as metrics. Behind the slots lie
+the endpoint of the engine's transfer agent, and the secret from which the agents of all its ranks make their key. Only
+this user may open the file, and nothing but a plain file of this user's is taken for a board.
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import mmap
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from slipstream.errors import StartupError, TransferError
 
-MAGIC = 0x32_44_52_42_50_4C_53  # "SLPBRD2"
-ENDPOINT_BYTES = 4096
+MAGIC = 0x33_44_52_42_50_4C_53  # "SLPBRD3"
+ENDPOINT_BYTES, SEED_BYTES = 4096, 32
 PREFIX, SUFFIX, SEGMENT_SUFFIX = "slipstream-", ".board", ".kv"
 
 _HEAD_WORDS = 128
@@ -79,6 +83,15 @@ class Counter(enum.IntEnum):
     FAILED_NO_PATH = 44
     FAILED_CANCELLED = 45
     FAILED_OTHER = 46
+    FAILED_NOT_REGISTERED = 47
+    FAILED_BAD_IDENTITY = 48
+    FAILED_BAD_TOKEN = 49
+    REFUSED_NOT_REGISTERED = 52  # who was turned away; written by the agent's thread
+    REFUSED_BAD_IDENTITY = 53
+    REFUSED_BAD_TOKEN = 54
+    REFUSED_BAD_MESSAGE = 55
+    REFUSED_CROWDED = 56
+    REFUSED_SLOW = 57
     HANDOFFS_HELD = 64  # gauge
     BLOCKS_TOTAL = 65  # gauge
     BLOCKS_FREE = 66  # gauge
@@ -127,8 +140,11 @@ class Board:
         self.slots = self._words[Head.SLOTS]
 
     @classmethod
-    def create(cls, directory: Path, *, slots: int) -> Board:
+    def create(cls, directory: Path, *, slots: int, seed: bytes = b"") -> Board:
         """Make a board, owned by this process until `unlink`; a dead owner's is removed by `remove_stale`.
+
+        Args:
+            seed: see `seed`; random unless it is given.
 
         Raises:
             StartupError: the folder cannot be written.
@@ -142,13 +158,14 @@ class Board:
             raise StartupError(f"cannot create the lease board in {directory}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            size = _endpoint_offset(slots) + ENDPOINT_BYTES
+            size = _size(slots)
             os.posix_fallocate(fd, 0, size)  # or the first write to a full tmpfs would be a SIGBUS
             view = mmap.mmap(fd, size)
             words = memoryview(view).cast("Q")
             words[Head.EPOCH], words[Head.SLOTS] = epoch, slots
             words[Head.MAGIC] = MAGIC
             words.release()
+            view[size - SEED_BYTES : size] = seed or secrets.token_bytes(SEED_BYTES)
             # Only now under its name: another worker's `remove_stale` would take an unlocked board for a dead one's.
             unfinished.rename(path)
         except OSError as error:
@@ -165,13 +182,13 @@ class Board:
             TransferError: it is gone (its worker ended) or is no board.
         """
         try:
-            with path.open("r+b") as file:
+            with open_own(path) as file:
                 view = mmap.mmap(file.fileno(), 0)
         except (OSError, ValueError) as error:
             raise TransferError(f"lease board {path.name} cannot be opened: {error}", code="worker_gone") from error
         words = memoryview(view).cast("Q")
         intact = len(words) >= _HEAD_WORDS and words[Head.MAGIC] == MAGIC
-        intact = intact and len(view) == _endpoint_offset(words[Head.SLOTS]) + ENDPOINT_BYTES
+        intact = intact and len(view) == _size(words[Head.SLOTS])
         words.release()
         if not intact:
             view.close()
@@ -195,13 +212,18 @@ class Board:
         """With which the names of files begin that belong to this worker, and end in `.kv`; removed with the board."""
         return self.path.name.removesuffix(SUFFIX)
 
+    @property
+    def seed(self) -> bytes:
+        """Of the key pair that the agents of the engine's ranks share (`identity.Identity.of`)."""
+        return bytes(self._mmap[-SEED_BYTES:])
+
     # -- head ---------------------------------------------------------------------------------------------
 
     def counter(self, counter: Counter) -> int:
         return self._words[counter]
 
     def add(self, counter: Counter, amount: int = 1) -> None:
-        """Count. Only the engine process calls this, from its main thread."""
+        """Count. Each counter has one thread that calls this; it is the engine process's main one for most."""
         self._words[counter] += amount
 
     def set_gauge(self, counter: Counter, value: int) -> None:
@@ -264,3 +286,21 @@ def _remove(path: Path) -> None:
 
 def _endpoint_offset(slots: int) -> int:
     return (_HEAD_WORDS + slots * _SLOT_WORDS) * 8
+
+
+def _size(slots: int) -> int:
+    return _endpoint_offset(slots) + ENDPOINT_BYTES + SEED_BYTES
+
+
+def open_own(path: Path) -> BinaryIO:
+    """Open a plain file of this user's for reading and writing: no link, no device, nobody else's.
+
+    Raises:
+        OSError
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "not a plain file of this user", str(path))
+    return os.fdopen(fd, "r+b")

@@ -1,4 +1,4 @@
-"""A control connection between two agents: framed messages, and signs of life in both directions.
+"""A control connection between two agents that know each other: tagged frames, and signs of life in both directions.
 
 A peer that died is noticed when its connection breaks; one that is frozen, or cut off, when nothing has come from it
 for `silence_s`. Each side pings four times as often.
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from kv_transfer import wire
+from kv_transfer.greeting import TAG_BYTES, Session
 from slipstream.errors import TransferError
 
 # A peer that does not read is found by its silence; until then its messages wait here.
@@ -18,11 +19,21 @@ _MOST_UNREAD_BYTES = 64 << 20
 
 
 class Channel:
-    """Made by `connected` and used while that context is open."""
+    """Made by `channel` and used while that context is open.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float) -> None:
+    Attributes:
+        peer: the other side's public key. session: see `greeting.Session.id`.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session, silence_s: float
+    ) -> None:
+        self.peer = session.peer
+        self.session = session.id
         self._reader = reader
         self._writer = writer
+        self._seal = session.sends
+        self._unseal = session.receives
         self._silence_s = silence_s
 
     def post(self, message: wire.Message) -> None:
@@ -32,7 +43,7 @@ class Channel:
         if self._writer.transport.get_write_buffer_size() > _MOST_UNREAD_BYTES:
             self._writer.transport.abort()
             return
-        self._writer.write(wire.frame(message))
+        self._writer.write(wire.frame(self._seal.seal(wire.encode(message))))
 
     async def next(self) -> wire.Message:
         """The next message that is not a sign of life.
@@ -43,14 +54,15 @@ class Channel:
         while True:
             try:
                 async with asyncio.timeout(self._silence_s):
-                    message = await wire.read(self._reader)
+                    sealed = await wire.read_frame(self._reader, wire.MAX_FRAME_BYTES + TAG_BYTES)
             except TimeoutError as error:
                 raise TransferError(
                     f"nothing came from the other worker for transfer.silence_s = {self._silence_s:g} s",
                     code="worker_gone",
                 ) from error
-            if message is None:
+            if sealed is None:
                 raise TransferError("the other worker has closed the connection", code="worker_gone")
+            message = wire.decode(self._unseal.open(sealed))
             if not isinstance(message, wire.Ping):
                 return message
 
@@ -68,10 +80,10 @@ class Channel:
 
 @asynccontextmanager
 async def channel(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: Session, silence_s: float
 ) -> AsyncIterator[Channel]:
     """The connection as a channel; pings while the context is open, closed at its end."""
-    opened = Channel(reader, writer, silence_s)
+    opened = Channel(reader, writer, session, silence_s)
     pings = asyncio.create_task(opened.ping(), name="channel-ping")
     try:
         yield opened
@@ -80,17 +92,3 @@ async def channel(
         writer.close()
         with suppress(OSError, asyncio.CancelledError):
             await pings
-
-
-async def dial(address: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to a transfer agent.
-
-    Raises:
-        TransferError: `worker_gone`: nobody listens there, or nobody answered in time.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.open_connection(host.strip("[]"), int(port))
-    except (OSError, ValueError, TimeoutError) as error:
-        raise TransferError(f"no transfer agent at {address}: {error or 'no answer'}", code="worker_gone") from error

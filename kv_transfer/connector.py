@@ -6,6 +6,7 @@ hooks to `SchedulerSide` and `WorkerSide`, where the behaviour is. Its settings 
 
     board       path of the lease board, made by the worker's service
     owner_pid   that service; the engine ends itself when it is gone
+    owner_key   its public key in hex; it tells the transfer agent who is registered
     host_id     equal for workers that share memory
     host        address the transfer agent listens on
     transfer    the settings section `transfer`, as a dict
@@ -213,6 +214,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
             self._settings,
             host_id=config.get_from_extra_config("host_id", ""),
             host=config.get_from_extra_config("host", "127.0.0.1"),
+            owner=bytes.fromhex(config.get_from_extra_config("owner_key", "")),
         )
         self._endpoint = RankEndpoint(os.getpid(), endpoint, layout.block_tokens, layout.block_bytes)
         if self._rank == 0:  # every word of the board has one writer

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kv_transfer import receiver_link, wire
-from kv_transfer.channel import channel
+from kv_transfer.channel import Channel
+from kv_transfer.door import Door
 from kv_transfer.extents import Extent
 from kv_transfer.handoff import Handoff, Seal, check
 from kv_transfer.inbound import Inbound, Tally, Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
 from kv_transfer.outbound import Fence, Outbound, Receiver
 from kv_transfer.path_probe import ProbeMemory
+from kv_transfer.permits import TOKEN_BYTES, Permit
 from kv_transfer.sender_link import SenderLink, Terms
 from kv_transfer.ways import Transports
 from slipstream import telemetry
@@ -35,6 +37,8 @@ T = TypeVar("T")
 _SMALL_BYTES = 1 << 20
 _IDLE_LINK_S = 600.0
 _PROBE_S = 20.0
+# Receivers that wait for handoffs of which the engine has not heard; each has a request in its worker's engine.
+_MOST_PARKED = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ class Exchange:
     def __init__(
         self,
         memory: KvMemory,
+        door: Door,
         terms: Terms,
         limits: Limits,
         transports: Transports,
@@ -108,6 +113,7 @@ class Exchange:
         probed: ProbeMemory,
     ) -> None:
         self._memory = memory
+        self._door = door
         self._terms = terms
         self._limits = limits
         self._transports = transports
@@ -119,7 +125,7 @@ class Exchange:
         self._inbounds: dict[str, Inbound] = {}
         self._outbounds: dict[bytes, Outbound] = {}
         self._parked: dict[bytes, _Parked] = {}
-        self._links: dict[tuple[str, int], SenderLink] = {}
+        self._links: dict[tuple[str, int, bytes], SenderLink] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._probed = probed
 
@@ -180,6 +186,7 @@ class Exchange:
         try:
             source = self._source(handoff)
         except TransferError as error:
+            self._door.count(error)
             self._happened(Received(request_id, Tally(), error))
             return
         inbound = Inbound(
@@ -208,7 +215,7 @@ class Exchange:
                 "same worker.tensor_parallel_size",
                 code="layout",
             )
-        return Handoff(handoff.id, addresses[own.rank], handoff.epoch)
+        return Handoff(handoff.id, addresses[own.rank], handoff.epoch, handoff.key, handoff.token)
 
     def receive(self, request_id: str, want: Want) -> None:
         inbound = self._inbounds.get(request_id)
@@ -222,37 +229,38 @@ class Exchange:
 
     def _received(self, request_id: str, error: TransferError | None) -> None:
         inbound = self._inbounds.pop(request_id)
-        link = self._links.get((inbound.handoff.address, inbound.handoff.epoch))
+        link = self._links.get(_key(inbound.handoff))
         if link is not None:
             link.forget(inbound.handoff.id)
         self._happened(Received(request_id, inbound.tally, error))
 
     def _link_to(self, handoff: Handoff) -> SenderLink:
-        key = (handoff.address, handoff.epoch)
+        key = _key(handoff)
         link = self._links.get(key)
         if link is None or link.ended:
-            link = self._links[key] = SenderLink(*key, self._terms, self._transports)
+            link = self._links[key] = SenderLink(*key, self._door, self._terms, self._transports)
             link.start(self._spawn)
         return link
 
     # -- the engine, as a sender --------------------------------------------------------------------------
 
-    def expect(self, handoff_id: bytes, fence: Fence) -> None:
-        if handoff_id in self._outbounds:
+    def expect(self, permit: Permit, fence: Fence) -> None:
+        if permit.handoff in self._outbounds or len(permit.token) != TOKEN_BYTES:
             return
-        outbound = self._outbound(handoff_id, fence)
-        self._outbounds[handoff_id] = outbound
-        parked = self._parked.pop(handoff_id, None)
+        outbound = self._outbound(permit, fence)
+        self._outbounds[permit.handoff] = outbound
+        parked = self._parked.pop(permit.handoff, None)
         if parked is not None:
-            outbound.attach(parked.receiver)
+            self._attach(outbound, parked.receiver)
 
-    def _outbound(self, handoff_id: bytes, fence: Fence) -> Outbound:
-        seal = Seal(handoff_id, self._terms.epoch, self._terms.layout.rank)
-        return Outbound(handoff_id, seal, self._memory, fence, self._in_thread, self._buffers)
+    def _outbound(self, permit: Permit, fence: Fence) -> Outbound:
+        seal = Seal(permit.handoff, self._terms.epoch, permit.token, self._terms.layout.rank)
+        return Outbound(permit, seal, self._memory, fence, self._in_thread, self._buffers)
 
-    def begin(self, handoff_id: bytes, fence: Fence, tokens: int, digest: int) -> None:
-        self.expect(handoff_id, fence)
-        self._outbounds[handoff_id].start(tokens, digest)
+    def begin(self, handoff_id: bytes, tokens: int, digest: int) -> None:
+        outbound = self._outbounds.get(handoff_id)
+        if outbound is not None:  # else nobody may have it
+            outbound.start(tokens, digest)
 
     def publish(self, handoff_id: bytes, generation: int, block_ids: list[int], extent: Extent) -> None:
         outbound = self._outbounds.get(handoff_id)
@@ -286,26 +294,55 @@ class Exchange:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with channel(reader, writer, self._terms.silence_s) as line:
+            async with self._door.welcomed(reader, writer) as line:
                 hello = await line.next()
-                if isinstance(hello, wire.ProbePeer):
-                    line.post(await self._probe_peer(hello))
-                    await line.drained()
+                if line.peer == self._door.owner:
+                    await self._obey(line, hello)
                 elif isinstance(hello, wire.Hello):
-                    await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed)
+                    await self._serve(line, hello)
         except TransferError as error:
             log.info("receiver_left", code=error.code, reason=error.message)
+
+    async def _obey(self, line: Channel, said: wire.Message) -> None:
+        """What this worker's own service wants."""
+        if isinstance(said, wire.Registered):
+            self._door.peers.set(said.keys)
+            line.post(wire.Noted())
+        elif isinstance(said, wire.ProbePeer):
+            line.post(await self._probe_peer(said))
+        await line.drained()
+
+    async def _serve(self, line: Channel, hello: wire.Hello) -> None:
+        try:
+            await receiver_link.serve(line, hello, self._terms, self._transports, self, self._probed)
+        except TransferError as error:
+            self._door.count(error)
+            raise
 
     def attach(self, handoff_id: bytes, receiver: Receiver) -> None:
         """See `receiver_link.Handoffs`."""
         outbound = self._outbounds.get(handoff_id)
         if outbound is not None:
+            self._attach(outbound, receiver)
+            return
+        earlier = self._parked.get(handoff_id)
+        if earlier is not None:
+            earlier.receiver.give_way(handoff_id, receiver)
+        elif len(self._parked) >= _MOST_PARKED:
+            receiver.post(wire.Closed(handoff_id, "unknown_handoff", f"{_MOST_PARKED} receivers wait already"))
+            return
+        self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
+
+    def _attach(self, outbound: Outbound, receiver: Receiver) -> None:
+        """Let it have the blocks if they are for it: the worker that was told the token, and is registered still."""
+        try:
+            if receiver.peer not in self._door.peers:
+                raise TransferError("the receiver is not registered any more", code="not_registered")
             outbound.attach(receiver)
-        else:
-            earlier = self._parked.get(handoff_id)
-            if earlier is not None:
-                earlier.receiver.give_way(handoff_id, receiver)
-            self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
+        except TransferError as error:
+            self._door.count(error)
+            log.warning("handoff_refused", handoff=outbound.id.hex(), code=error.code, reason=error.message)
+            receiver.post(wire.Closed(outbound.id, error.code, error.message))
 
     def find(self, handoff_id: bytes) -> Outbound | None:
         """See `receiver_link.Handoffs`."""
@@ -343,10 +380,12 @@ class Exchange:
     async def _probe_peer(self, ask: wire.ProbePeer) -> wire.ProbeResult:
         """Over the link that handoffs use, or, for a named transport, over one of its own."""
         if ask.transport:
-            link = SenderLink(ask.address, ask.epoch, self._terms, self._transports, asked=ask.transport)
+            link = SenderLink(
+                ask.address, ask.epoch, ask.key, self._door, self._terms, self._transports, asked=ask.transport
+            )
             link.start(self._spawn)
         else:
-            link = self._link_to(Handoff(b"", ask.address, ask.epoch))
+            link = self._link_to(Handoff(b"", ask.address, ask.epoch, ask.key, b""))
         try:
             return await link.measure(_PROBE_S)
         except TransferError as error:
@@ -354,3 +393,7 @@ class Exchange:
         finally:
             if ask.transport:
                 link.close()
+
+
+def _key(handoff: Handoff) -> tuple[str, int, bytes]:
+    return handoff.address, handoff.epoch, handoff.key

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from kv_transfer.identity import KEY_BYTES
+from kv_transfer.permits import TOKEN_BYTES, seal_key
 from slipstream.errors import TransferError
 
 ID_BYTES = 16
@@ -17,21 +19,28 @@ class Handoff(msgspec.Struct, frozen=True, array_like=True):
     """Where a prompt's blocks come from.
 
     Attributes:
-        id: random, made for one pair of calls; only who was told it can receive the blocks.
+        id: random, made for one pair of calls.
         address: host:port of the sender's transfer agent; of the first one where it has several ranks.
         epoch: of the sender's process; a restarted one has another, and is never taken for this one.
+        key: the public key of the sender's agent, or of all its ranks' agents.
+        token: see `permits`; only who was told it can receive the blocks.
         ranks: addresses of the agents of all its tensor-parallel ranks, in order; empty where there is only one.
     """
 
     id: bytes
     address: str
     epoch: int
+    key: bytes
+    token: bytes
     ranks: tuple[str, ...] = ()
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of its ranks' agents, in order."""
         return self.ranks or (self.address,)
+
+    def __repr__(self) -> str:
+        return f"Handoff({self.id.hex()}, {self.address!r}, {self.epoch})"  # a token is in no log
 
 
 def check(handoff: Handoff) -> Handoff:
@@ -47,6 +56,12 @@ def check(handoff: Handoff) -> Handoff:
             f"{len(handoff.id)} bytes, {', '.join(map(repr, handoff.addresses))} and {handoff.epoch}",
             code="bad_handoff",
         )
+    if len(handoff.key) != KEY_BYTES or len(handoff.token) != TOKEN_BYTES:
+        raise TransferError(
+            f"a handoff has the sender's key of {KEY_BYTES} bytes and a token of {TOKEN_BYTES}, got "
+            f"{len(handoff.key)} and {len(handoff.token)}",
+            code="bad_token",
+        )
     return handoff
 
 
@@ -56,17 +71,19 @@ def digest_tokens(token_ids: Sequence[int]) -> int:
 
 
 class Seal:
-    """Digests of block bytes, bound to a handoff, the sender's incarnation and the place in the prompt.
+    """Digests of block bytes, bound to a handoff, its token, the sender's incarnation and the place in the prompt.
 
-    xxh3 with a seed made of all of them: the same bytes under another id, epoch, shard, block or region have another
-    digest. It guards against mistakes and accidents of memory and network, not against a forger.
+    xxh3 with a seed made of all of them: the same bytes under another id, token, epoch, shard, block or region have
+    another digest. It guards against mistakes and accidents of memory and network. The seed is secret, but xxh3 is no
+    MAC: it makes a forger's work hard, not impossible.
 
     Args:
         shard: which part of the KV heads it is, where they are divided among tensor-parallel ranks.
     """
 
-    def __init__(self, handoff_id: bytes, epoch: int, shard: int = 0) -> None:
-        self._base = xxhash.xxh3_64_intdigest(handoff_id + epoch.to_bytes(8, "little") + shard.to_bytes(4, "little"))
+    def __init__(self, handoff_id: bytes, epoch: int, token: bytes, shard: int = 0) -> None:
+        key = seal_key(token, handoff_id, epoch)
+        self._base = xxhash.xxh3_64_intdigest(key + shard.to_bytes(4, "little"))
 
     def digest(self, data: memoryview, block: int, region: int) -> int:
         """Of one piece: the bytes of block `block` of the prompt in region `region`."""

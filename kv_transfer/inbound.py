@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from kv_transfer import wire
+from kv_transfer import permits, wire
 from kv_transfer.handoff import Handoff, Seal
 from kv_transfer.kv_memory import Codec, KvMemory, tensor_of
 from kv_transfer.layout import Layout
@@ -29,6 +29,10 @@ _LANES = 2
 # come, so that slow senders do not sit on places that others could use.
 _FIRST_PLACES = 2
 _MOST_PLACES = 8
+# Far above what a prompt's layers and chunks come to: without a bound a broken sender could fill the memory.
+_MOST_WAITING_SPANS = 1 << 16
+# What a sender may say of the time that a span took it: more is nonsense, and would spoil the figures.
+_MOST_SEND_NS = 600 * 10**9
 
 
 @dataclass(slots=True)
@@ -75,9 +79,14 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Where a handoff comes from: the sender's connection, its link, and where its blocks lie."""
+    """Where a handoff comes from: the sender's connection, its link, and where its blocks lie.
+
+    Attributes:
+        session: of the connection; see `greeting.Session.id`.
+    """
 
     post: Callable[[wire.Message], None]
+    session: bytes
     link: ReadLink | LandingLink
     codec: Codec | None
     layout: Layout
@@ -120,6 +129,7 @@ class Inbound:
     _unclaimed: asyncio.Event = field(default_factory=asyncio.Event)
     _spans: asyncio.Queue[wire.Sent] = field(default_factory=asyncio.Queue)
     _post: Callable[[wire.Message], None] | None = None
+    _session: bytes = b""
     _reading: ReadLink | None = None
     _landing: LandingLink | None = None
     _source: Layout | None = None
@@ -132,25 +142,31 @@ class Inbound:
     _progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._seal = Seal(self.handoff.id, self.handoff.epoch, self.shard)
+        self._seal = Seal(self.handoff.id, self.handoff.epoch, self.handoff.token, self.shard)
 
     # -- what the connection does -------------------------------------------------------------------------
 
     def connected(self, way: Sender) -> None:
         """There is a way; ask for the handoff."""
         post, link = way.post, way.link
-        self._post, self._codec, self._source = post, way.codec, way.layout
+        self._post, self._codec, self._source, self._session = post, way.codec, way.layout, way.session
         if isinstance(link, ReadLink):
             self._reading = link
         else:
             self._landing = link
         self.tally.way = str(link.way)
-        post(wire.Open(self.handoff.id))
+        handoff = self.handoff
+        post(wire.Open(handoff.id, permits.opens(handoff.token, way.session, handoff.id)))
 
-    def started(self, tokens: int, digest: int) -> None:
-        if self.state is State.OPEN:
-            self.state = State.STARTED
-            self.on_started(tokens, digest)
+    def started(self, message: wire.Started) -> None:
+        """Raises TransferError, `bad_token`: who dispatched the request has not told the sender of this handoff."""
+        if self.state is not State.OPEN:
+            return
+        handoff, tokens, digest = self.handoff, message.tokens, message.digest
+        shown = permits.begins(handoff.token, self._session, handoff.id, tokens, digest)
+        permits.check(message.shown, shown, "the sender")
+        self.state = State.STARTED
+        self.on_started(tokens, digest)
 
     def computed(self) -> None:
         if self._computed_at is None:
@@ -158,6 +174,9 @@ class Inbound:
             self._progress.set()  # the deadline counts from here
 
     def sent(self, span: wire.Sent) -> None:
+        """Raises TransferError, `bad_message`: so many cannot wait of one handoff."""
+        if self._spans.qsize() >= _MOST_WAITING_SPANS:
+            raise TransferError(f"more than {_MOST_WAITING_SPANS} spans of one handoff wait", code="bad_message")
         self._spans.put_nowait(span)
 
     def failed(self, error: TransferError) -> None:
@@ -270,7 +289,7 @@ class Inbound:
             finally:
                 if span.ticket:
                     self._give_back(span.ticket)
-            self.tally.busy_s += span.send_ns / 1e9 + time.monotonic() - began
+            self.tally.busy_s += min(span.send_ns, _MOST_SEND_NS) / 1e9 + time.monotonic() - began
             self.tally.wire_bytes += span.length
             if not intact:
                 self._ask_again(span)

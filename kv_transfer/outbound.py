@@ -16,10 +16,11 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from kv_transfer import wire
+from kv_transfer import permits, wire
 from kv_transfer.extents import Extent, cut, joined
 from kv_transfer.handoff import Seal
 from kv_transfer.kv_memory import Codec, KvMemory, SendBuffer
+from kv_transfer.permits import Permit
 from kv_transfer.transports.base import LandingLink, ReadLink, Run
 from slipstream import telemetry
 from slipstream.errors import TransferError
@@ -30,6 +31,8 @@ log = telemetry.get_logger(__name__)
 _READ_SPAN_BYTES = 4 << 20
 # One span is digested while another one is on its way.
 _LANES = 2
+# Landing places that one handoff has at most; a receiver gives it eight.
+_MOST_TICKETS = 256
 
 
 class Fence:
@@ -41,15 +44,37 @@ class Fence:
 
 
 class Receiver:
-    """Where a handoff goes: the receiver's connection, its link and its announcement."""
+    """Where a handoff goes: the receiver's connection, its link and its announcement.
 
-    def __init__(self, post: Callable[[wire.Message], None], link: ReadLink | LandingLink, codec: Codec | None) -> None:
+    Args:
+        peer, session: of the connection (`channel.Channel`). shown: its proof that it was told the handoff's token.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[wire.Message], None],
+        link: ReadLink | LandingLink,
+        codec: Codec | None,
+        *,
+        peer: bytes,
+        session: bytes,
+        shown: bytes,
+    ) -> None:
         self.post = post
+        self.peer = peer
+        self.session = session
+        self.shown = shown
         self.landing = link if isinstance(link, LandingLink) else None
         self.codec = codec
         self.first = 0
         self.end = 0
         self.tickets: deque[int] = deque()
+
+    def check(self, permit: Permit) -> None:
+        """Raises TransferError, `bad_token`: the handoff is not for this one."""
+        if self.peer != permit.receiver:
+            raise TransferError("this handoff is for another worker", code="bad_token")
+        permits.check(self.shown, permits.opens(permit.token, self.session, permit.handoff), "the receiver")
 
     def give_way(self, handoff_id: bytes, other: Receiver) -> None:
         """Tell it that another one has opened its handoff. The same connection may also open it again."""
@@ -66,14 +91,15 @@ class Outbound:
 
     def __init__(
         self,
-        handoff_id: bytes,
+        permit: Permit,
         seal: Seal,
         memory: KvMemory,
         fence: Fence,
         in_thread: Callable[[Callable[[], list[int]], int], Awaitable[list[int]]],
         buffers: asyncio.Queue[SendBuffer],
     ) -> None:
-        self.id = handoff_id
+        self.id = permit.handoff
+        self._permit = permit
         self.tokens = 0
         self.digest = 0
         self.started = False
@@ -99,7 +125,11 @@ class Outbound:
         """The prompt's computation begins."""
         self.tokens, self.digest, self.started = tokens, digest, True
         if self._receiver is not None:
-            self._receiver.post(wire.Started(self.id, tokens, digest))
+            self._greet(self._receiver)
+
+    def _greet(self, receiver: Receiver) -> None:
+        shown = permits.begins(self._permit.token, receiver.session, self.id, self.tokens, self.digest)
+        receiver.post(wire.Started(self.id, self.tokens, self.digest, shown))
 
     def publish(self, generation: int, block_ids: list[int], extent: Extent) -> None:
         """These pieces are finished; `block_ids` is the prompt's block table as far as the extent needs it."""
@@ -134,13 +164,18 @@ class Outbound:
     # -- the receiver's side ------------------------------------------------------------------------------
 
     def attach(self, receiver: Receiver) -> None:
-        """A receiver opened this handoff; another one that had opened it before gives way."""
+        """A receiver opened this handoff; another connection that had opened it before gives way.
+
+        Raises:
+            TransferError: `bad_token`: the handoff is not for this one.
+        """
+        receiver.check(self._permit)
         if self._receiver is not None:
             self._receiver.give_way(self.id, receiver)
         self.detach()
         self._receiver = receiver
         if self.started:
-            receiver.post(wire.Started(self.id, self.tokens, self.digest))
+            self._greet(receiver)
         if self.computed:
             receiver.post(wire.Computed(self.id))
 
@@ -166,7 +201,10 @@ class Outbound:
             self._sending = asyncio.create_task(self._send(receiver), name=f"send-{self.id.hex()[:8]}")
 
     def credit(self, ticket: int) -> None:
+        """Raises TransferError, `bad_message`: no receiver has so many landing places."""
         if self._receiver is not None:
+            if len(self._receiver.tickets) >= _MOST_TICKETS:
+                raise TransferError(f"more than {_MOST_TICKETS} landing places for one handoff", code="bad_message")
             self._receiver.tickets.append(ticket)
             self._work.set()
 

@@ -18,6 +18,9 @@ from slipstream.errors import TransferError
 
 log = telemetry.get_logger(__name__)
 
+# Of one connection at the same time; a receiver that measures asks for four.
+_MOST_PROBES = 16
+
 
 class Handoffs(Protocol):
     """The agent's outbound handoffs."""
@@ -71,8 +74,11 @@ async def serve(
                     link, codec = await _link(line, message, terms, transports), message.codec
                 case wire.Open() if link is not None:
                     of_codec = terms.codec_of(codec) if isinstance(link, LandingLink) else None
-                    handoffs.attach(message.handoff, Receiver(post, link, of_codec))
+                    receiver = Receiver(post, link, of_codec, peer=line.peer, session=line.session, shown=message.shown)
+                    handoffs.attach(message.handoff, receiver)
                 case wire.ProbeAsk() if link is not None:
+                    if len(probes) >= _MOST_PROBES:
+                        raise TransferError(f"more than {_MOST_PROBES} probes at once", code="bad_message")
                     task = asyncio.create_task(_answer_probe(line, link, message, probed))
                     probes.add(task)
                     task.add_done_callback(probes.discard)

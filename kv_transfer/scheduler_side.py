@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from kv_transfer.accounts import Accounts, TransferReport
 from kv_transfer.board import Board, Counter, Outcome, Word
 from kv_transfer.handoff import Handoff, digest_tokens
+from kv_transfer.permits import Permit
 from kv_transfer.rank_reports import RankReports
 from slipstream import telemetry
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 log = telemetry.get_logger(__name__)
 
 # Keys of a request's `kv_transfer_params`, in and out.
-SEND = "slipstream_send"  # in: (slot, nonce, handoff id, cached only)
-RECEIVE = "slipstream_receive"  # in: (handoff id, address, epoch, addresses of several ranks, patience_s)
+SEND = "slipstream_send"  # in: (slot, nonce, handoff id, cached only, token, receiver's key)
+RECEIVE = "slipstream_receive"  # in: (handoff id, address, epoch, several ranks' addresses, patience_s, key, token)
 ACCOUNT = "slipstream_account"  # out: Account as a dict
 
 _ENDED = {
@@ -100,7 +101,7 @@ class Step:
     """
 
     tokens: int = 0
-    expects: list[bytes] = field(default_factory=list)
+    expects: list[Permit] = field(default_factory=list)
     resets: list[bytes] = field(default_factory=list)
     ends: list[tuple[bytes, str]] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)
@@ -210,8 +211,9 @@ class SchedulerSide:
         # At least one prompt token has to be computed, to sample from; is all the rest here?
         if local_tokens >= int(request.num_tokens) - 1:
             return _Incoming(_Stage.OVER, request.num_prompt_tokens)
-        handoff_id, address, epoch, ranks, patience_s = raw
-        self._step.opens.append((request.request_id, Handoff(bytes(handoff_id), address, epoch, tuple(ranks))))
+        handoff_id, address, epoch, ranks, patience_s, key, token = raw
+        handoff = Handoff(bytes(handoff_id), address, epoch, bytes(key), bytes(token), tuple(ranks))
+        self._step.opens.append((request.request_id, handoff))
         until_s = time.monotonic() + patience_s if patience_s else 0.0
         return _Incoming(_Stage.OPENED, request.num_prompt_tokens, until_s)
 
@@ -270,13 +272,13 @@ class SchedulerSide:
         """A request has come; it may wait long before it is asked anything."""
         raw = (request.kv_transfer_params or {}).get(SEND)
         if raw is not None:
-            self._step.expects.append(bytes(raw[2]))
+            self._step.expects.append(Permit(bytes(raw[2]), bytes(raw[4]), bytes(raw[5])))
 
     def _may_send(self, request: Request, raw: Sequence[Any], local_tokens: int) -> bool:
         """Note the request's lease. False when it asks for what the prefix cache has, and that is not enough."""
         outgoing = self._outgoing.get(request.request_id)
         if outgoing is None:
-            slot, nonce, handoff_id, cached_only = raw
+            slot, nonce, handoff_id, cached_only, _, _ = raw
             prompt = request.prompt_token_ids or []
             tokens = len(prompt) - 1 if cached_only else len(prompt)
             outgoing = _Outgoing(bytes(handoff_id), int(slot), int(nonce), tokens, digest_tokens(prompt[:tokens]))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kv_transfer import wire
-from kv_transfer.channel import Channel, channel, dial
+from kv_transfer.channel import Channel
+from kv_transfer.door import Door
 from kv_transfer.inbound import Inbound, Sender
 from kv_transfer.kv_memory import Codec
 from kv_transfer.layout import Layout
@@ -56,12 +57,17 @@ class SenderLink:
     """See the module's docstring.
 
     Args:
+        key: the public key of the sender's agent.
         asked: a transport's name to use instead of `terms.asked`, for a probe.
     """
 
-    def __init__(self, address: str, epoch: int, terms: Terms, transports: Transports, asked: str = "") -> None:
+    def __init__(
+        self, address: str, epoch: int, key: bytes, door: Door, terms: Terms, transports: Transports, asked: str = ""
+    ) -> None:
         self.address = address
         self.epoch = epoch
+        self._key = key
+        self._door = door
         self.last_used_s = time.monotonic()
         self._terms = terms
         self._asked = asked or terms.asked
@@ -153,7 +159,7 @@ class SenderLink:
             case _ if inbound is None:
                 pass  # about a handoff that has ended here
             case wire.Started():
-                inbound.started(message.tokens, message.digest)
+                self._begin(inbound, message)
             case wire.Sent():
                 inbound.sent(message)
             case wire.Computed():
@@ -163,13 +169,19 @@ class SenderLink:
             case _:
                 raise TransferError(f"unexpected {type(message).__name__} from a sender", code="bad_message")
 
+    def _begin(self, inbound: Inbound, message: wire.Started) -> None:
+        try:
+            inbound.started(message)
+        except TransferError as error:  # of this handoff; the others from there may be in order
+            self._door.count(error)
+            inbound.failed(error)
+
     # -- agreement ----------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _agreed(self) -> AsyncIterator[tuple[Channel, Sender]]:
         terms = self._terms
-        reader, writer = await dial(self.address, terms.setup_s)
-        async with channel(reader, writer, terms.silence_s) as line:
+        async with self._door.dialed(self.address, self._key, terms.setup_s) as line:
             try:
                 async with asyncio.timeout(terms.setup_s):
                     line.post(terms.hello(self.epoch))
@@ -185,7 +197,7 @@ class SenderLink:
             log.info("path_agreed", address=self.address, way=str(link.way), codec=self._codec(way))
             if link.way.warning:
                 log.warning("slow_path", address=self.address, way=str(link.way), remedy=link.way.warning)
-            yield line, Sender(line.post, link, codec, layout)
+            yield line, Sender(line.post, line.session, link, codec, layout)
 
     def _checked(self, hello: wire.Message) -> Layout:
         """The sender's layout, if it is the worker that was meant and its blocks fit here."""

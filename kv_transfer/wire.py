@@ -1,26 +1,38 @@
-"""What two transfer agents say to each other over their control connection, and how it is framed.
+"""What two transfer agents say to each other over their control connection, once they know each other (`greeting`).
 
 The worker that receives blocks opens the connection to the one that sends them. A frame is its length (4 bytes, big
-endian) and one msgpack message. Block bytes never travel here; they go over a transport's link.
+endian) and one msgpack message, with the session's tag in front. Block bytes never travel here; they go over a
+transport's link.
 
     receiver -> sender   Hello, Link, Open, Announce, Credit, Again, Done, Closed, Ping, ProbeAsk
     sender -> receiver   Hello, Linked, Started, Sent, Computed, Closed, Ping, ProbeSent
-    a worker's service -> its own agent: ProbePeer, answered by ProbeResult
+    a worker's service -> its own agent: ProbePeer, answered by ProbeResult; Registered, answered by Noted
+
+A number or a length that cannot be meant is refused when the message is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from kv_transfer.layout import Layout
 from slipstream.errors import TransferError
 
-VERSION = 1
+VERSION = 2
+MAX_FRAME_BYTES = 1 << 20
+"""A span of 8 MiB in pieces of 1 KiB takes some 150 KB; a cluster of 4096 workers, some 140 KB."""
 _LENGTH = struct.Struct(">I")
-_MAX_FRAME_BYTES = 16 << 20
+
+HandoffId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Mac = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Number = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -34,9 +46,9 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
         layout: where its KV blocks are; None from a worker's service.
     """
 
-    version: int
-    epoch: int
-    expected_epoch: int
+    version: Number
+    epoch: Number
+    expected_epoch: Number
     host_id: str
     transports: list[str]
     layout: Layout | None
@@ -58,25 +70,30 @@ class Linked(msgspec.Struct, tag="linked", frozen=True):
 
 
 class Open(msgspec.Struct, tag="open", frozen=True):
-    """The receiver waits for this handoff."""
+    """The receiver waits for this handoff, and shows that it was told its token (`permits.opens`)."""
 
-    handoff: bytes
+    handoff: HandoffId
+    shown: Mac
 
 
 class Started(msgspec.Struct, tag="started", frozen=True):
-    """The prompt's computation has begun: `tokens` tokens with this digest (`handoff.digest_tokens`) will be sent."""
+    """The prompt's computation has begun: `tokens` tokens with this digest (`handoff.digest_tokens`) will be sent.
 
-    handoff: bytes
-    tokens: int
-    digest: int
+    `shown` is the sender's proof that it was told the token (`permits.begins`).
+    """
+
+    handoff: HandoffId
+    tokens: Count
+    digest: Number
+    shown: Mac
 
 
 class Announce(msgspec.Struct, tag="announce", frozen=True):
     """The receiver has room for blocks `first` to `first + count` of the prompt."""
 
-    handoff: bytes
-    first: int
-    count: int
+    handoff: HandoffId
+    first: Count
+    count: Count
 
 
 class Sent(msgspec.Struct, tag="sent", frozen=True):
@@ -91,47 +108,47 @@ class Sent(msgspec.Struct, tag="sent", frozen=True):
         send_ns: how long digesting and sending took.
     """
 
-    handoff: bytes
-    number: int
-    blocks: tuple[int, int]
-    block_ids: list[int]
-    regions: tuple[int, int]
-    digests: list[int]
-    ticket: int
-    length: int
-    send_ns: int
+    handoff: HandoffId
+    number: Number
+    blocks: tuple[Count, Count]
+    block_ids: list[Count]
+    regions: tuple[Count, Count]
+    digests: list[Number]
+    ticket: Number
+    length: Number
+    send_ns: Number
 
 
 class Computed(msgspec.Struct, tag="computed", frozen=True):
     """The last token of the prompt has been computed; what was not sent yet will come without further computation."""
 
-    handoff: bytes
+    handoff: HandoffId
 
 
 class Credit(msgspec.Struct, tag="credit", frozen=True):
     """A landing place."""
 
-    handoff: bytes
-    ticket: int
+    handoff: HandoffId
+    ticket: Number
 
 
 class Again(msgspec.Struct, tag="again", frozen=True):
     """The span with this number was not intact."""
 
-    handoff: bytes
-    number: int
+    handoff: HandoffId
+    number: Number
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
     """The receiver has a checked copy of all that it announced."""
 
-    handoff: bytes
+    handoff: HandoffId
 
 
 class Closed(msgspec.Struct, tag="closed", frozen=True):
     """The speaker has given the handoff up."""
 
-    handoff: bytes
+    handoff: HandoffId
     code: str
     message: str
 
@@ -143,21 +160,22 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
 class ProbeAsk(msgspec.Struct, tag="probe_ask", frozen=True):
     """Send `length` bytes of the probe memory to this ticket; with ticket 0 say only where that memory is."""
 
-    ticket: int
-    length: int
+    ticket: Number
+    length: Number
 
 
 class ProbeSent(msgspec.Struct, tag="probe_sent", frozen=True):
-    ticket: int
-    address: int
-    length: int
+    ticket: Number
+    address: Number
+    length: Number
 
 
 class ProbePeer(msgspec.Struct, tag="probe_peer", frozen=True):
-    """Measure the way from the worker at `address` to this one."""
+    """Measure the way from the worker at `address`, whose agent has this key, to this one."""
 
     address: str
-    epoch: int
+    epoch: Number
+    key: Key
     transport: str
 
 
@@ -170,6 +188,16 @@ class ProbeResult(msgspec.Struct, tag="probe_result", frozen=True):
     latency_s: float = 0.0
     warning: str = ""
     error: str = ""
+
+
+class Registered(msgspec.Struct, tag="registered", frozen=True):
+    """These are the keys of the workers that are registered now; nobody else is served."""
+
+    keys: list[Key]
+
+
+class Noted(msgspec.Struct, tag="noted", frozen=True):
+    """They hold from now on."""
 
 
 Message = (
@@ -190,29 +218,40 @@ Message = (
     | ProbeSent
     | ProbePeer
     | ProbeResult
+    | Registered
+    | Noted
 )
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def frame(message: Message) -> bytes:
-    body = _encoder.encode(message)
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(body: bytes) -> Message:
+    """Raises TransferError, `bad_message`: not one of ours."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise TransferError(f"an unreadable control message: {error}", code="bad_message") from error
+
+
+def frame(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def read(reader: asyncio.StreamReader) -> Message | None:
-    """The next message; None when the other side has closed the connection.
+async def read_frame(reader: asyncio.StreamReader, limit_bytes: int) -> bytes | None:
+    """The next frame's content; None when the other side has closed the connection.
 
     Raises:
-        TransferError: `bad_message`: not one of ours.
+        TransferError: `bad_message`: it is longer than may be.
     """
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > _MAX_FRAME_BYTES:
-            raise TransferError(f"a control frame of {length} bytes, at most {_MAX_FRAME_BYTES}", code="bad_message")
-        return _decoder.decode(await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError, OSError):
+        if length > limit_bytes:
+            raise TransferError(f"a control frame of {length} bytes, at most {limit_bytes}", code="bad_message")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, OSError):
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise TransferError(f"an unreadable control message: {error}", code="bad_message") from error

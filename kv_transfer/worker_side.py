@@ -91,8 +91,8 @@ class WorkerSide:
         """Before the forward pass: nothing that this step overwrites may be sent any more."""
         agent = self._agent
         agent.reset(step.resets)
-        for handoff_id in step.expects:
-            agent.expect(handoff_id)
+        for permit in step.expects:
+            agent.expect(permit)
         for handoff_id, why in step.ends:
             self._forget(handoff_id)
             agent.end(handoff_id, why, "the sender has given the prompt up")

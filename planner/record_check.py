@@ -27,6 +27,7 @@ MAX_NODE_CHARS = 253
 
 MAX_TRANSPORTS = 8
 MAX_RANKS = 64
+PUBLIC_KEY_BYTES = 32
 MAX_STARTUP_S = 7 * 86400.0
 MAX_HEALTH_REASONS, MAX_HEALTH_DEVICES, MAX_HEALTH_CHARS = 16, 64, 240
 
@@ -95,6 +96,8 @@ def _check_endpoint(endpoint: TransferEndpoint) -> None:
     _check_address("transfer.address", endpoint.address)
     if len(endpoint.transports) > MAX_TRANSPORTS:
         raise _wrong("transfer.transports", f"{len(endpoint.transports)} names", f"at most {MAX_TRANSPORTS}")
+    if len(endpoint.public_key) not in (0, PUBLIC_KEY_BYTES):
+        raise _wrong("transfer.public_key", f"{len(endpoint.public_key)} bytes", f"{PUBLIC_KEY_BYTES} bytes")
     for name in endpoint.transports:
         _check_text("transfer.transports", name, MAX_PATH_NAME_CHARS, required=True)
     if len(endpoint.ranks) > MAX_RANKS or (endpoint.ranks and endpoint.ranks[0] != endpoint.address):

@@ -167,5 +167,5 @@ def _identity(record: WorkerRecord) -> tuple[object, ...]:
         record.pid,
         record.started_unix_s,
         (capacity.max_model_len, capacity.block_tokens, capacity.blocks, capacity.block_bytes),
-        (transfer.address, transfer.epoch, *transfer.transports, *transfer.ranks),
+        (transfer.address, transfer.epoch, transfer.public_key, *transfer.transports, *transfer.ranks),
     )

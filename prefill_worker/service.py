@@ -21,6 +21,7 @@ from engine.request_stream import RequestStream, serving
 from kv_transfer.board import Outcome
 from kv_transfer.handoff import ID_BYTES
 from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.permits import TOKEN_BYTES, Permit
 from slipstream.errors import EngineDeadError, InvalidRequestError, SlipstreamError
 from slipstream.v1 import worker_pb2
 from slipstream.v1.worker_pb2 import HandoffClosed, PrefillCommands, PrefillEvent, PrefillEvents, PrefillRequest
@@ -116,6 +117,11 @@ class PrefillService(PrefillWorkerServicer):
             raise InvalidRequestError(
                 f"handoff_id: {len(request.handoff_id)} bytes, it has {ID_BYTES} random ones", param="handoff_id"
             )
+        if len(request.handoff_token) != TOKEN_BYTES:
+            raise InvalidRequestError(
+                f"handoff_token: {len(request.handoff_token)} bytes, it has {TOKEN_BYTES} random ones",
+                param="handoff_token",
+            )
 
     async def _compute(
         self, request: PrefillRequest, lease: Lease, keeping: asyncio.Task[Outcome]
@@ -141,7 +147,7 @@ class PrefillService(PrefillWorkerServicer):
             request.request_id,
             request.token_ids,
             (lease.slot, lease.nonce),
-            handoff_id=request.handoff_id,
+            permit=Permit(request.handoff_id, request.handoff_token, request.receiver_key),
             source=request.source if request.HasField("source") else None,
             cached_only=request.cached_only,
             cache_salt=request.cache_salt,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -22,10 +22,13 @@ from engine.simulated.scheduler import Scheduler
 from engine.simulated.sending import TRANSPORT, Outgoing, SendingSide
 from engine.simulated.stream import Moved, Stream
 from engine.simulated.tokens import Answer, printable_tokens, vocabulary_size
-from kv_transfer.accounts import FAILURES
+from kv_transfer.accounts import FAILURES, REFUSED
 from kv_transfer.board import Board, Counter, Outcome
+from kv_transfer.door import Door
 from kv_transfer.handoff import Handoff as Place
-from kv_transfer.handoff import digest_tokens
+from kv_transfer.handoff import check, digest_tokens
+from kv_transfer.identity import Identity, Peers
+from kv_transfer.permits import Permit
 from slipstream import telemetry
 from slipstream.background import background
 from slipstream.block_keys import extend, root_key
@@ -80,17 +83,23 @@ class SimulatedEngine:
         self._board = board
         self._clock = Clock(settings.simulated.speed)
         self._scheduler = Scheduler(profile, record_cache=False)
+        self._door = Door(
+            Identity(),
+            Peers(),
+            silence_s=transfer.silence_s,
+            refused=lambda why: board.add(REFUSED[why]),
+        )
         self._sending = SendingSide(
             profile,
             self._clock,
+            self._door,
             epoch=board.epoch,
             host=transfer.host or settings.worker.host,
             port=transfer.port,
-            silence_s=transfer.silence_s,
             parked_s=transfer.lease_s,
             taken=lambda outgoing: self._held.taken(outgoing),
         )
-        self._receiving = ReceivingSide(silence_s=transfer.silence_s, dial_s=transfer.timeout_s)
+        self._receiving = ReceivingSide(self._door, dial_s=transfer.timeout_s)
         self._held = HeldPrompts(board, self._sending, self._free)
         self._streams: dict[str, Stream] = {}
         self._work = asyncio.Event()
@@ -125,7 +134,7 @@ class SimulatedEngine:
         token_ids: Sequence[int],
         lease: tuple[int, int],
         *,
-        handoff_id: bytes,
+        permit: Permit,
         source: Handoff | None,
         cached_only: bool,
         cache_salt: str = "",
@@ -134,7 +143,7 @@ class SimulatedEngine:
         stream = self._stream(request_id, token_ids, 0, cached_only=cached_only, cache_salt=cache_salt)
         tokens = len(stream.prompt) - 1 if cached_only else len(stream.prompt)
         async with self._queued(stream, source, _SOURCE_PATIENCE_S):
-            outgoing = Outgoing(handoff_id, tokens, digest_tokens(stream.prompt[:tokens]))
+            outgoing = Outgoing(permit, tokens, digest_tokens(stream.prompt[:tokens]))
             prompt = self._held.add(request_id, lease, outgoing)
             try:
                 await stream.computed.wait()
@@ -210,8 +219,10 @@ class SimulatedEngine:
     async def _receive(self, stream: Stream, handoff: Handoff, patience_s: float) -> None:
         """Have a request's blocks sent here; whatever fails, the request goes on and computes them."""
         request = stream.request
-        place = Place(handoff.id, handoff.sender.address, handoff.sender.epoch)
+        sender = handoff.sender
+        place = Place(handoff.id, sender.address, sender.epoch, sender.public_key, handoff.token)
         try:
+            check(place)
             async with self._receiving.receiving(place) as incoming:
                 async with asyncio.timeout(patience_s or None):
                     tokens, digest = await asyncio.shield(incoming.started)
@@ -434,7 +445,16 @@ class SimulatedEngine:
         """See `Engine.transfer`."""
         if not self._sending.address:
             return None
-        return TransferEndpoint(address=self._sending.address, epoch=self._board.epoch, transports=[TRANSPORT])
+        return TransferEndpoint(
+            address=self._sending.address,
+            epoch=self._board.epoch,
+            transports=[TRANSPORT],
+            public_key=self._door.identity.public,
+        )
+
+    async def admit(self, keys: Collection[bytes]) -> None:
+        """See `Engine.admit`."""
+        self._door.peers.set(keys)
 
     async def probe_path(self, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:
         """The profile's figures, once the peer has answered; see `Engine.probe_path`."""
@@ -444,7 +464,7 @@ class SimulatedEngine:
         try:
             if transport not in ("", TRANSPORT):
                 raise TransferError(f"simulated workers know no way called {transport!r}", code="no_path")
-            await self._receiving.reach(peer.address, peer.epoch)
+            await self._receiving.reach(peer.address, peer.epoch, peer.public_key)
         except TransferError as error:
             path.error = error.message
             return path

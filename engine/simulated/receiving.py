@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from engine.simulated.sending import TRANSPORT
-from kv_transfer import wire
-from kv_transfer.channel import Channel, channel, dial
+from kv_transfer import permits, wire
+from kv_transfer.channel import Channel
+from kv_transfer.door import Door
 from kv_transfer.handoff import Handoff
 from slipstream.errors import TransferError
 
@@ -25,7 +26,7 @@ class Incoming:
         transfer_s: that they took on the link, summed. exposed_s: since the prompt was computed.
     """
 
-    handoff_id: bytes
+    handoff: Handoff
     peer: Channel
     started: asyncio.Future[tuple[int, int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     arrived: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -38,7 +39,7 @@ class Incoming:
     def ask(self, first: int, count: int) -> None:
         """These blocks of the prompt are wanted, and have room."""
         self.missing = count
-        self.peer.post(wire.Announce(self.handoff_id, first, count))
+        self.peer.post(wire.Announce(self.handoff.id, first, count))
 
     def fail(self, error: TransferError) -> None:
         for future in (self.started, self.arrived):
@@ -48,8 +49,7 @@ class Incoming:
 
     def take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Started):
-            if not self.started.done():
-                self.started.set_result((message.tokens, message.digest))
+            self._begin(message)
         elif isinstance(message, wire.Computed):
             self.computed_at_s = time.monotonic()
         elif isinstance(message, wire.Sent):
@@ -62,22 +62,33 @@ class Incoming:
         elif isinstance(message, wire.Closed):
             self.fail(TransferError(message.message, code=message.code))
 
+    def _begin(self, message: wire.Started) -> None:
+        if self.started.done():
+            return
+        tokens, digest = message.tokens, message.digest
+        shown = permits.begins(self.handoff.token, self.peer.session, self.handoff.id, tokens, digest)
+        try:
+            permits.check(message.shown, shown, "the sender")
+        except TransferError as error:
+            self.fail(error)
+        else:
+            self.started.set_result((tokens, digest))
+
 
 class _Link:
-    """A connection to one sender."""
+    """A connection to one sender, whose agent has this key."""
 
-    def __init__(self, address: str, epoch: int, silence_s: float, dial_s: float) -> None:
+    def __init__(self, address: str, epoch: int, key: bytes, door: Door, dial_s: float) -> None:
         self.incoming: dict[bytes, Incoming] = {}
         self.ready: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
-        self._address, self._epoch = address, epoch
-        self._silence_s, self._dial_s = silence_s, dial_s
+        self._address, self._epoch, self._key = address, epoch, key
+        self._door, self._dial_s = door, dial_s
         self.task = asyncio.create_task(self._run(), name="simulated-link")
 
     async def _run(self) -> None:
         error = TransferError("the other worker has closed the connection", code="worker_gone")
         try:
-            reader, writer = await dial(self._address, self._dial_s)
-            async with channel(reader, writer, self._silence_s) as peer:
+            async with self._door.dialed(self._address, self._key, self._dial_s) as peer:
                 await self._greet(peer)
                 self.ready.set_result(peer)
                 while True:
@@ -106,9 +117,9 @@ class _Link:
 class ReceivingSide:
     """All that this worker receives."""
 
-    def __init__(self, *, silence_s: float, dial_s: float) -> None:
-        self._silence_s, self._dial_s = silence_s, dial_s
-        self._links: dict[tuple[str, int], _Link] = {}
+    def __init__(self, door: Door, *, dial_s: float) -> None:
+        self._door, self._dial_s = door, dial_s
+        self._links: dict[tuple[str, int, bytes], _Link] = {}
 
     @asynccontextmanager
     async def receiving(self, handoff: Handoff) -> AsyncIterator[Incoming]:
@@ -117,12 +128,12 @@ class ReceivingSide:
         Raises:
             TransferError: the sender cannot be reached.
         """
-        link = self._link(handoff.address, handoff.epoch)
+        link = self._link(handoff.address, handoff.epoch, handoff.key)
         peer = await asyncio.shield(link.ready)
-        incoming = link.incoming[handoff.id] = Incoming(handoff.id, peer)
+        incoming = link.incoming[handoff.id] = Incoming(handoff, peer)
         if link.task.done():
             incoming.fail(TransferError("the other worker has closed the connection", code="worker_gone"))
-        peer.post(wire.Open(handoff.id))
+        peer.post(wire.Open(handoff.id, permits.opens(handoff.token, peer.session, handoff.id)))
         try:
             yield incoming
         except BaseException:
@@ -135,14 +146,14 @@ class ReceivingSide:
             del link.incoming[handoff.id]
             incoming.fail(TransferError("not waited for any more", code="cancelled"))
 
-    async def reach(self, address: str, epoch: int) -> float:
+    async def reach(self, address: str, epoch: int, key: bytes) -> float:
         """Seconds for a new connection and its greeting.
 
         Raises:
             TransferError: it cannot be reached, or is no simulated worker.
         """
         began_s = time.monotonic()
-        link = self._link(address, epoch)
+        link = self._link(address, epoch, key)
         await asyncio.shield(link.ready)
         return time.monotonic() - began_s
 
@@ -152,8 +163,8 @@ class ReceivingSide:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _link(self, address: str, epoch: int) -> _Link:
-        link = self._links.get((address, epoch))
+    def _link(self, address: str, epoch: int, key: bytes) -> _Link:
+        link = self._links.get((address, epoch, key))
         if link is None or link.task.done():
-            link = self._links[address, epoch] = _Link(address, epoch, self._silence_s, self._dial_s)
+            link = self._links[address, epoch, key] = _Link(address, epoch, key, self._door, self._dial_s)
         return link

@@ -12,8 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from engine.simulated.clock import Clock
-from kv_transfer import wire
-from kv_transfer.channel import Channel, channel
+from kv_transfer import permits, wire
+from kv_transfer.channel import Channel
+from kv_transfer.door import Door
+from kv_transfer.permits import TOKEN_BYTES, Permit
 from slipstream.addresses import host_port
 from slipstream.errors import StartupError, TransferError
 from slipstream.performance import Profile
@@ -30,7 +32,7 @@ class Outgoing:
         ready_blocks: computed ones, in the prompt's order; the receiver may have them.
     """
 
-    handoff_id: bytes
+    permit: Permit
     tokens: int
     digest: int
     begun: bool = False
@@ -43,24 +45,28 @@ class Outgoing:
     work: asyncio.Event = field(default_factory=asyncio.Event)
     sender: asyncio.Task[None] | None = None
 
+    @property
+    def handoff_id(self) -> bytes:
+        return self.permit.handoff
+
 
 class SendingSide:
     """Serves receivers while the context is open.
 
     Args:
         taken: called when a receiver has all it wants.
-        silence_s: see `transfer.silence_s`. parked_s: how long a receiver may wait for a prompt that is unknown.
+        door: lets them in. parked_s: how long a receiver may wait for a prompt that is unknown.
     """
 
     def __init__(
         self,
         profile: Profile,
         clock: Clock,
+        door: Door,
         *,
         epoch: int,
         host: str,
         port: int,
-        silence_s: float,
         parked_s: float,
         taken: Callable[[Outgoing], None],
     ) -> None:
@@ -68,12 +74,13 @@ class SendingSide:
         self._clock = clock
         self._epoch = epoch
         self._host, self._port = host, port
-        self._silence_s, self._parked_s = silence_s, parked_s
+        self._door = door
+        self._parked_s = parked_s
         self._taken = taken
         self._server: asyncio.Server | None = None
         self._peers: set[asyncio.Task[None]] = set()
         self._outgoing: dict[bytes, Outgoing] = {}
-        self._parked: dict[bytes, tuple[Channel, asyncio.TimerHandle]] = {}
+        self._parked: dict[bytes, tuple[Channel, bytes, asyncio.TimerHandle]] = {}
         self._link_free_s = 0.0
         self.address = ""
 
@@ -95,7 +102,7 @@ class SendingSide:
         """End all connections; whoever receives sees it."""
         if self._server is not None:
             self._server.close()
-        for _, timer in self._parked.values():
+        for _, _, timer in self._parked.values():
             timer.cancel()
         tasks = [*self._peers, *(one.sender for one in self._outgoing.values() if one.sender is not None)]
         for task in tasks:
@@ -109,8 +116,9 @@ class SendingSide:
         self._outgoing[outgoing.handoff_id] = outgoing
         parked = self._parked.pop(outgoing.handoff_id, None)
         if parked is not None:
-            outgoing.receiver, timer = parked
+            peer, shown, timer = parked
             timer.cancel()
+            self._attach(outgoing, peer, shown)
 
     def progress(self, outgoing: Outgoing, ready_blocks: int, *, computed: bool) -> None:
         """Its computation has begun, or come this far."""
@@ -139,22 +147,24 @@ class SendingSide:
         task = asyncio.current_task()
         assert task is not None
         self._peers.add(task)
+        peer: Channel | None = None
         try:
-            async with channel(reader, writer, self._silence_s) as peer:
-                with suppress(TransferError):
+            with suppress(TransferError):
+                async with self._door.welcomed(reader, writer) as peer:
                     while True:
                         self._take(peer, await peer.next())
         except asyncio.CancelledError:
             pass  # `close`: asyncio's server would log it
         finally:
             self._peers.discard(task)
-            self._forget(peer)
+            if peer is not None:
+                self._forget(peer)
 
     def _take(self, peer: Channel, message: wire.Message) -> None:
         if isinstance(message, wire.Hello):
             peer.post(wire.Hello(wire.VERSION, self._epoch, 0, "", [TRANSPORT], None))
         elif isinstance(message, wire.Open):
-            self._open(peer, message.handoff)
+            self._open(peer, message)
         elif isinstance(message, wire.Announce | wire.Done | wire.Closed):
             outgoing = self._outgoing.get(message.handoff)
             if outgoing is None or outgoing.receiver is not peer:
@@ -166,15 +176,32 @@ class SendingSide:
             else:
                 outgoing.receiver = None
 
-    def _open(self, peer: Channel, handoff_id: bytes) -> None:
+    def _open(self, peer: Channel, message: wire.Open) -> None:
+        handoff_id = message.handoff
         outgoing = self._outgoing.get(handoff_id)
         if outgoing is not None:
-            outgoing.receiver = peer
-            if outgoing.begun:
-                self._greet(outgoing)
+            self._attach(outgoing, peer, message.shown)
             return
+        self._unpark(handoff_id)
         give_up = asyncio.get_running_loop().call_later(self._parked_s, self._unknown, peer, handoff_id)
-        self._parked[handoff_id] = (peer, give_up)
+        self._parked[handoff_id] = (peer, message.shown, give_up)
+
+    def _attach(self, outgoing: Outgoing, peer: Channel, shown: bytes) -> None:
+        """As real agents do: only the worker that was told the token, and is registered, has it."""
+        permit = outgoing.permit
+        try:
+            if peer.peer != permit.receiver or len(permit.token) != TOKEN_BYTES:
+                raise TransferError("this handoff is for another worker", code="bad_token")
+            if peer.peer not in self._door.peers:
+                raise TransferError("the receiver is not registered any more", code="not_registered")
+            permits.check(shown, permits.opens(permit.token, peer.session, permit.handoff), "the receiver")
+        except TransferError as error:
+            self._door.count(error)
+            peer.post(wire.Closed(permit.handoff, error.code, error.message))
+            return
+        outgoing.receiver = peer
+        if outgoing.begun:
+            self._greet(outgoing)
 
     def _unknown(self, peer: Channel, handoff_id: bytes) -> None:
         del self._parked[handoff_id]
@@ -183,20 +210,23 @@ class SendingSide:
     def _unpark(self, handoff_id: bytes) -> None:
         parked = self._parked.pop(handoff_id, None)
         if parked is not None:
-            parked[1].cancel()
+            parked[2].cancel()
 
     def _forget(self, peer: Channel) -> None:
-        for handoff_id in [key for key, (one, _) in self._parked.items() if one is peer]:
+        for handoff_id in [key for key, (one, _, _) in self._parked.items() if one is peer]:
             self._unpark(handoff_id)
         for outgoing in self._outgoing.values():
             if outgoing.receiver is peer:
                 outgoing.receiver = None
 
     def _greet(self, outgoing: Outgoing) -> None:
-        if outgoing.receiver is not None:
-            outgoing.receiver.post(wire.Started(outgoing.handoff_id, outgoing.tokens, outgoing.digest))
+        receiver = outgoing.receiver
+        if receiver is not None:
+            tokens, digest, permit = outgoing.tokens, outgoing.digest, outgoing.permit
+            shown = permits.begins(permit.token, receiver.session, permit.handoff, tokens, digest)
+            receiver.post(wire.Started(permit.handoff, tokens, digest, shown))
             if outgoing.computed:
-                outgoing.receiver.post(wire.Computed(outgoing.handoff_id))
+                receiver.post(wire.Computed(outgoing.handoff_id))
 
     def _begin_sending(self, outgoing: Outgoing, message: wire.Announce) -> None:
         if outgoing.sender is None:

@@ -19,12 +19,16 @@ from typing import TypeVar
 
 import msgspec
 
+from kv_transfer.board import open_own
 from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing, gather
 from kv_transfer.transports.process_memory import allow_readers, read_process
 from slipstream.errors import TransferError
 
 T = TypeVar("T")
+
+# What a peer may say of its landing area: a place is a span.
+_MOST_PLACES, _LEAST_PLACE_BYTES = 1 << 20, 1024
 
 
 class _DirectCard(msgspec.Struct, frozen=True):
@@ -134,7 +138,9 @@ class ShmStaged:
         if os.path.basename(peer.file) != peer.file or not peer.file.endswith("-landing.kv"):
             raise TransferError(f"{peer.file!r} does not name a landing area", code="bad_message")
         try:
-            with (self._directory / peer.file).open("r+b") as file:
+            if not (0 < peer.places <= _MOST_PLACES and peer.place_bytes >= _LEAST_PLACE_BYTES):
+                raise ValueError(f"{peer.places} places of {peer.place_bytes} bytes")
+            with open_own(self._directory / peer.file) as file:
                 theirs = mmap.mmap(file.fileno(), peer.places * peer.place_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise TransferError(

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslipstream/v1/registry.proto\x12\rslipstream.v1\"U\n\x0cHealthReason\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.slipstream.v1.HealthState\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xcb\x01\n\x06Health\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.slipstream.v1.HealthState\x12,\n\x07reasons\x18\x02 \x03(\x0b\x32\x1b.slipstream.v1.HealthReason\x12\x14\n\x0csince_unix_s\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x04 \x01(\r\x12\x15\n\rfenced_unix_s\x18\x05 \x01(\x03\x12\x16\n\x0e\x66\x65nced_because\x18\x06 \x01(\t\x12\x12\n\ndevice_ids\x18\x07 \x03(\t\"\x96\x04\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.slipstream.v1.Role\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.slipstream.v1.WorkerState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x06 \x01(\t\x12\x0f\n\x07host_id\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x16\n\x0estarted_unix_s\x18\n \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12)\n\x08\x63\x61pacity\x18\x0c \x01(\x0b\x32\x17.slipstream.v1.Capacity\x12!\n\x04load\x18\r \x01(\x0b\x32\x13.slipstream.v1.Load\x12\x10\n\x08renewals\x18\x0e \x01(\x04\x12\x31\n\x08transfer\x18\x0f \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\x12*\n\x05paths\x18\x10 \x03(\x0b\x32\x1b.slipstream.v1.TransferPath\x12%\n\x06health\x18\x11 \x01(\x0b\x32\x15.slipstream.v1.Health\x12\x0c\n\x04node\x18\x12 \x01(\t\x12\'\n\x07startup\x18\x13 \x01(\x0b\x32\x16.slipstream.v1.Startup\"\xb6\x01\n\x07Startup\x12\x0f\n\x07imports\x18\x01 \x01(\x02\x12\r\n\x05model\x18\x02 \x01(\x02\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\x02\x12\x0f\n\x07weights\x18\x04 \x01(\x02\x12\x10\n\x08kv_cache\x18\x05 \x01(\x02\x12\x10\n\x08transfer\x18\x06 \x01(\x02\x12\x0e\n\x06warmup\x18\x07 \x01(\x02\x12\x14\n\x0cregistration\x18\x08 \x01(\x02\x12\x11\n\tpath_test\x18\t \x01(\x02\x12\r\n\x05total\x18\n \x01(\x02\"U\n\x10TransferEndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\r\n\x05ranks\x18\x04 \x03(\t\"\xbe\x01\n\x0cTransferPath\x12\x16\n\x0epeer_worker_id\x18\x01 \x01(\t\x12\x12\n\npeer_epoch\x18\x02 \x01(\x04\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x01\x12\x11\n\tlatency_s\x18\x06 \x01(\x01\x12\x0f\n\x07warning\x18\x07 \x01(\t\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x17\n\x0fmeasured_unix_s\x18\t \x01(\x03\"q\n\x08\x43\x61pacity\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\"\xde\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x05 \x01(\x04\x12\x15\n\rhandoffs_held\x18\x06 \x01(\r\x12\x17\n\x0f\x66\x61llbacks_total\x18\x07 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x08 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\x04\x12\x11\n\tfrontends\x18\n \x01(\r\">\n\x0fRegisterRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.slipstream.v1.WorkerRecord\"#\n\x10RegisterResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"5\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x14\n\x12\x44\x65registerResponse\"\"\n\x0cWatchRequest\x12\x12\n\nidentities\x18\x01 \x01(\x08\"p\n\tWorkerSet\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.WorkerRecord\x12\x0f\n\x07settled\x18\x02 \x01(\x08\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x13\n\x0bregistry_id\x18\x04 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04*O\n\x0bHealthState\x12\x1c\n\x18HEALTH_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07HEALTHY\x10\x01\x12\x0b\n\x07SUSPECT\x10\x02\x12\x08\n\x04SICK\x10\x03\x32\xec\x01\n\x08Registry\x12K\n\x08Register\x12\x1e.slipstream.v1.RegisterRequest\x1a\x1f.slipstream.v1.RegisterResponse\x12Q\n\nDeregister\x12 .slipstream.v1.DeregisterRequest\x1a!.slipstream.v1.DeregisterResponse\x12@\n\x05Watch\x12\x1b.slipstream.v1.WatchRequest\x1a\x18.slipstream.v1.WorkerSet0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslipstream/v1/registry.proto\x12\rslipstream.v1\"U\n\x0cHealthReason\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.slipstream.v1.HealthState\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xcb\x01\n\x06Health\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.slipstream.v1.HealthState\x12,\n\x07reasons\x18\x02 \x03(\x0b\x32\x1b.slipstream.v1.HealthReason\x12\x14\n\x0csince_unix_s\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x04 \x01(\r\x12\x15\n\rfenced_unix_s\x18\x05 \x01(\x03\x12\x16\n\x0e\x66\x65nced_because\x18\x06 \x01(\t\x12\x12\n\ndevice_ids\x18\x07 \x03(\t\"\x96\x04\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.slipstream.v1.Role\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.slipstream.v1.WorkerState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x06 \x01(\t\x12\x0f\n\x07host_id\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x16\n\x0estarted_unix_s\x18\n \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12)\n\x08\x63\x61pacity\x18\x0c \x01(\x0b\x32\x17.slipstream.v1.Capacity\x12!\n\x04load\x18\r \x01(\x0b\x32\x13.slipstream.v1.Load\x12\x10\n\x08renewals\x18\x0e \x01(\x04\x12\x31\n\x08transfer\x18\x0f \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\x12*\n\x05paths\x18\x10 \x03(\x0b\x32\x1b.slipstream.v1.TransferPath\x12%\n\x06health\x18\x11 \x01(\x0b\x32\x15.slipstream.v1.Health\x12\x0c\n\x04node\x18\x12 \x01(\t\x12\'\n\x07startup\x18\x13 \x01(\x0b\x32\x16.slipstream.v1.Startup\"\xb6\x01\n\x07Startup\x12\x0f\n\x07imports\x18\x01 \x01(\x02\x12\r\n\x05model\x18\x02 \x01(\x02\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\x02\x12\x0f\n\x07weights\x18\x04 \x01(\x02\x12\x10\n\x08kv_cache\x18\x05 \x01(\x02\x12\x10\n\x08transfer\x18\x06 \x01(\x02\x12\x0e\n\x06warmup\x18\x07 \x01(\x02\x12\x14\n\x0cregistration\x18\x08 \x01(\x02\x12\x11\n\tpath_test\x18\t \x01(\x02\x12\r\n\x05total\x18\n \x01(\x02\"i\n\x10TransferEndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\r\n\x05ranks\x18\x04 \x03(\t\x12\x12\n\npublic_key\x18\n \x01(\x0c\"\xbe\x01\n\x0cTransferPath\x12\x16\n\x0epeer_worker_id\x18\x01 \x01(\t\x12\x12\n\npeer_epoch\x18\x02 \x01(\x04\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x01\x12\x11\n\tlatency_s\x18\x06 \x01(\x01\x12\x0f\n\x07warning\x18\x07 \x01(\t\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x17\n\x0fmeasured_unix_s\x18\t \x01(\x03\"q\n\x08\x43\x61pacity\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\"\xde\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\r\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x05 \x01(\x04\x12\x15\n\rhandoffs_held\x18\x06 \x01(\r\x12\x17\n\x0f\x66\x61llbacks_total\x18\x07 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x08 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\x04\x12\x11\n\tfrontends\x18\n \x01(\r\">\n\x0fRegisterRequest\x12+\n\x06worker\x18\x01 \x01(\x0b\x32\x1b.slipstream.v1.WorkerRecord\"#\n\x10RegisterResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"5\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x14\n\x12\x44\x65registerResponse\"\"\n\x0cWatchRequest\x12\x12\n\nidentities\x18\x01 \x01(\x08\"p\n\tWorkerSet\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.WorkerRecord\x12\x0f\n\x07settled\x18\x02 \x01(\x08\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x13\n\x0bregistry_id\x18\x04 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04*O\n\x0bHealthState\x12\x1c\n\x18HEALTH_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07HEALTHY\x10\x01\x12\x0b\n\x07SUSPECT\x10\x02\x12\x08\n\x04SICK\x10\x03\x32\xec\x01\n\x08Registry\x12K\n\x08Register\x12\x1e.slipstream.v1.RegisterRequest\x1a\x1f.slipstream.v1.RegisterResponse\x12Q\n\nDeregister\x12 .slipstream.v1.DeregisterRequest\x1a!.slipstream.v1.DeregisterResponse\x12@\n\x05Watch\x12\x1b.slipstream.v1.WatchRequest\x1a\x18.slipstream.v1.WorkerSet0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slipstream.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2010
-  _globals['_ROLE']._serialized_end=2073
-  _globals['_WORKERSTATE']._serialized_start=2075
-  _globals['_WORKERSTATE']._serialized_end=2169
-  _globals['_HEALTHSTATE']._serialized_start=2171
-  _globals['_HEALTHSTATE']._serialized_end=2250
+  _globals['_ROLE']._serialized_start=2030
+  _globals['_ROLE']._serialized_end=2093
+  _globals['_WORKERSTATE']._serialized_start=2095
+  _globals['_WORKERSTATE']._serialized_end=2189
+  _globals['_HEALTHSTATE']._serialized_start=2191
+  _globals['_HEALTHSTATE']._serialized_end=2270
   _globals['_HEALTHREASON']._serialized_start=47
   _globals['_HEALTHREASON']._serialized_end=132
   _globals['_HEALTH']._serialized_start=135
@@ -46,25 +46,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTUP']._serialized_start=878
   _globals['_STARTUP']._serialized_end=1060
   _globals['_TRANSFERENDPOINT']._serialized_start=1062
-  _globals['_TRANSFERENDPOINT']._serialized_end=1147
-  _globals['_TRANSFERPATH']._serialized_start=1150
-  _globals['_TRANSFERPATH']._serialized_end=1340
-  _globals['_CAPACITY']._serialized_start=1342
-  _globals['_CAPACITY']._serialized_end=1455
-  _globals['_LOAD']._serialized_start=1458
-  _globals['_LOAD']._serialized_end=1680
-  _globals['_REGISTERREQUEST']._serialized_start=1682
-  _globals['_REGISTERREQUEST']._serialized_end=1744
-  _globals['_REGISTERRESPONSE']._serialized_start=1746
-  _globals['_REGISTERRESPONSE']._serialized_end=1781
-  _globals['_DEREGISTERREQUEST']._serialized_start=1783
-  _globals['_DEREGISTERREQUEST']._serialized_end=1836
-  _globals['_DEREGISTERRESPONSE']._serialized_start=1838
-  _globals['_DEREGISTERRESPONSE']._serialized_end=1858
-  _globals['_WATCHREQUEST']._serialized_start=1860
-  _globals['_WATCHREQUEST']._serialized_end=1894
-  _globals['_WORKERSET']._serialized_start=1896
-  _globals['_WORKERSET']._serialized_end=2008
-  _globals['_REGISTRY']._serialized_start=2253
-  _globals['_REGISTRY']._serialized_end=2489
+  _globals['_TRANSFERENDPOINT']._serialized_end=1167
+  _globals['_TRANSFERPATH']._serialized_start=1170
+  _globals['_TRANSFERPATH']._serialized_end=1360
+  _globals['_CAPACITY']._serialized_start=1362
+  _globals['_CAPACITY']._serialized_end=1475
+  _globals['_LOAD']._serialized_start=1478
+  _globals['_LOAD']._serialized_end=1700
+  _globals['_REGISTERREQUEST']._serialized_start=1702
+  _globals['_REGISTERREQUEST']._serialized_end=1764
+  _globals['_REGISTERRESPONSE']._serialized_start=1766
+  _globals['_REGISTERRESPONSE']._serialized_end=1801
+  _globals['_DEREGISTERREQUEST']._serialized_start=1803
+  _globals['_DEREGISTERREQUEST']._serialized_end=1856
+  _globals['_DEREGISTERRESPONSE']._serialized_start=1858
+  _globals['_DEREGISTERRESPONSE']._serialized_end=1878
+  _globals['_WATCHREQUEST']._serialized_start=1880
+  _globals['_WATCHREQUEST']._serialized_end=1914
+  _globals['_WORKERSET']._serialized_start=1916
+  _globals['_WORKERSET']._serialized_end=2028
+  _globals['_REGISTRY']._serialized_start=2273
+  _globals['_REGISTRY']._serialized_end=2509
 # @@protoc_insertion_point(module_scope)

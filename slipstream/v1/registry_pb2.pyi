@@ -322,10 +322,13 @@ class TransferEndpoint(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """host:port of its control connections; of rank 0's"""
     epoch: _builtins.int
     """of the engine process; a restarted one has another"""
+    public_key: _builtins.bytes
+    """Ed25519, made at its start: how other agents know it and its ranks"""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """that it can use: shm, ucx, nixl"""
@@ -341,10 +344,11 @@ class TransferEndpoint(_message.Message):
         epoch: _builtins.int = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         ranks: _abc.Iterable[_builtins.str] | None = ...,
+        public_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "ranks", b"ranks", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "public_key", b"public_key", "ranks", b"ranks", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

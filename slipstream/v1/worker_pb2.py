@@ -26,7 +26,7 @@ from slipstream.v1 import registry_pb2 as slipstream_dot_v1_dot_registry__pb2
 from slipstream.v1 import sampling_pb2 as slipstream_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aslipstream/v1/worker.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/registry.proto\x1a\x1cslipstream/v1/sampling.proto\"\x12\n\x10GetStatusRequest\"B\n\x0eSetRoleRequest\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.slipstream.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"A\n\x0fSetFenceRequest\x12\x0e\n\x06\x66\x65nced\x18\x01 \x01(\x08\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"=\n\x11WatchCacheRequest\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\"\xf0\x01\n\x0b\x43\x61\x63heUpdate\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x0e\n\x06stored\x18\x04 \x03(\x06\x12\x0f\n\x07removed\x18\x05 \x03(\x06\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.slipstream.v1.Load\x12\x14\n\x0c\x62locks_known\x18\x07 \x01(\x08\x12!\n\x04tier\x18\x08 \x01(\x0e\x32\x13.slipstream.v1.Tier\x12\x0f\n\x07profile\x18\t \x01(\x0c\x12 \n\x03own\x18\n \x01(\x0b\x32\x13.slipstream.v1.Load\"g\n\x10ProbePathRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x04peer\x18\x02 \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\x12\x11\n\ttransport\x18\x03 \x01(\t\"Y\n\x07Handoff\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12/\n\x06sender\x18\x03 \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\"O\n\x0fPrefillCommands\x12,\n\x05start\x18\x01 \x03(\x0b\x32\x1d.slipstream.v1.PrefillRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x04\"<\n\rPrefillEvents\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.PrefillEvent\"^\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x0e\n\x06status\x18\x05 \x01(\r\"\xb5\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nhandoff_id\x18\x04 \x01(\x0c\x12&\n\x06source\x18\x05 \x01(\x0b\x32\x16.slipstream.v1.Handoff\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x06 \x01(\x08\x12\x13\n\x0b\x66rontend_id\x18\x07 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x04\x12\x37\n\x05trace\x18\t \x03(\x0b\x32(.slipstream.v1.PrefillRequest.TraceEntry\x12\x12\n\ncache_salt\x18\n \x01(\t\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc2\x01\n\x0cPrefillEvent\x12\x31\n\x08\x63omputed\x18\x01 \x01(\x0b\x32\x1d.slipstream.v1.PromptComputedH\x00\x12.\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1c.slipstream.v1.HandoffClosedH\x00\x12)\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x16.slipstream.v1.FailureH\x00\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\x04\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"Y\n\x0ePromptComputed\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\"\xa0\x01\n\rHandoffClosed\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.slipstream.v1.HandoffClosed.Outcome\"X\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05TAKEN\x10\x01\x12\x0c\n\x08RELEASED\x10\x02\x12\x0b\n\x07\x45XPIRED\x10\x03\x12\x0e\n\nNOT_CACHED\x10\x04\"\xc2\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.slipstream.v1.SamplingParams\x12\'\n\x07handoff\x18\x06 \x01(\x0b\x32\x16.slipstream.v1.Handoff\x12\x13\n\x0b\x66rontend_id\x18\x07 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x04\x12\x36\n\x05trace\x18\t \x03(\x0b\x32\'.slipstream.v1.DecodeRequest.TraceEntry\x12\x12\n\ncache_salt\x18\n \x01(\t\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06\"M\n\x0e\x44\x65\x63odeCommands\x12+\n\x05start\x18\x01 \x03(\x0b\x32\x1c.slipstream.v1.DecodeRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x04\":\n\x0c\x44\x65\x63odeEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.slipstream.v1.DecodeEvent\"\x8f\x02\n\x0b\x44\x65\x63odeEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1c.slipstream.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\x12.\n\x07\x61\x63\x63ount\x18\x05 \x01(\x0b\x32\x1d.slipstream.v1.RequestAccount\x12\x0c\n\x04\x63\x61ll\x18\x06 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x16.slipstream.v1.Failure\x12\r\n\x05\x65nded\x18\x08 \x01(\x08*&\n\x04Tier\x12\x0f\n\x0bTIER_DEVICE\x10\x00\x12\r\n\tTIER_HOST\x10\x01\x32`\n\rPrefillWorker\x12O\n\x0bPrefillMany\x12\x1e.slipstream.v1.PrefillCommands\x1a\x1c.slipstream.v1.PrefillEvents(\x01\x30\x01\x32\\\n\x0c\x44\x65\x63odeWorker\x12L\n\nDecodeMany\x12\x1d.slipstream.v1.DecodeCommands\x1a\x1b.slipstream.v1.DecodeEvents(\x01\x30\x01\x32\xfc\x02\n\x06Worker\x12I\n\tGetStatus\x12\x1f.slipstream.v1.GetStatusRequest\x1a\x1b.slipstream.v1.WorkerRecord\x12I\n\tProbePath\x12\x1f.slipstream.v1.ProbePathRequest\x1a\x1b.slipstream.v1.TransferPath\x12L\n\nWatchCache\x12 .slipstream.v1.WatchCacheRequest\x1a\x1a.slipstream.v1.CacheUpdate0\x01\x12\x45\n\x07SetRole\x12\x1d.slipstream.v1.SetRoleRequest\x1a\x1b.slipstream.v1.WorkerRecord\x12G\n\x08SetFence\x12\x1e.slipstream.v1.SetFenceRequest\x1a\x1b.slipstream.v1.WorkerRecordb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aslipstream/v1/worker.proto\x12\rslipstream.v1\x1a\x1cslipstream/v1/registry.proto\x1a\x1cslipstream/v1/sampling.proto\"\x12\n\x10GetStatusRequest\"B\n\x0eSetRoleRequest\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.slipstream.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"A\n\x0fSetFenceRequest\x12\x0e\n\x06\x66\x65nced\x18\x01 \x01(\x08\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"=\n\x11WatchCacheRequest\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\"\xf0\x01\n\x0b\x43\x61\x63heUpdate\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x0e\n\x06stored\x18\x04 \x03(\x06\x12\x0f\n\x07removed\x18\x05 \x03(\x06\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.slipstream.v1.Load\x12\x14\n\x0c\x62locks_known\x18\x07 \x01(\x08\x12!\n\x04tier\x18\x08 \x01(\x0e\x32\x13.slipstream.v1.Tier\x12\x0f\n\x07profile\x18\t \x01(\x0c\x12 \n\x03own\x18\n \x01(\x0b\x32\x13.slipstream.v1.Load\"g\n\x10ProbePathRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x04peer\x18\x02 \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\x12\x11\n\ttransport\x18\x03 \x01(\t\"h\n\x07Handoff\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12/\n\x06sender\x18\x03 \x01(\x0b\x32\x1f.slipstream.v1.TransferEndpoint\x12\r\n\x05token\x18\n \x01(\x0c\"O\n\x0fPrefillCommands\x12,\n\x05start\x18\x01 \x03(\x0b\x32\x1d.slipstream.v1.PrefillRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x04\"<\n\rPrefillEvents\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.slipstream.v1.PrefillEvent\"^\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x0e\n\x06status\x18\x05 \x01(\r\"\xe2\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nhandoff_id\x18\x04 \x01(\x0c\x12&\n\x06source\x18\x05 \x01(\x0b\x32\x16.slipstream.v1.Handoff\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x06 \x01(\x08\x12\x13\n\x0b\x66rontend_id\x18\x07 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x04\x12\x37\n\x05trace\x18\t \x03(\x0b\x32(.slipstream.v1.PrefillRequest.TraceEntry\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x15\n\rhandoff_token\x18\x14 \x01(\x0c\x12\x14\n\x0creceiver_key\x18\x15 \x01(\x0c\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc2\x01\n\x0cPrefillEvent\x12\x31\n\x08\x63omputed\x18\x01 \x01(\x0b\x32\x1d.slipstream.v1.PromptComputedH\x00\x12.\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1c.slipstream.v1.HandoffClosedH\x00\x12)\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x16.slipstream.v1.FailureH\x00\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\x04\x12\r\n\x05\x65nded\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"Y\n\x0ePromptComputed\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x03 \x01(\r\"\xa0\x01\n\rHandoffClosed\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.slipstream.v1.HandoffClosed.Outcome\"X\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05TAKEN\x10\x01\x12\x0c\n\x08RELEASED\x10\x02\x12\x0b\n\x07\x45XPIRED\x10\x03\x12\x0e\n\nNOT_CACHED\x10\x04\"\xc2\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.slipstream.v1.SamplingParams\x12\'\n\x07handoff\x18\x06 \x01(\x0b\x32\x16.slipstream.v1.Handoff\x12\x13\n\x0b\x66rontend_id\x18\x07 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x08 \x01(\x04\x12\x36\n\x05trace\x18\t \x03(\x0b\x32\'.slipstream.v1.DecodeRequest.TraceEntry\x12\x12\n\ncache_salt\x18\n \x01(\t\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06\"M\n\x0e\x44\x65\x63odeCommands\x12+\n\x05start\x18\x01 \x03(\x0b\x32\x1c.slipstream.v1.DecodeRequest\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x04\":\n\x0c\x44\x65\x63odeEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.slipstream.v1.DecodeEvent\"\x8f\x02\n\x0b\x44\x65\x63odeEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1c.slipstream.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.slipstream.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\x12.\n\x07\x61\x63\x63ount\x18\x05 \x01(\x0b\x32\x1d.slipstream.v1.RequestAccount\x12\x0c\n\x04\x63\x61ll\x18\x06 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x16.slipstream.v1.Failure\x12\r\n\x05\x65nded\x18\x08 \x01(\x08*&\n\x04Tier\x12\x0f\n\x0bTIER_DEVICE\x10\x00\x12\r\n\tTIER_HOST\x10\x01\x32`\n\rPrefillWorker\x12O\n\x0bPrefillMany\x12\x1e.slipstream.v1.PrefillCommands\x1a\x1c.slipstream.v1.PrefillEvents(\x01\x30\x01\x32\\\n\x0c\x44\x65\x63odeWorker\x12L\n\nDecodeMany\x12\x1d.slipstream.v1.DecodeCommands\x1a\x1b.slipstream.v1.DecodeEvents(\x01\x30\x01\x32\xfc\x02\n\x06Worker\x12I\n\tGetStatus\x12\x1f.slipstream.v1.GetStatusRequest\x1a\x1b.slipstream.v1.WorkerRecord\x12I\n\tProbePath\x12\x1f.slipstream.v1.ProbePathRequest\x1a\x1b.slipstream.v1.TransferPath\x12L\n\nWatchCache\x12 .slipstream.v1.WatchCacheRequest\x1a\x1a.slipstream.v1.CacheUpdate0\x01\x12\x45\n\x07SetRole\x12\x1d.slipstream.v1.SetRoleRequest\x1a\x1b.slipstream.v1.WorkerRecord\x12G\n\x08SetFence\x12\x1e.slipstream.v1.SetFenceRequest\x1a\x1b.slipstream.v1.WorkerRecordb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREQUEST_TRACEENTRY']._serialized_options = b'8\001'
   _globals['_DECODEREQUEST_TRACEENTRY']._loaded_options = None
   _globals['_DECODEREQUEST_TRACEENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=2502
-  _globals['_TIER']._serialized_end=2540
+  _globals['_TIER']._serialized_start=2562
+  _globals['_TIER']._serialized_end=2600
   _globals['_GETSTATUSREQUEST']._serialized_start=105
   _globals['_GETSTATUSREQUEST']._serialized_end=123
   _globals['_SETROLEREQUEST']._serialized_start=125
@@ -52,39 +52,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBEPATHREQUEST']._serialized_start=566
   _globals['_PROBEPATHREQUEST']._serialized_end=669
   _globals['_HANDOFF']._serialized_start=671
-  _globals['_HANDOFF']._serialized_end=760
-  _globals['_PREFILLCOMMANDS']._serialized_start=762
-  _globals['_PREFILLCOMMANDS']._serialized_end=841
-  _globals['_PREFILLEVENTS']._serialized_start=843
-  _globals['_PREFILLEVENTS']._serialized_end=903
-  _globals['_FAILURE']._serialized_start=905
-  _globals['_FAILURE']._serialized_end=999
-  _globals['_PREFILLREQUEST']._serialized_start=1002
-  _globals['_PREFILLREQUEST']._serialized_end=1311
-  _globals['_PREFILLREQUEST_TRACEENTRY']._serialized_start=1267
-  _globals['_PREFILLREQUEST_TRACEENTRY']._serialized_end=1311
-  _globals['_PREFILLEVENT']._serialized_start=1314
-  _globals['_PREFILLEVENT']._serialized_end=1508
-  _globals['_PROMPTCOMPUTED']._serialized_start=1510
-  _globals['_PROMPTCOMPUTED']._serialized_end=1599
-  _globals['_HANDOFFCLOSED']._serialized_start=1602
-  _globals['_HANDOFFCLOSED']._serialized_end=1762
-  _globals['_HANDOFFCLOSED_OUTCOME']._serialized_start=1674
-  _globals['_HANDOFFCLOSED_OUTCOME']._serialized_end=1762
-  _globals['_DECODEREQUEST']._serialized_start=1765
-  _globals['_DECODEREQUEST']._serialized_end=2087
-  _globals['_DECODEREQUEST_TRACEENTRY']._serialized_start=1267
-  _globals['_DECODEREQUEST_TRACEENTRY']._serialized_end=1311
-  _globals['_DECODECOMMANDS']._serialized_start=2089
-  _globals['_DECODECOMMANDS']._serialized_end=2166
-  _globals['_DECODEEVENTS']._serialized_start=2168
-  _globals['_DECODEEVENTS']._serialized_end=2226
-  _globals['_DECODEEVENT']._serialized_start=2229
-  _globals['_DECODEEVENT']._serialized_end=2500
-  _globals['_PREFILLWORKER']._serialized_start=2542
-  _globals['_PREFILLWORKER']._serialized_end=2638
-  _globals['_DECODEWORKER']._serialized_start=2640
-  _globals['_DECODEWORKER']._serialized_end=2732
-  _globals['_WORKER']._serialized_start=2735
-  _globals['_WORKER']._serialized_end=3115
+  _globals['_HANDOFF']._serialized_end=775
+  _globals['_PREFILLCOMMANDS']._serialized_start=777
+  _globals['_PREFILLCOMMANDS']._serialized_end=856
+  _globals['_PREFILLEVENTS']._serialized_start=858
+  _globals['_PREFILLEVENTS']._serialized_end=918
+  _globals['_FAILURE']._serialized_start=920
+  _globals['_FAILURE']._serialized_end=1014
+  _globals['_PREFILLREQUEST']._serialized_start=1017
+  _globals['_PREFILLREQUEST']._serialized_end=1371
+  _globals['_PREFILLREQUEST_TRACEENTRY']._serialized_start=1327
+  _globals['_PREFILLREQUEST_TRACEENTRY']._serialized_end=1371
+  _globals['_PREFILLEVENT']._serialized_start=1374
+  _globals['_PREFILLEVENT']._serialized_end=1568
+  _globals['_PROMPTCOMPUTED']._serialized_start=1570
+  _globals['_PROMPTCOMPUTED']._serialized_end=1659
+  _globals['_HANDOFFCLOSED']._serialized_start=1662
+  _globals['_HANDOFFCLOSED']._serialized_end=1822
+  _globals['_HANDOFFCLOSED_OUTCOME']._serialized_start=1734
+  _globals['_HANDOFFCLOSED_OUTCOME']._serialized_end=1822
+  _globals['_DECODEREQUEST']._serialized_start=1825
+  _globals['_DECODEREQUEST']._serialized_end=2147
+  _globals['_DECODEREQUEST_TRACEENTRY']._serialized_start=1327
+  _globals['_DECODEREQUEST_TRACEENTRY']._serialized_end=1371
+  _globals['_DECODECOMMANDS']._serialized_start=2149
+  _globals['_DECODECOMMANDS']._serialized_end=2226
+  _globals['_DECODEEVENTS']._serialized_start=2228
+  _globals['_DECODEEVENTS']._serialized_end=2286
+  _globals['_DECODEEVENT']._serialized_start=2289
+  _globals['_DECODEEVENT']._serialized_end=2560
+  _globals['_PREFILLWORKER']._serialized_start=2602
+  _globals['_PREFILLWORKER']._serialized_end=2698
+  _globals['_DECODEWORKER']._serialized_start=2700
+  _globals['_DECODEWORKER']._serialized_end=2792
+  _globals['_WORKER']._serialized_start=2795
+  _globals['_WORKER']._serialized_end=3175
 # @@protoc_insertion_point(module_scope)

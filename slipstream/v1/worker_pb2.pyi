@@ -228,10 +228,13 @@ class Handoff(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     SENDER_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     """16 random bytes, made for one pair of calls"""
     worker_id: _builtins.str
     """the sender"""
+    token: _builtins.bytes
+    """32 random bytes that only the two workers of the handoff are told"""
     @_builtins.property
     def sender(self) -> _registry_pb2.TransferEndpoint: ...
     def __init__(
@@ -240,10 +243,11 @@ class Handoff(_message.Message):
         id: _builtins.bytes = ...,
         worker_id: _builtins.str = ...,
         sender: _registry_pb2.TransferEndpoint | None = ...,
+        token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sender", b"sender", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sender", b"sender", "token", b"token", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +370,8 @@ class PrefillRequest(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    HANDOFF_TOKEN_FIELD_NUMBER: _builtins.int
+    RECEIVER_KEY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     handoff_id: _builtins.bytes
@@ -377,6 +383,10 @@ class PrefillRequest(_message.Message):
     call: _builtins.int
     cache_salt: _builtins.str
     """only requests with the same one share what is in the prefix cache"""
+    handoff_token: _builtins.bytes
+    """the token of that Handoff"""
+    receiver_key: _builtins.bytes
+    """TransferEndpoint.public_key of the worker that the blocks are for"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -400,10 +410,12 @@ class PrefillRequest(_message.Message):
         call: _builtins.int = ...,
         trace: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cache_salt: _builtins.str = ...,
+        handoff_token: _builtins.bytes = ...,
+        receiver_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cached_only", b"cached_only", "call", b"call", "frontend_id", b"frontend_id", "handoff_id", b"handoff_id", "model", b"model", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cached_only", b"cached_only", "call", b"call", "frontend_id", b"frontend_id", "handoff_id", b"handoff_id", "handoff_token", b"handoff_token", "model", b"model", "receiver_key", b"receiver_key", "request_id", b"request_id", "source", b"source", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 import msgspec
 import psutil
 
-from kv_transfer import wire
+from kv_transfer import greeting, wire
 from kv_transfer.handoff import ID_BYTES
 from slipstream.v1.registry_pb2 import WorkerRecord
 from tests.faults.fuzz_cases import Fault, Kind
@@ -112,6 +112,11 @@ async def send_garbage(port: int, rng: random.Random) -> None:
                 writer.close()
 
 
+def said(message: wire.Message) -> bytes:
+    """As somebody says it who has not been greeted."""
+    return wire.frame(wire.encode(message))
+
+
 def _nonsense(rng: random.Random) -> list[bytes]:
     handoff = rng.randbytes(ID_BYTES)
     hello = wire.Hello(wire.VERSION, rng.getrandbits(60), rng.getrandbits(60), "elsewhere", ["shm", "telepathy"], None)
@@ -120,11 +125,13 @@ def _nonsense(rng: random.Random) -> list[bytes]:
             [rng.randbytes(rng.randrange(1, 4096))],
             [struct.pack(">I", 0xFFFF_FFFF), rng.randbytes(64)],
             [struct.pack(">I", 1000), rng.randbytes(10)],
-            [wire.frame(hello)[: rng.randrange(1, 20)]],
-            [wire.frame(hello), wire.frame(wire.Open(handoff)), wire.frame(wire.Announce(handoff, 0, 1 << 40))],
-            [wire.frame(wire.Done(handoff)), wire.frame(wire.Again(handoff, 1 << 50))],
+            [said(hello)[: rng.randrange(1, 20)]],
+            [said(hello), said(wire.Open(handoff, rng.randbytes(32))), said(wire.Announce(handoff, 0, 1 << 30))],
+            [said(wire.Done(handoff)), said(wire.Again(handoff, 1 << 50))],
+            [wire.frame(greeting.encode(greeting.Knock(greeting.VERSION, rng.randbytes(32), rng.randbytes(32))))],
+            [wire.frame(greeting.encode(greeting.Proof(rng.randbytes(64))))],
             [struct.pack(">I", 5) + msgspec.msgpack.encode(None) * 5],
-            [wire.frame(wire.Link("shm/staged", rng.randbytes(30), "zip"))],
+            [said(wire.Link("shm/staged", rng.randbytes(30), "zip"))],
             [],
         ]
     )

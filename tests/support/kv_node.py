@@ -29,12 +29,14 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.inbound import Want
 from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout
+from kv_transfer.permits import Permit
 from kv_transfer.sender_link import Terms
 from kv_transfer.transports.base import Transport
 from kv_transfer.transports.nixl import NixlTransport
 from kv_transfer.transports.shm import ShmDirect, ShmStaged
 from kv_transfer.transports.ucx import UcxTransport
 from kv_transfer.ways import Factory
+from tests.support.kv_stranger import identity, token
 
 # Every way that blocks can take, and the module that has to be installed for it.
 WAYS = {"shm/direct": "mmap", "shm/staged": "mmap", "ucx": "ucxx", "nixl": "nixl"}
@@ -64,6 +66,7 @@ class Options(msgspec.Struct, frozen=True):
 
     Attributes:
         way: how blocks come to it. width: numbers in a head; a block has 384 bytes for each.
+        identity: by this name others know it; registered: those that it knows.
         port: 0 takes a free one. small_bytes: what is copied in the event loop, in a peer; else in a thread.
     """
 
@@ -81,6 +84,8 @@ class Options(msgspec.Struct, frozen=True):
     span_bytes: int = 4096
     places: int = 16
     small_bytes: int | None = None
+    identity: str = "node"
+    registered: tuple[str, ...] = ("node",)
 
 
 class Happening(msgspec.Struct, frozen=True):
@@ -147,7 +152,8 @@ class KvNode(Watched):
         self.block_bytes = self.memory.block_bytes
         self.refill()
         self.layout = Layout(options.fingerprint, BLOCKS, 16, self.memory.regions)
-        self.agent = _agent(options, self.memory, self.layout, wrap)
+        self.refused: list[str] = []
+        self.agent = _agent(options, self.memory, self.layout, wrap, self.refused)
         self.agent.start()
         self.address = self.agent.address
         self.epoch = options.epoch
@@ -197,7 +203,8 @@ class KvNode(Watched):
 
     # -- as a sender --------------------------------------------------------------------------------------
 
-    def begin(self, handoff: str, tokens: int = 100, digest: int = 7) -> None:
+    def begin(self, handoff: str, tokens: int = 100, digest: int = 7, receiver: str = "node") -> None:
+        self.agent.expect(Permit(bytes.fromhex(handoff), token(handoff), identity(receiver).public))
         self.agent.begin(bytes.fromhex(handoff), tokens, digest)
 
     def publish(
@@ -227,8 +234,10 @@ class KvNode(Watched):
 
     # -- as a receiver ------------------------------------------------------------------------------------
 
-    def open(self, handoff: str, address: str, epoch: int) -> None:
-        self.agent.open(handoff, Handoff(bytes.fromhex(handoff), address, epoch))
+    def open(self, handoff: str, address: str, epoch: int, sender: str = "node", told: str = "") -> None:
+        """`told` is the handoff whose token this node was told, if it is another one."""
+        key = identity(sender).public
+        self.agent.open(handoff, Handoff(bytes.fromhex(handoff), address, epoch, key, token(told or handoff)))
 
     def receive(self, handoff: str, targets: Sequence[int], first: int = 0) -> None:
         self.agent.receive(handoff, Want(first, list(targets)))
@@ -253,7 +262,7 @@ def _caches(width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap) -> TransferAgent:
+def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap, refused: list[str]) -> TransferAgent:
     transport, _, mode = options.way.partition("/")
     terms = Terms(
         epoch=options.epoch,
@@ -289,7 +298,18 @@ def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap) -> Tr
             NixlTransport(backend="UCX", span_bytes=options.span_bytes, landing_bytes=landing_bytes, host="127.0.0.1")
         ),
     }
-    return TransferAgent(memory, terms, limits, factories, host="127.0.0.1", port=options.port)
+    return TransferAgent(
+        memory,
+        terms,
+        limits,
+        factories,
+        host="127.0.0.1",
+        port=options.port,
+        identity=identity(options.identity),
+        refused=refused.append,
+        owner=identity("owner").public,
+        registered=[identity(name).public for name in options.registered],
+    )
 
 
 def _happening(event: Event) -> Happening:

@@ -144,7 +144,7 @@ async def test_a_transfer_that_failed_says_why(collector: Collector, board: Boar
 async def test_a_prefill_lasts_until_its_blocks_are_handed_over(collector: Collector, board: Board) -> None:
     with exporting(collector):
         async with serving(TimedEngine(), board) as channel:
-            request = PrefillRequest(**REQUEST, handoff_id=bytes(16))  # type: ignore[arg-type]
+            request = PrefillRequest(**REQUEST, handoff_id=bytes(16), handoff_token=bytes(32))  # type: ignore[arg-type]
             async with aclosing(one_call.prefill(channel, request, CALLER)) as call:  # type: ignore[type-var]
                 event: Any = await anext(call)
                 assert event.HasField("computed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -85,6 +85,10 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_watch, "FIRST_RETRY_S", 0.02)
 
 
+async def nobody(keys: Collection[bytes]) -> None:
+    """For tests in which no blocks are moved."""
+
+
 @asynccontextmanager
 async def watching(probe: ScriptedProbe, *, lease_s: float = 1.0) -> AsyncIterator[Watched]:
     """A decode worker's watch beside a control plane."""
@@ -95,6 +99,7 @@ async def watching(probe: ScriptedProbe, *, lease_s: float = 1.0) -> AsyncIterat
             plane.address,
             role=Role.ROLE_DECODE,
             model="scripted",
+            admit=nobody,
             probe=probe,
             on_change=lambda: changes.append(peers(watch.paths)),
         )
@@ -212,7 +217,14 @@ async def test_a_registry_that_restarts_costs_no_measurement() -> None:
     probe = ScriptedProbe()
     async with AsyncExitStack() as first, AsyncExitStack() as later:
         plane = await first.enter_async_context(open_control_plane(ControlPlaneSettings(port=0, lease_s=1.0)))
-        watch = PathWatch(plane.address, role=Role.ROLE_DECODE, model="scripted", probe=probe, on_change=lambda: None)
+        watch = PathWatch(
+            plane.address,
+            role=Role.ROLE_DECODE,
+            model="scripted",
+            admit=nobody,
+            probe=probe,
+            on_change=lambda: None,
+        )
         await later.enter_async_context(background(watch.follow(), name="path-watch"))
         await later.enter_async_context(a_worker(plane.address, "p0"))
         await until(lambda: peers(watch.paths) == [("p0", 1)])
@@ -231,7 +243,13 @@ async def test_a_worker_measures_only_if_it_is_told_to(probe: bool) -> None:
         settings = Settings(transfer=TransferSettings(probe=probe))
         host = _Host(settings, Role.ROLE_DECODE, "d0")
         host._path_watch = PathWatch(
-            plane.address, role=Role.ROLE_DECODE, model="scripted", probe=measurer, on_change=lambda: None
+            plane.address,
+            role=Role.ROLE_DECODE,
+            model="scripted",
+            admit=nobody,
+            probe=measurer,
+            on_change=lambda: None,
+            measures=probe,
         )
         async with a_worker(plane.address, "p0"), host._measuring_paths():
             await asyncio.sleep(0.5)

@@ -71,8 +71,12 @@ async def test_prompt_goes_through_prefill_and_the_handoff_reaches_decode() -> N
         assert deltas[-1].finish_reason == FinishReason.FINISH_REASON_LENGTH
         prefill, decode = cluster.prefills[0].seen.prefills[0], cluster.decodes[0].seen.decodes[0]
         assert decode.handoff == Handoff(
-            id=prefill.handoff_id, worker_id="p0", sender=cluster.prefills[0].record.transfer
+            id=prefill.handoff_id,
+            worker_id="p0",
+            sender=cluster.prefills[0].record.transfer,
+            token=prefill.handoff_token,
         )
+        assert len(prefill.handoff_token) == 32
         assert len(prefill.handoff_id) == 16
         account = deltas[-1].account
         assert account is not None

@@ -14,7 +14,9 @@ from kv_transfer import wire
 from kv_transfer.handoff import Handoff
 from tests.support.kv_node import BLOCKS, Census, KvNode, new_handoff
 from tests.support.kv_peer import KvPeer
+from tests.support.kv_stranger import identity
 
+KEY, TOKEN = identity("node").public, bytes(32)
 IDS = [9, 3, 4, 5, 30, 0]
 TARGETS = [7, 20, 21, 22, 1, 40]
 
@@ -221,7 +223,7 @@ def test_workers_of_two_hosts_do_not_try_shared_memory(peer: KvPeer, make: Calla
 
 
 def test_workers_that_divide_their_kv_heads_differently_exchange_nothing(ours: KvNode) -> None:
-    ours.agent.open("request", Handoff(bytes(16), "127.0.0.1:1", 1, ("127.0.0.1:1", "127.0.0.1:2")))
+    ours.agent.open("request", Handoff(bytes(16), "127.0.0.1:1", 1, KEY, TOKEN, ("127.0.0.1:1", "127.0.0.1:2")))
     received = ours.until("Received", "request")
     assert received.error == "layout"
     assert "size is 2, this worker's is 1" in received.message
@@ -230,13 +232,13 @@ def test_workers_that_divide_their_kv_heads_differently_exchange_nothing(ours: K
 @pytest.mark.parametrize(
     "handoff",
     [
-        Handoff(b"short", "127.0.0.1:1", 1),
-        Handoff(bytes(16), "nowhere", 1),
-        Handoff(bytes(16), "127.0.0.1:port", 1),
-        Handoff(bytes(16), "127.0.0.1:99999", 1),
-        Handoff(bytes(16), "127.0.0.1:1", 1),
-        Handoff(bytes(16), "127.0.0.1:1", 1 << 64),
-        Handoff(bytes(16), "127.0.0.1:1", -1),
+        Handoff(b"short", "127.0.0.1:1", 1, KEY, TOKEN),
+        Handoff(bytes(16), "nowhere", 1, KEY, TOKEN),
+        Handoff(bytes(16), "127.0.0.1:port", 1, KEY, TOKEN),
+        Handoff(bytes(16), "127.0.0.1:99999", 1, KEY, TOKEN),
+        Handoff(bytes(16), "127.0.0.1:1", 1, KEY, TOKEN),
+        Handoff(bytes(16), "127.0.0.1:1", 1 << 64, KEY, TOKEN),
+        Handoff(bytes(16), "127.0.0.1:1", -1, KEY, TOKEN),
     ],
     ids=str,
 )

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from kv_transfer import wire
+from kv_transfer import greeting, wire
 from slipstream.errors import StartupError
 from tests.support.kv_node import KvNode, new_handoff
 from tests.support.kv_peer import KvPeer
+from tests.support.kv_stranger import Stranger, dial
 
 IDS = [9, 3, 4, 5, 30, 0]
 TARGETS = [7, 20, 21, 22, 1, 40]
@@ -129,11 +130,6 @@ def test_a_port_that_is_taken_is_named(peer: KvPeer, make: Callable[..., KvNode]
         make(port=port)
 
 
-def dial(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
-
-
 def closed_within(stranger: socket.socket, seconds: float) -> bool:
     """Whether the other side closes the connection; what it still says does not matter."""
     until_s = time.monotonic() + seconds
@@ -154,10 +150,12 @@ NONSENSE = {
     "a web request": b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n",
     "a huge frame": struct.pack(">I", 2**32 - 1) + b"x" * 100,
     "no message": struct.pack(">I", 3) + b"\xc1\xff\x00",
-    "text that is not UTF-8": wire.frame(wire.Link("XX", b"", "none")).replace(b"XX", b"\xff\xfe"),
+    "text that is not UTF-8": wire.frame(wire.encode(wire.Link("XX", b"", "none"))).replace(b"XX", b"\xff\xfe"),
     "deeply nested": struct.pack(">I", 100_000) + b"\x91" * 100_000,
-    "a message out of place": wire.frame(wire.Credit(bytes(16), 5)),
-    "another epoch": wire.frame(wire.Hello(wire.VERSION, 1, 999, "here", ["shm"], None)),
+    "a message out of place": wire.frame(wire.encode(wire.Credit(bytes(16), 5))),
+    "a hello without a greeting": wire.frame(wire.encode(wire.Hello(wire.VERSION, 1, 1, "here", ["shm"], None))),
+    "an old version": wire.frame(greeting.encode(greeting.Knock(1, bytes(32), bytes(32)))),
+    "no key": wire.frame(greeting.encode(greeting.Knock(greeting.VERSION, b"", bytes(32)))),
     "an empty frame": struct.pack(">I", 0),
 }
 
@@ -185,9 +183,9 @@ def test_strangers_disturb_nobody(make: Callable[..., KvNode], peer: KvPeer) -> 
 
 def test_half_a_frame_holds_a_connection_only_for_the_silence(make: Callable[..., KvNode]) -> None:
     sender = make(silence_s=0.3)
-    with dial(sender.address) as stranger:
-        stranger.sendall(struct.pack(">I", 1000) + b"x" * 10)
-        assert closed_within(stranger, 5.0)
+    with Stranger(sender.address) as stranger:
+        stranger.socket.sendall(struct.pack(">I", 1000) + b"x" * 10)
+        assert closed_within(stranger.socket, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +204,10 @@ def test_half_a_frame_holds_a_connection_only_for_the_silence(make: Callable[...
     ids=["no card", "a file of its choice", "no size", "not UTF-8", "an unknown way"],
 )
 def test_a_card_that_makes_no_sense_is_refused_in_words(peer: KvPeer, message: wire.Link) -> None:
-    with dial(peer.address) as stranger, stranger.makefile("rb") as answers:
-        stranger.sendall(wire.frame(wire.Hello(wire.VERSION, 1, peer.epoch, "here", ["shm"], None)))
-        stranger.sendall(wire.frame(message))
-        kinds: list[wire.Message] = []
+    with Stranger(peer.address) as stranger:
+        stranger.say(wire.Hello(wire.VERSION, 1, peer.epoch, "here", ["shm"], None), message)
+        kinds: list[wire.Message | None] = []
         while not kinds or not isinstance(kinds[-1], wire.Linked):
-            (length,) = struct.unpack(">I", answers.read(4))
-            kinds.append(wire._decoder.decode(answers.read(length)))
+            kinds.append(stranger.hear())
+            assert kinds[-1] is not None
         assert kinds[-1].error

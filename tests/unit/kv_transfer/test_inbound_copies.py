@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kv_transfer import wire
+from kv_transfer import permits, wire
 from kv_transfer.handoff import Handoff, Seal
 from kv_transfer.inbound import Inbound, Sender, Want
 from kv_transfer.kv_memory import KvMemory
@@ -18,7 +18,8 @@ from kv_transfer.transports.base import LandingLink, ReadLink, Run, Way
 from slipstream.errors import TransferError
 
 BLOCKS, PIECE_BYTES = 4, 64
-HANDOFF = Handoff(b"h" * 16, "127.0.0.1:1", 7)
+HANDOFF = Handoff(b"h" * 16, "127.0.0.1:1", 7, bytes(32), bytes(32))
+SESSION = b"s" * 32
 
 
 def cache(fill: int) -> list[torch.Tensor]:
@@ -45,7 +46,7 @@ class Threads:
 
 def span(number: int, source: int, data: memoryview, ticket: int) -> wire.Sent:
     """Block 0 of the prompt, which lies in block `source` at the sender."""
-    digest = Seal(HANDOFF.id, HANDOFF.epoch).digest(data, 0, 0)
+    digest = Seal(HANDOFF.id, HANDOFF.epoch, HANDOFF.token).digest(data, 0, 0)
     return wire.Sent(HANDOFF.id, number, (0, 1), [source], (0, 1), [digest], ticket, PIECE_BYTES, 0)
 
 
@@ -57,8 +58,8 @@ class Receiving:
         self.ended: asyncio.Future[TransferError | None] = asyncio.get_running_loop().create_future()
         self.inbound = Inbound(HANDOFF, memory, threads, lambda *_: None, self.ended.set_result, 5.0, 4)
         layout = Layout("", BLOCKS, 32, sender.regions)
-        self.inbound.connected(Sender(self.posted.append, link, None, layout))
-        self.inbound.started(32, 0)
+        self.inbound.connected(Sender(self.posted.append, SESSION, link, None, layout))
+        self.inbound.started(wire.Started(HANDOFF.id, 32, 0, permits.begins(HANDOFF.token, SESSION, HANDOFF.id, 32, 0)))
         self.inbound.receive(Want(0, [2]))
 
     async def posts(self, kind: type[wire.Message], count: int) -> list[wire.Message]:

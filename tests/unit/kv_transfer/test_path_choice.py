@@ -11,11 +11,12 @@ import msgspec
 import pytest
 
 from kv_transfer import wire
-from kv_transfer.channel import channel, dial
+from kv_transfer.door import dialed
 from kv_transfer.transports.shm import ShmDirect
 from slipstream.errors import TransferError
 from tests.support.kv_node import KvNode, Options, new_handoff
 from tests.support.kv_peer import KvPeer
+from tests.support.kv_stranger import identity
 
 
 @pytest.fixture
@@ -96,8 +97,8 @@ async def test_another_process_under_the_same_number_is_not_taken_for_the_sender
 
 
 async def probed(ours: KvNode, ask: wire.ProbePeer) -> wire.ProbeResult:
-    reader, writer = await dial(ours.address, 5.0)
-    async with channel(reader, writer, 10.0) as line, asyncio.timeout(30.0):
+    owner, key = identity("owner"), identity("node").public
+    async with dialed(owner, ours.address, key, 5.0, 10.0) as line, asyncio.timeout(30.0):
         line.post(ask)
         result = await line.next()
         assert isinstance(result, wire.ProbeResult)
@@ -110,7 +111,7 @@ async def test_a_way_is_measured_while_blocks_travel(peer: KvPeer, ours: KvNode,
     peer.do("begin", handoff)
     ours.open(handoff, peer.address, peer.epoch)
     transport = way.partition("/")[0] if named else ""
-    result = await probed(ours, wire.ProbePeer(peer.address, peer.epoch, transport))
+    result = await probed(ours, wire.ProbePeer(peer.address, peer.epoch, identity("node").public, transport))
     assert (result.error, f"{result.transport}/{result.detail}".startswith(way)) == ("", True)
     assert result.bytes_per_s > 0
     assert result.latency_s > 0
@@ -121,5 +122,5 @@ async def test_a_way_is_measured_while_blocks_travel(peer: KvPeer, ours: KvNode,
 
 
 async def test_a_probe_of_a_worker_that_is_not_there_says_so(ours: KvNode) -> None:
-    result = await probed(ours, wire.ProbePeer("127.0.0.1:1", 5, ""))
+    result = await probed(ours, wire.ProbePeer("127.0.0.1:1", 5, identity("node").public, ""))
     assert "no transfer agent at 127.0.0.1:1" in result.error

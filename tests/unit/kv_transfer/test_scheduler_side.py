@@ -20,6 +20,7 @@ BLOCK_TOKENS = 16
 PROMPT = list(range(1000, 1100))
 ID = bytes(range(16))
 NONCE = 80
+KEY, TOKEN = b"k" * 32, b"t" * 32
 
 
 @dataclass
@@ -102,11 +103,11 @@ def side(board: Board) -> SchedulerSide:
 
 
 def receiving(patience_s: float = 0.0) -> Request:
-    return Request(kv_transfer_params={RECEIVE: [ID, "host:1", 7, [], patience_s]})
+    return Request(kv_transfer_params={RECEIVE: [ID, "host:1", 7, [], patience_s, KEY, TOKEN]})
 
 
 def sending(*, cached_only: bool = False, tokens: int = 100) -> Request:
-    return Request(prompt_token_ids=PROMPT[:tokens], kv_transfer_params={SEND: [1, NONCE, ID, cached_only]})
+    return Request(prompt_token_ids=PROMPT[:tokens], kv_transfer_params={SEND: [1, NONCE, ID, cached_only, TOKEN, KEY]})
 
 
 def receivable(side: SchedulerSide, request: Request, local: int = 0) -> int | None:
@@ -139,7 +140,7 @@ def test_a_request_without_a_handoff_is_computed(side: SchedulerSide) -> None:
 def test_a_handoff_is_opened_once_and_waited_for_without_blocks(side: SchedulerSide) -> None:
     request = receiving()
     assert [receivable(side, request) for _ in range(3)] == [None] * 3
-    assert take(side).opens == [("r", Handoff(ID, "host:1", 7))]
+    assert take(side).opens == [("r", Handoff(ID, "host:1", 7, KEY, TOKEN))]
     assert take(side).opens == []
 
 

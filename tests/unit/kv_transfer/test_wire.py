@@ -15,14 +15,14 @@ from kv_transfer import wire
 from kv_transfer.layout import Layout, Region
 from slipstream.errors import TransferError
 
-ID = bytes(range(16))
+ID, MAC = bytes(range(16)), bytes(range(32))
 MESSAGES: list[wire.Message] = [
     wire.Hello(wire.VERSION, 2**64 - 1, 0, "host", ["shm", "ucx"], Layout("f", 4, 16, [Region(1 << 47, 32, 16)])),
     wire.Hello(wire.VERSION, 1, 2, "", [], None),
     wire.Link("shm/direct", b"\0card", "none"),
     wire.Linked(b"", "why not"),
-    wire.Open(ID),
-    wire.Started(ID, 4096, 2**64 - 1),
+    wire.Open(ID, MAC),
+    wire.Started(ID, 4096, 2**64 - 1, MAC),
     wire.Announce(ID, 3, 29),
     wire.Sent(ID, 1, (3, 2), [7, 9], (0, 4), [2**64 - 1] * 8, 1 << 40, 4096, 123),
     wire.Computed(ID),
@@ -33,8 +33,10 @@ MESSAGES: list[wire.Message] = [
     wire.Ping(),
     wire.ProbeAsk(0, 0),
     wire.ProbeSent(5, 1 << 47, 8 << 20),
-    wire.ProbePeer("[::1]:5000", 9, "ucx"),
+    wire.ProbePeer("[::1]:5000", 9, MAC, "ucx"),
     wire.ProbeResult("shm", "direct", 1e9, 1e-5, "", ""),
+    wire.Registered([MAC, bytes(32)]),
+    wire.Noted(),
 ]
 
 
@@ -44,8 +46,8 @@ async def heard(raw: bytes) -> list[wire.Message]:
     reader.feed_data(raw)
     reader.feed_eof()
     messages = []
-    while (message := await wire.read(reader)) is not None:
-        messages.append(message)
+    while (body := await wire.read_frame(reader, wire.MAX_FRAME_BYTES)) is not None:
+        messages.append(wire.decode(body))
     return messages
 
 
@@ -54,11 +56,11 @@ def test_every_kind_of_message_is_covered_here() -> None:
 
 
 async def test_messages_arrive_as_they_were_said_and_in_order() -> None:
-    assert await heard(b"".join(wire.frame(message) for message in MESSAGES)) == MESSAGES
+    assert await heard(b"".join(wire.frame(wire.encode(message)) for message in MESSAGES)) == MESSAGES
 
 
 async def test_a_connection_that_ends_inside_a_frame_has_ended() -> None:
-    raw = wire.frame(MESSAGES[0])
+    raw = wire.frame(wire.encode(MESSAGES[0]))
     for length in (0, 1, 4, len(raw) - 1):
         assert await heard(raw[:length]) == []
 
@@ -81,7 +83,7 @@ def test_bytes_that_are_no_message_are_refused_with_a_type(body: bytes) -> None:
 
 @given(st.sampled_from(MESSAGES), st.data())
 def test_a_message_with_a_changed_byte_is_another_one_or_refused(message: wire.Message, data: st.DataObject) -> None:
-    body = bytearray(wire.frame(message)[4:])
+    body = bytearray(wire.encode(message))
     body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     refused_or_read(bytes(body))
 

@@ -10,9 +10,11 @@ import pytest
 
 from kv_transfer.board import Board, Outcome, Word
 from kv_transfer.handoff import Handoff
+from kv_transfer.permits import Permit
 from kv_transfer.scheduler_side import Hold, Load, Send, Step
 from kv_transfer.worker_side import Results, WorkerSide, regions_by_layer
 from tests.support.kv_node import DEADLINE_S, KvNode, new_handoff
+from tests.support.kv_stranger import identity, token
 
 LAYERS = {"layers.0": (0, 1), "layers.1": (1, 2), "layers.2": (2, 4)}
 IDS, TARGETS = [9, 3, 4], [7, 20, 21]
@@ -28,7 +30,11 @@ class Worker:
         self.results = Results()
 
     def step(self, step: Step | None = None) -> Results:
-        self.side.begin(step or Step())
+        step = step or Step()
+        for send in step.sends:  # the scheduler says so when the request comes
+            permit = Permit(send.handoff_id, token(send.handoff_id.hex()), identity("node").public)
+            step.expects.append(permit)
+        self.side.begin(step)
         for layer in LAYERS:
             self.side.layer_done(layer)
         self.side.forward_done()
@@ -61,7 +67,8 @@ def a_hold(handoff: str, lease_s: float = 30.0) -> Hold:
 
 
 def to_receive(handoff: str, sender: Worker) -> Handoff:
-    return Handoff(bytes.fromhex(handoff), sender.node.address, sender.node.epoch)
+    key = identity("node").public
+    return Handoff(bytes.fromhex(handoff), sender.node.address, sender.node.epoch, key, token(handoff))
 
 
 @pytest.mark.parametrize("by_layer", [True, False], ids=["layer by layer", "after each step"])
@@ -136,7 +143,7 @@ def test_a_renewed_lease_goes_on(worker: Callable[..., Worker]) -> None:
 
 def test_a_load_of_a_handoff_that_has_failed_before_is_reported_as_failed(worker: Callable[..., Worker]) -> None:
     receiver = worker()
-    gone = Handoff(bytes(16), "127.0.0.1:1", 1)
+    gone = Handoff(bytes(16), "127.0.0.1:1", 1, identity("node").public, bytes(32))
     receiver.step(Step(opens=[("d", gone)]))
     receiver.until(lambda results: "d" in results.reports)
     assert receiver.results.received == set()  # it had no blocks

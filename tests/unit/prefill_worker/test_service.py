@@ -15,6 +15,7 @@ from engine.admission import Admission
 from engine.protocol import PromptComputed
 from kv_transfer.board import Board, Outcome, Word
 from kv_transfer.leases import LeaseTable
+from kv_transfer.permits import Permit
 from prefill_worker.service import PrefillService
 from slipstream.errors import InvalidRequestError, SlipstreamError, UnavailableError
 from slipstream.v1 import worker_pb2
@@ -22,7 +23,7 @@ from slipstream.v1.registry_pb2 import TransferEndpoint
 from slipstream.v1.worker_pb2 import Handoff, HandoffClosed, PrefillEvent, PrefillRequest
 from tests.support.scripted_worker import until
 
-ID = bytes(range(16))
+ID, TOKEN = bytes(range(16)), bytes(range(32))
 Script = Callable[[tuple[int, int]], Awaitable[PromptComputed]]
 
 
@@ -42,14 +43,14 @@ class ScriptedEngine:
         token_ids: Sequence[int],
         lease: tuple[int, int],
         *,
-        handoff_id: bytes,
+        permit: Permit,
         source: Handoff | None,
         cached_only: bool,
         cache_salt: str = "",
     ) -> PromptComputed:
         self.salts.append(cache_salt)
         self.leases.append(lease)
-        self.asked.append((handoff_id, source, cached_only))
+        self.asked.append((permit.handoff, source, cached_only))
         try:
             return await self.script(lease)
         except asyncio.CancelledError:
@@ -58,7 +59,9 @@ class ScriptedEngine:
 
 
 def a_request(**changes: Any) -> PrefillRequest:
-    return PrefillRequest(**{"token_ids": [1, 2], "handoff_id": ID, **changes})
+    return PrefillRequest(
+        **{"token_ids": [1, 2], "handoff_id": ID, "handoff_token": TOKEN, "receiver_key": TOKEN, **changes}
+    )
 
 
 @dataclass(slots=True)

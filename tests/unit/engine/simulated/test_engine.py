@@ -16,12 +16,14 @@ from engine.simulated.engine import SimulatedEngine
 from engine.simulated.tokens import Answer
 from kv_transfer.board import Board, Counter, Outcome
 from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.permits import Permit
 from slipstream.block_keys import extend, root_key
 from slipstream.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from slipstream.settings import Settings, SimulatedSettings, TransferSettings
 from slipstream.v1.registry_pb2 import TransferEndpoint
 from slipstream.v1.sampling_pb2 import FinishReason, SamplingParams
 from slipstream.v1.worker_pb2 import Handoff
+from tests.support.kv_stranger import token
 from tests.unit.engine.simulated.profiles import PROFILE, profile
 
 WORDS = list(range(100, 200))
@@ -37,16 +39,31 @@ class Worker:
     board: Board
     leases: LeaseTable
     stack: AsyncExitStack
+    peer: bytes = bytes(32)
+
+    @property
+    def key(self) -> bytes:
+        transfer = self.engine.transfer()
+        assert transfer is not None
+        return transfer.public_key
+
+    def permit(self, name: bytes) -> Permit:
+        return Permit(name, token(name.hex()), self.peer)
 
     def handoff(self, name: bytes) -> Handoff:
-        return Handoff(id=name, sender=self.engine.transfer(), worker_id="w")
+        return Handoff(id=name, sender=self.engine.transfer(), worker_id="w", token=token(name.hex()))
 
     async def prefill(
         self, name: bytes, lease: Lease, prompt: list[int] = PROMPT, source: Handoff | None = None, cached: bool = False
     ) -> PromptComputed:
         lease.seen_by_engine = True
         return await self.engine.prefill(
-            name.decode(), prompt, (lease.slot, lease.nonce), handoff_id=name, source=source, cached_only=cached
+            name.decode(),
+            prompt,
+            (lease.slot, lease.nonce),
+            permit=self.permit(name),
+            source=source,
+            cached_only=cached,
         )
 
     async def decode(
@@ -73,7 +90,15 @@ class Worker:
 @pytest.fixture
 async def workers(tmp_path: Path) -> AsyncIterator[tuple[Worker, Worker]]:
     async with AsyncExitStack() as stack:
-        yield await worker(stack, tmp_path), await worker(stack, tmp_path)
+        yield await meet(await worker(stack, tmp_path), await worker(stack, tmp_path))
+
+
+async def meet(one: Worker, other: Worker) -> tuple[Worker, Worker]:
+    """Both are registered, and hand over to each other."""
+    for here, there in ((one, other), (other, one)):
+        here.peer = there.key
+        await here.engine.admit([one.key, other.key])
+    return one, other
 
 
 async def worker(stack: AsyncExitStack, folder: Path, speed: float = 0.0, lease_s: float = 5.0, **sizes: int) -> Worker:
@@ -144,6 +169,7 @@ async def test_a_transfer_takes_the_time_of_its_bytes(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         prefill = await worker(stack, tmp_path, transfer_bytes_per_s=40_000)
         decode = await worker(stack, tmp_path)
+        await meet(prefill, decode)
         await prefill.prefill(b"h" * 16, prefill.leases.open())
         _, last = await decode.decode(handoff=prefill.handoff(b"h" * 16))
         assert last.account is not None
@@ -274,7 +300,7 @@ async def test_a_way_is_measured_to_a_peer_that_answers(workers: tuple[Worker, W
     path = await one.engine.probe_path("w", endpoint, "")
     assert (path.error, path.transport, path.bytes_per_s) == ("", "simulated", PROFILE.transfer_bytes_per_s)
     assert (await one.engine.probe_path("w", endpoint, "ucx")).error
-    gone = TransferEndpoint(address="127.0.0.1:1", epoch=1)
+    gone = TransferEndpoint(address="127.0.0.1:1", epoch=1, public_key=other.key)
     assert "no transfer agent" in (await one.engine.probe_path("w", gone, "")).error
 
 
@@ -302,7 +328,7 @@ async def test_many_at_a_time_all_get_their_own_answers(workers: tuple[Worker, W
                     f"p{number}",
                     prompts[number],
                     (lease.slot, lease.nonce),
-                    handoff_id=name,
+                    permit=prefill.permit(name),
                     source=None,
                     cached_only=False,
                 )
