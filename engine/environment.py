@@ -17,7 +17,7 @@ _LOGGING = Path(__file__).with_name("vllm_logging.json")
 
 
 def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
-    """Set what a worker's engine process needs; values that the user has set are kept."""
+    """Set what a worker's engine process needs; values that the user has set are kept, but for one that is unsafe."""
     defaults = {
         # Two processes a worker (service and engine) instead of three, and no spinning shared-memory reader.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -41,6 +41,8 @@ def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
         defaults["OMP_NUM_THREADS"] = str(worker.threads)
     for name, value in defaults.items():
         environ.setdefault(name, value)
+    # Whatever was set: with it vLLM unpickles what comes out of the sockets between service and engine.
+    environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
 
 
 def rank_threads(ranks: int, threads: int | None, cpus: Sequence[int]) -> dict[str, str]:

@@ -388,6 +388,9 @@ class _Host:
             yield engine
 
     def _load_engine(self, model_path: Path, board: Board) -> Engine:
+        # The sockets by which service and engine talk, and the file by which ranks meet, are temporary
+        # files: no other user may open them.
+        os.umask(0o077)
         with self._startup.phase("imports"):
             from engine.vllm_engine import VllmEngine  # late: it takes seconds, and needs the environment
 
