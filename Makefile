@@ -114,6 +114,10 @@ hooks: install  ## Have git check each commit (.pre-commit-config.yaml)
 chaos: install  ## Faults under load by a seed; ARGS="--seed 7 --minutes 60", "--minutes 10 --engine vllm"
 	@exec $(BIN)/python -m tests.faults.chaos $(ARGS)
 
+.PHONY: fuzz-bytes
+fuzz-bytes: install  ## Fuzzers of all that reads others' bytes; ARGS="--target events --runs 100000 --seed 7"
+	@exec $(BIN)/python -m tests.fuzz $(ARGS)
+
 .PHONY: fuzz
 fuzz: install  ## Random faults in a real cluster; ARGS="--cases 1000 --seed 7"
 	@exec $(BIN)/python -m tests.faults.fuzz $(ARGS)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import zmq
@@ -31,6 +32,7 @@ _REPLAY_END = (-1).to_bytes(8, "big", signed=True)
 _DEVICE_MEDIA = (None, "GPU")  # vLLM's word for the engine's own cache, also on a CPU
 
 Hash = int | bytes
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class _Event(msgspec.Struct, tag=True):
@@ -40,7 +42,7 @@ class _Event(msgspec.Struct, tag=True):
 class BlockStored(_Event):
     block_hashes: list[Hash]
     parent_block_hash: Hash | None
-    token_ids: list[int]
+    token_ids: list[TokenId]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None

@@ -115,11 +115,11 @@ def read_azure(file: Path) -> list[Arrival]:
     """
     arrivals = []
     with _opened(file) as rows:
-        for number, row in enumerate(csv.DictReader(rows), start=2):
+        for number, row in enumerate(_readable(file, csv.DictReader(rows)), start=2):
             try:
                 at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
                 lengths = max(1, int(row["ContextTokens"])), max(1, int(row["GeneratedTokens"]))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
                 raise ConfigError(f"{file}:{number}: not a row of an Azure trace ({error})", param="trace") from None
             arrivals.append(Arrival(at_s, f"z{number}", *lengths))
     return _checked(file, arrivals)
@@ -190,15 +190,27 @@ def _opened(file: Path) -> TextIO:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     with _opened(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_readable(file, lines), start=1):
             if line.strip():
                 yield number, line
+
+
+def _readable(file: Path, lines: Iterable[T]) -> Iterator[T]:
+    """The same, with an error in words where the file is cut off, or is no text.
+
+    Raises:
+        ConfigError
+    """
+    try:
+        yield from lines
+    except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"trace {file}: cannot be read ({error})", param="trace") from None
 
 
 def _decoded(file: Path, number: int, line: str, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(line, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise ConfigError(f"{file}:{number}: not a line of this trace format ({error})", param="trace") from None
 
 

@@ -114,3 +114,19 @@ def test_a_repeated_trace_goes_on_where_it_ended_under_new_ids() -> None:
 def test_requests_are_assigned_to_a_model_and_a_class() -> None:
     (one,) = assigned([Arrival(0.0, "a", 10, 1, tenant="t")], model="m", service_class="batch")
     assert (one.model, one.service_class, one.tenant) == ("m", "batch", "t")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xfd7zXZ\x00\x00\x04\xe6\xd6\xb4F", b"no such archive"])
+def test_an_archive_that_is_cut_off_or_is_none_is_refused_with_its_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "t.xz"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"t\.xz"):
+        traces.read_mooncake(file)
+
+
+def test_a_trace_that_is_no_text_is_refused_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(b"\xff\xfe{}")
+    for read in (traces.read_mooncake, traces.read_access_log, traces.read_azure):
+        with pytest.raises(ConfigError, match=r"t\.jsonl"):
+            read(file)
