@@ -194,7 +194,7 @@ class SlipstreamConnector(KVConnectorBase_V1):
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        cache_config = self._vllm_config.cache_config
+        cache_config, model = self._vllm_config.cache_config, self._vllm_config.model_config
         views = layouts.block_views(kv_caches, self._blocks)
         memory = KvMemory(views, dtype=str(next(iter(kv_caches.values())).dtype).removeprefix("torch."))
         layout = Layout(
@@ -204,6 +204,8 @@ class SlipstreamConnector(KVConnectorBase_V1):
             memory.regions,
             self._rank,
             self._ranks,
+            model.get_total_num_kv_heads(),
+            layouts.by_head(kv_caches, self._blocks, model.get_num_kv_heads(self._vllm_config.parallel_config)),
         )
         config = self._kv_transfer_config
         began_ns = time.monotonic_ns()

@@ -18,6 +18,7 @@ from kv_transfer import receiver_link, wire
 from kv_transfer.channel import Channel
 from kv_transfer.door import Door
 from kv_transfer.extents import Extent
+from kv_transfer.gathered import Gathered
 from kv_transfer.handoff import Handoff, Seal, check
 from kv_transfer.inbound import Inbound, Tally, Want
 from kv_transfer.kv_memory import KvMemory, SendBuffer
@@ -25,6 +26,7 @@ from kv_transfer.outbound import Fence, Outbound, Receiver
 from kv_transfer.path_probe import ProbeMemory
 from kv_transfer.permits import TOKEN_BYTES, Permit
 from kv_transfer.sender_link import SenderLink, Terms
+from kv_transfer.spread import Spread
 from kv_transfer.ways import Transports
 from slipstream import telemetry
 from slipstream.errors import TransferError
@@ -122,9 +124,9 @@ class Exchange:
         self._buffers: asyncio.Queue[SendBuffer] = asyncio.Queue()
         for buffer in buffers:
             self._buffers.put_nowait(buffer)
-        self._inbounds: dict[str, Inbound] = {}
-        self._outbounds: dict[bytes, Outbound] = {}
-        self._parked: dict[bytes, _Parked] = {}
+        self._inbounds: dict[str, Gathered] = {}
+        self._outbounds: dict[bytes, Spread] = {}
+        self._parked: dict[bytes, list[_Parked]] = {}  # one for each rank of the receiver
         self._links: dict[tuple[str, int, bytes], SenderLink] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._probed = probed
@@ -135,11 +137,12 @@ class Exchange:
             await asyncio.sleep(min(1.0, self._limits.parked_s / 4))
             now_s = time.monotonic()
             for handoff_id, parked in list(self._parked.items()):
-                if now_s > parked.until_s:
+                if now_s > max(one.until_s for one in parked):
                     del self._parked[handoff_id]
-                    parked.receiver.post(
-                        wire.Closed(handoff_id, "unknown_handoff", "the sender was not asked to compute this prompt")
-                    )
+                    for one in parked:
+                        one.receiver.post(
+                            wire.Closed(handoff_id, "unknown_handoff", "the sender was not asked for this prompt")
+                        )
             for key, link in list(self._links.items()):
                 if link.ended or (not link.busy and now_s - link.last_used_s > _IDLE_LINK_S):
                     del self._links[key]
@@ -147,8 +150,8 @@ class Exchange:
 
     async def close(self) -> None:
         """End everything; handoffs under way fail."""
-        for inbound in list(self._inbounds.values()):
-            inbound.cancel()
+        for gathered in list(self._inbounds.values()):
+            gathered.cancel()
         while self._tasks:
             tasks = list(self._tasks)
             for task in tasks:
@@ -184,55 +187,58 @@ class Exchange:
 
     def open(self, request_id: str, handoff: Handoff) -> None:
         try:
-            source = self._source(handoff)
+            addresses = check(handoff).addresses
+            sources = self._terms.layout.partners(len(addresses))
         except TransferError as error:
             self._door.count(error)
             self._happened(Received(request_id, Tally(), error))
             return
-        inbound = Inbound(
-            handoff=source,
-            shard=self._terms.layout.rank,
-            memory=self._memory,
-            in_thread=self._in_thread,
+        gathered = Gathered(
+            len(sources),
             on_started=lambda tokens, digest: self._happened(Started(request_id, tokens, digest)),
             on_end=lambda error: self._received(request_id, error),
+        )
+        self._inbounds[request_id] = gathered
+        for rank in sources:
+            source = Handoff(handoff.id, addresses[rank], handoff.epoch, handoff.key, handoff.token)
+            self._open_part(request_id, gathered, source, rank, len(addresses))
+
+    def _open_part(self, request_id: str, gathered: Gathered, source: Handoff, rank: int, ranks: int) -> None:
+        """Receive from this rank of the sender what it has for this one."""
+        here, there = self._terms.layout.share(rank, ranks), self._terms.layout.seen_from(rank, ranks)
+        inbound = Inbound(
+            handoff=source,
+            memory=self._memory.part(here.part, here.parts),
+            in_thread=self._in_thread,
+            on_started=gathered.started,
+            on_end=lambda error: self._received_part(gathered, source, error),
             timeout_s=self._limits.timeout_s,
             budget=self._limits.resend_budget,
+            shard=here.shard,
+            source=(there.part, there.parts),
         )
-        self._inbounds[request_id] = inbound
+        gathered.add(inbound, wanted=here.first)
         self._spawn(self._link_to(source).open(inbound), f"open-{request_id}")
 
-    def _source(self, handoff: Handoff) -> Handoff:
-        """The rank of the sender that has what this one shall have.
-
-        Raises:
-            TransferError: `bad_handoff`; `layout`: the two workers divide the KV heads differently.
-        """
-        addresses, own = check(handoff).addresses, self._terms.layout
-        if len(addresses) != own.ranks:
-            raise TransferError(
-                f"the sender's tensor-parallel size is {len(addresses)}, this worker's is {own.ranks}: give both the "
-                "same worker.tensor_parallel_size",
-                code="layout",
-            )
-        return Handoff(handoff.id, addresses[own.rank], handoff.epoch, handoff.key, handoff.token)
+    def _received_part(self, gathered: Gathered, source: Handoff, error: TransferError | None) -> None:
+        link = self._links.get(_key(source))
+        if link is not None:
+            link.forget(source.id)
+        gathered.ended(error)
 
     def receive(self, request_id: str, want: Want) -> None:
-        inbound = self._inbounds.get(request_id)
-        if inbound is not None:  # else it has failed, and `Received` has said so
-            inbound.receive(want)
+        gathered = self._inbounds.get(request_id)
+        if gathered is not None:  # else it has failed, and `Received` has said so
+            gathered.receive(want)
 
     def cancel(self, request_id: str) -> None:
-        inbound = self._inbounds.get(request_id)
-        if inbound is not None:
-            inbound.cancel()
+        gathered = self._inbounds.get(request_id)
+        if gathered is not None:
+            gathered.cancel()
 
     def _received(self, request_id: str, error: TransferError | None) -> None:
-        inbound = self._inbounds.pop(request_id)
-        link = self._links.get(_key(inbound.handoff))
-        if link is not None:
-            link.forget(inbound.handoff.id)
-        self._happened(Received(request_id, inbound.tally, error))
+        gathered = self._inbounds.pop(request_id)
+        self._happened(Received(request_id, gathered.tally, error))
 
     def _link_to(self, handoff: Handoff) -> SenderLink:
         key = _key(handoff)
@@ -249,13 +255,18 @@ class Exchange:
             return
         outbound = self._outbound(permit, fence)
         self._outbounds[permit.handoff] = outbound
-        parked = self._parked.pop(permit.handoff, None)
-        if parked is not None:
+        for parked in self._parked.pop(permit.handoff, ()):
             self._attach(outbound, parked.receiver)
 
-    def _outbound(self, permit: Permit, fence: Fence) -> Outbound:
-        seal = Seal(permit.handoff, self._terms.epoch, permit.token, self._terms.layout.rank)
-        return Outbound(permit, seal, self._memory, fence, self._in_thread, self._buffers)
+    def _outbound(self, permit: Permit, fence: Fence) -> Spread:
+        seal = Seal(permit.handoff, self._terms.epoch, permit.token)
+        return Spread(Outbound(permit, seal, self._memory, fence, self._in_thread, self._buffers), self._part)
+
+    def _part(self, whole: Outbound, receiver: Receiver) -> Outbound:
+        """What a rank of the receiver gets."""
+        share, permit = self._terms.layout.share(receiver.rank, receiver.ranks), whole.permit
+        seal = Seal(permit.handoff, self._terms.epoch, permit.token, share.shard)
+        return whole.of_part(self._memory.part(share.part, share.parts), seal)
 
     def begin(self, handoff_id: bytes, tokens: int, digest: int) -> None:
         outbound = self._outbounds.get(handoff_id)
@@ -282,8 +293,7 @@ class Exchange:
         if outbound is not None:
             outbound.end(code, message)
             return
-        parked = self._parked.pop(handoff_id, None)
-        if parked is not None:
+        for parked in self._parked.pop(handoff_id, ()):
             parked.receiver.post(wire.Closed(handoff_id, code, message))
 
     # -- receivers ----------------------------------------------------------------------------------------
@@ -325,15 +335,18 @@ class Exchange:
         if outbound is not None:
             self._attach(outbound, receiver)
             return
-        earlier = self._parked.get(handoff_id)
-        if earlier is not None:
-            earlier.receiver.give_way(handoff_id, receiver)
-        elif len(self._parked) >= _MOST_PARKED:
+        if sum(map(len, self._parked.values())) >= _MOST_PARKED:
             receiver.post(wire.Closed(handoff_id, "unknown_handoff", f"{_MOST_PARKED} receivers wait already"))
             return
-        self._parked[handoff_id] = _Parked(receiver, time.monotonic() + self._limits.parked_s)
+        stay = []
+        for one in self._parked.get(handoff_id, ()):
+            if one.receiver.ranks == receiver.ranks and one.receiver.rank != receiver.rank:
+                stay.append(one)
+            else:
+                one.receiver.give_way(handoff_id, receiver)
+        self._parked[handoff_id] = [*stay, _Parked(receiver, time.monotonic() + self._limits.parked_s)]
 
-    def _attach(self, outbound: Outbound, receiver: Receiver) -> None:
+    def _attach(self, outbound: Spread, receiver: Receiver) -> None:
         """Let it have the blocks if they are for it: the worker that was told the token, and is registered still."""
         try:
             if receiver.peer not in self._door.peers:
@@ -344,36 +357,44 @@ class Exchange:
             log.warning("handoff_refused", handoff=outbound.id.hex(), code=error.code, reason=error.message)
             receiver.post(wire.Closed(outbound.id, error.code, error.message))
 
-    def find(self, handoff_id: bytes) -> Outbound | None:
+    def find(self, handoff_id: bytes, post: Callable[[wire.Message], None]) -> Outbound | None:
         """See `receiver_link.Handoffs`."""
-        return self._outbounds.get(handoff_id)
+        spread = self._outbounds.get(handoff_id)
+        return spread.of(post) if spread is not None else None
 
     def taken(self, outbound: Outbound) -> None:
         """See `receiver_link.Handoffs`."""
-        outbound.detach()
-        self._happened(Taken(outbound.id))
+        spread = self._outbounds[outbound.id]
+        if spread.taken(outbound, len(self._terms.layout.partners(spread.ranks))):
+            self._happened(Taken(outbound.id))
 
     def refused(self, handoff_id: bytes, code: str, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
-        outbound = self._outbounds.get(handoff_id)
-        parked = self._parked.get(handoff_id)
-        if outbound is not None and outbound.is_attached(post):
+        outbound = self.find(handoff_id, post)
+        if outbound is not None:
             outbound.detach()
             self._happened(Taken(handoff_id, refused=code))
-        elif parked is not None and parked.receiver.post == post:
-            del self._parked[handoff_id]
+        else:
+            self._leave_parking(handoff_id, post)
 
     def leave(self, post: Callable[[wire.Message], None]) -> None:
         """See `receiver_link.Handoffs`."""
-        for outbound in self._outbounds.values():
-            if outbound.is_attached(post):
+        for spread in self._outbounds.values():
+            outbound = spread.of(post)
+            if outbound is not None:
                 outbound.detach()
                 # At its end, too, the loss of the connection has ended the handoff. Waiting for the caller's connection
                 # to be found dead as well would keep the blocks for half a minute when a network is cut.
                 self._happened(Taken(outbound.id, refused="worker_gone"))
-        for handoff_id, parked in list(self._parked.items()):
-            if parked.receiver.post == post:
-                del self._parked[handoff_id]
+        for handoff_id in list(self._parked):
+            self._leave_parking(handoff_id, post)
+
+    def _leave_parking(self, handoff_id: bytes, post: Callable[[wire.Message], None]) -> None:
+        left = [one for one in self._parked.get(handoff_id, ()) if one.receiver.post != post]
+        if left:
+            self._parked[handoff_id] = left
+        else:
+            self._parked.pop(handoff_id, None)
 
     # -- probes -------------------------------------------------------------------------------------------
 

@@ -109,7 +109,8 @@ class Inbound:
         on_end: called once with None, or with the error that ended it.
         timeout_s: longest wait for a span once everything is computed.
         budget: spans that may be asked for again.
-        shard: which part of the KV heads it is.
+        memory: where the blocks go; shard: which part of the KV heads that is.
+        source: the same part of the sender's blocks: which of how many.
     """
 
     handoff: Handoff
@@ -120,6 +121,7 @@ class Inbound:
     timeout_s: float
     budget: int
     shard: int = 0
+    source: tuple[int, int] = (0, 1)
     state: State = State.OPEN
     tally: Tally = field(default_factory=Tally)
     _seal: Seal = field(init=False)
@@ -149,7 +151,8 @@ class Inbound:
     def connected(self, way: Sender) -> None:
         """There is a way; ask for the handoff."""
         post, link = way.post, way.link
-        self._post, self._codec, self._source, self._session = post, way.codec, way.layout, way.session
+        self._post, self._codec, self._session = post, way.codec, way.session
+        self._source = way.layout.part(*self.source)
         if isinstance(link, ReadLink):
             self._reading = link
         else:

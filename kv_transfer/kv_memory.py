@@ -63,6 +63,7 @@ class KvMemory:
     def __init__(self, views: Sequence[torch.Tensor], *, dtype: str) -> None:
         self.views = list(views)
         self.dtype = dtype
+        self._parts: dict[tuple[int, int], KvMemory] = {}
         self.regions = layouts.regions_of(views)
         self.blocks = views[0].shape[0] if views else 0
         self.on_host = all(view.device.type == "cpu" for view in views)
@@ -109,6 +110,17 @@ class KvMemory:
         next."""
         run = self.run(region, block_id)
         ctypes.memset(run.address, 0, run.length)
+
+    def part(self, part: int, parts: int) -> KvMemory:
+        """One of so many equal parts of each block, in the same memory."""
+        if parts == 1:
+            return self
+        made = self._parts.get((part, parts))
+        if made is None:
+            sizes = [view.shape[1] // parts for view in self.views]
+            views = [view[:, part * size : (part + 1) * size] for view, size in zip(self.views, sizes, strict=True)]
+            made = self._parts[part, parts] = KvMemory(views, dtype=self.dtype)
+        return made
 
     def __contains__(self, block_id: int) -> bool:
         return 0 <= block_id < self.blocks

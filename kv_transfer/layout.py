@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kv_transfer import shards
+from kv_transfer.shards import Share
 from kv_transfer.transports.base import Run
 from slipstream.errors import StartupError, TransferError
 
@@ -35,6 +37,8 @@ class Layout(msgspec.Struct, frozen=True):
         fingerprint: equal when block contents can be exchanged.
         regions: their addresses are in the memory of the rank's process.
         rank, ranks: which part of the KV heads this is, and of how many.
+        heads: KV heads of the model, over all ranks. by_head: a block has one head after the other, so that a part of
+            it is some heads.
     """
 
     fingerprint: str
@@ -43,6 +47,8 @@ class Layout(msgspec.Struct, frozen=True):
     regions: list[Region]
     rank: int = 0
     ranks: int = 1
+    heads: int = 1
+    by_head: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -59,6 +65,35 @@ class Layout(msgspec.Struct, frozen=True):
             raise TransferError(f"no such KV block: {block_id} of {self.blocks}", code="bad_message")
         where = self.regions[region]
         return Run(where.address + block_id * where.stride, where.block_bytes)
+
+    def partners(self, others: int) -> range:
+        """Ranks of a worker with so many of them, with which this one has KV heads in common.
+
+        Raises:
+            TransferError: `layout`: they cannot exchange blocks.
+        """
+        try:
+            return shards.partners(self.rank, self.ranks, others)
+        except ValueError as error:
+            raise TransferError(f"{error} (worker.tensor_parallel_size)", code="layout") from None
+
+    def share(self, partner: int, others: int) -> Share:
+        """What this rank has in common with a partner of its, as this one sees it."""
+        return shards.share(self.rank, self.ranks, partner, others, self.heads)
+
+    def seen_from(self, partner: int, others: int) -> Share:
+        """The same as the partner sees it."""
+        return shards.share(partner, others, self.rank, self.ranks, self.heads)
+
+    def part(self, part: int, parts: int) -> Layout:
+        """One of so many equal parts of each block."""
+        if parts == 1:
+            return self
+        regions = [
+            Region(region.address + part * (region.block_bytes // parts), region.stride, region.block_bytes // parts)
+            for region in self.regions
+        ]
+        return msgspec.structs.replace(self, regions=regions)
 
 
 def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torch.Tensor]:
@@ -79,9 +114,30 @@ def block_views(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[torc
     return views
 
 
+def by_head(kv_caches: Mapping[str, torch.Tensor], blocks: int, heads: int) -> bool:
+    """Whether each block has one head after the other in memory.
+
+    Args:
+        heads: in these caches.
+    """
+    halves = [cache if cache.shape[0] == blocks else cache[0] for cache in kv_caches.values()]
+    return heads == 1 or all(_by_head(cache, heads) for cache in halves)
+
+
+def _by_head(cache: torch.Tensor, heads: int) -> bool:
+    outermost = _inner(cache)[0]
+    # A dimension of the same size could be taken for the heads. On CPUs they are always the one after the blocks.
+    known = list(cache.shape[1:]).count(heads) == 1 or (cache.device.type == "cpu" and outermost == 1)
+    return known and cache.shape[outermost] == heads
+
+
+def _inner(cache: torch.Tensor) -> list[int]:
+    """The dimensions of a block, in the order in which they lie in memory."""
+    return sorted(range(1, cache.dim()), key=lambda dim: (cache.stride()[dim], cache.shape[dim]), reverse=True)
+
+
 def _bytes_of(name: str, cache: torch.Tensor) -> torch.Tensor:
-    inner = sorted(range(1, cache.dim()), key=lambda dim: (cache.stride()[dim], cache.shape[dim]), reverse=True)
-    dense = cache.permute(0, *inner)
+    dense = cache.permute(0, *_inner(cache))
     expected = 1
     for dim in range(dense.dim() - 1, 0, -1):
         if dense.shape[dim] != 1 and dense.stride(dim) != expected:

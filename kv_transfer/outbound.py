@@ -48,6 +48,7 @@ class Receiver:
 
     Args:
         peer, session: of the connection (`channel.Channel`). shown: its proof that it was told the handoff's token.
+        rank, ranks: the receiver's place in its worker.
     """
 
     def __init__(
@@ -59,11 +60,14 @@ class Receiver:
         peer: bytes,
         session: bytes,
         shown: bytes,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.post = post
         self.peer = peer
         self.session = session
         self.shown = shown
+        self.rank, self.ranks = rank, ranks
         self.landing = link if isinstance(link, LandingLink) else None
         self.codec = codec
         self.first = 0
@@ -99,7 +103,7 @@ class Outbound:
         buffers: asyncio.Queue[SendBuffer],
     ) -> None:
         self.id = permit.handoff
-        self._permit = permit
+        self.permit = permit
         self.tokens = 0
         self.digest = 0
         self.started = False
@@ -119,6 +123,19 @@ class Outbound:
         self._work = asyncio.Event()
         self._sending: asyncio.Task[None] | None = None
 
+    def of_part(self, memory: KvMemory, seal: Seal) -> Outbound:
+        """Another one, that has published what this one has, of a part of its memory."""
+        other = Outbound(self.permit, seal, memory, self._fence, self._in_thread, self._buffers)
+        other.tokens, other.digest, other.started, other.computed = (
+            self.tokens,
+            self.digest,
+            self.started,
+            self.computed,
+        )
+        other._generation, other._block_ids = self._generation, self._block_ids
+        other._published = list(self._published)
+        return other
+
     # -- the engine's side --------------------------------------------------------------------------------
 
     def start(self, tokens: int, digest: int) -> None:
@@ -128,7 +145,7 @@ class Outbound:
             self._greet(self._receiver)
 
     def _greet(self, receiver: Receiver) -> None:
-        shown = permits.begins(self._permit.token, receiver.session, self.id, self.tokens, self.digest)
+        shown = permits.begins(self.permit.token, receiver.session, self.id, self.tokens, self.digest)
         receiver.post(wire.Started(self.id, self.tokens, self.digest, shown))
 
     def publish(self, generation: int, block_ids: list[int], extent: Extent) -> None:
@@ -169,7 +186,7 @@ class Outbound:
         Raises:
             TransferError: `bad_token`: the handoff is not for this one.
         """
-        receiver.check(self._permit)
+        receiver.check(self.permit)
         if self._receiver is not None:
             self._receiver.give_way(self.id, receiver)
         self.detach()

@@ -29,7 +29,9 @@ class Handoffs(Protocol):
         """A receiver waits for this handoff, which the engine may not know yet."""
         ...
 
-    def find(self, handoff_id: bytes) -> Outbound | None: ...
+    def find(self, handoff_id: bytes, post: Callable[[wire.Message], None]) -> Outbound | None:
+        """What of this handoff goes to the receiver behind this connection."""
+        ...
 
     def taken(self, outbound: Outbound) -> None:
         """The receiver has all it wanted."""
@@ -74,8 +76,9 @@ async def serve(
                     link, codec = await _link(line, message, terms, transports), message.codec
                 case wire.Open() if link is not None:
                     of_codec = terms.codec_of(codec) if isinstance(link, LandingLink) else None
-                    receiver = Receiver(post, link, of_codec, peer=line.peer, session=line.session, shown=message.shown)
-                    handoffs.attach(message.handoff, receiver)
+                    rank, ranks = _place(hello, terms)
+                    proof = {"peer": line.peer, "session": line.session, "shown": message.shown}
+                    handoffs.attach(message.handoff, Receiver(post, link, of_codec, rank=rank, ranks=ranks, **proof))
                 case wire.ProbeAsk() if link is not None:
                     if len(probes) >= _MOST_PROBES:
                         raise TransferError(f"more than {_MOST_PROBES} probes at once", code="bad_message")
@@ -92,13 +95,25 @@ async def serve(
             await link.close()
 
 
+def _place(hello: wire.Hello, terms: Terms) -> tuple[int, int]:
+    """The receiver's rank, and of how many.
+
+    Raises:
+        TransferError: it has nothing in common with this rank.
+    """
+    layout = hello.layout
+    if layout is None or not 0 <= layout.rank < layout.ranks or layout.rank not in terms.layout.partners(layout.ranks):
+        raise TransferError("a receiver that has no part of this rank's KV heads", code="layout")
+    return layout.rank, layout.ranks
+
+
 def _route(message: wire.Message, handoffs: Handoffs, post: Callable[[wire.Message], None]) -> None:
     handoff_id = getattr(message, "handoff", b"")
     if isinstance(message, wire.Closed):
         handoffs.refused(handoff_id, message.code, post)
         return
-    outbound = handoffs.find(handoff_id)
-    if outbound is None or not outbound.is_attached(post):
+    outbound = handoffs.find(handoff_id, post)
+    if outbound is None:
         return  # about a handoff that has ended here, or that another receiver has taken over
     match message:
         case wire.Announce():

@@ -213,10 +213,17 @@ class SenderLink:
         if hello.layout.fingerprint != self._terms.layout.fingerprint:
             raise TransferError("the two workers' KV layouts differ (model, dtype, block size or CPU)", code="layout")
         theirs, own = hello.layout, self._terms.layout
-        if (theirs.rank, theirs.ranks) != (own.rank, own.ranks):
+        if theirs.rank not in own.partners(theirs.ranks):
             raise TransferError(
-                f"{self.address} is rank {theirs.rank} of {theirs.ranks}, and not rank {own.rank} of {own.ranks} as "
-                "here (worker.tensor_parallel_size)",
+                f"{self.address} is rank {theirs.rank} of {theirs.ranks}, of which rank {own.rank} of {own.ranks} has "
+                "no use (worker.tensor_parallel_size)",
+                code="layout",
+            )
+        here, there = own.share(theirs.rank, theirs.ranks), own.seen_from(theirs.rank, theirs.ranks)
+        if (here.parts > 1 and not own.by_head) or (there.parts > 1 and not theirs.by_head):
+            raise TransferError(
+                f"worker.tensor_parallel_size is {theirs.ranks} there and {own.ranks} here, and this engine's blocks "
+                "do not have one KV head after the other: give both workers the same size",
                 code="layout",
             )
         return theirs

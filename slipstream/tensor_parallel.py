@@ -5,4 +5,5 @@ from __future__ import annotations
 
 def can_exchange(ranks: int, others: int) -> bool:
     """Whether a worker with so many ranks and one with so many others can hand blocks to each other."""
-    return ranks == others
+    fewer, more = sorted((ranks, others))
+    return fewer > 0 and more % fewer == 0

@@ -67,6 +67,7 @@ class Options(msgspec.Struct, frozen=True):
     Attributes:
         way: how blocks come to it. width: numbers in a head; a block has 384 bytes for each.
         identity: by this name others know it; registered: those that it knows.
+        rank, ranks, heads: a rank of a worker whose blocks have one head after the other; 0 heads: other caches.
         port: 0 takes a free one. small_bytes: what is copied in the event loop, in a peer; else in a thread.
     """
 
@@ -86,6 +87,9 @@ class Options(msgspec.Struct, frozen=True):
     small_bytes: int | None = None
     identity: str = "node"
     registered: tuple[str, ...] = ("node",)
+    rank: int = 0
+    ranks: int = 1
+    heads: int = 0
 
 
 class Happening(msgspec.Struct, frozen=True):
@@ -146,12 +150,13 @@ class KvNode(Watched):
     def __init__(self, options: Options, wrap: Wrap = lambda transport: transport) -> None:
         super().__init__()
         self.options = options
-        self._caches = _caches(options.width)
+        self._caches = _by_head(options) if options.heads else _caches(options.width)
         views = layouts.block_views(self._caches, BLOCKS)
         self.memory = KvMemory(views, dtype="float32")
         self.block_bytes = self.memory.block_bytes
         self.refill()
-        self.layout = Layout(options.fingerprint, BLOCKS, 16, self.memory.regions)
+        place = options.rank, options.ranks, max(1, options.heads)
+        self.layout = Layout(options.fingerprint, BLOCKS, 16, self.memory.regions, *place, by_head=options.heads > 0)
         self.refused: list[str] = []
         self.agent = _agent(options, self.memory, self.layout, wrap, self.refused)
         self.agent.start()
@@ -234,10 +239,13 @@ class KvNode(Watched):
 
     # -- as a receiver ------------------------------------------------------------------------------------
 
-    def open(self, handoff: str, address: str, epoch: int, sender: str = "node", told: str = "") -> None:
+    def open(
+        self, handoff: str, address: str, epoch: int, sender: str = "node", told: str = "", ranks: Sequence[str] = ()
+    ) -> None:
         """`told` is the handoff whose token this node was told, if it is another one."""
         key = identity(sender).public
-        self.agent.open(handoff, Handoff(bytes.fromhex(handoff), address, epoch, key, token(told or handoff)))
+        handoff_id = bytes.fromhex(handoff)
+        self.agent.open(handoff, Handoff(handoff_id, address, epoch, key, token(told or handoff), tuple(ranks)))
 
     def receive(self, handoff: str, targets: Sequence[int], first: int = 0) -> None:
         self.agent.receive(handoff, Want(first, list(targets)))
@@ -262,6 +270,11 @@ def _caches(width: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _by_head(options: Options) -> dict[str, torch.Tensor]:
+    heads = max(1, options.heads // options.ranks)
+    return {f"layers.{number}": torch.zeros(BLOCKS, heads, 16, options.width) for number in range(REGIONS)}
+
+
 def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap, refused: list[str]) -> TransferAgent:
     transport, _, mode = options.way.partition("/")
     terms = Terms(
@@ -283,7 +296,7 @@ def _agent(options: Options, memory: KvMemory, layout: Layout, wrap: Wrap, refus
         return wrap(
             ShmStaged(
                 Path(options.folder),
-                f"node-{options.epoch:x}",
+                f"node-{options.epoch:x}-{options.rank}",
                 span_bytes=options.span_bytes,
                 landing_bytes=options.places * options.span_bytes,
             )

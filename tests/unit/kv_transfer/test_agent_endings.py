@@ -222,13 +222,6 @@ def test_workers_of_two_hosts_do_not_try_shared_memory(peer: KvPeer, make: Calla
     assert "two hosts" in received.message
 
 
-def test_workers_that_divide_their_kv_heads_differently_exchange_nothing(ours: KvNode) -> None:
-    ours.agent.open("request", Handoff(bytes(16), "127.0.0.1:1", 1, KEY, TOKEN, ("127.0.0.1:1", "127.0.0.1:2")))
-    received = ours.until("Received", "request")
-    assert received.error == "layout"
-    assert "size is 2, this worker's is 1" in received.message
-
-
 @pytest.mark.parametrize(
     "handoff",
     [

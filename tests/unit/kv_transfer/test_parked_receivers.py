@@ -85,7 +85,7 @@ async def test_a_queued_prompt_that_is_aborted_releases_its_receiver(exchange: E
     exchange.attach(ID, receiver(posted))
     exchange.end(ID, "lease_ended", "given up")
     assert posted == [wire.Closed(ID, "lease_ended", "given up")]
-    assert exchange.find(ID) is None
+    assert exchange.find(ID, posted.append) is None
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -118,7 +118,7 @@ async def test_who_is_not_meant_to_have_a_prompt_is_refused_and_learns_nothing_o
 async def test_a_prompt_without_a_token_is_nobodys(exchange: Exchange) -> None:
     exchange.expect(Permit(ID, b"", PEER), Fence())
     exchange.begin(ID, 100, 7)
-    assert exchange.find(ID) is None
+    assert exchange.find(ID, print) is None
 
 
 async def test_who_was_registered_and_is_not_any_more_gets_nothing_new(exchange: Exchange) -> None:

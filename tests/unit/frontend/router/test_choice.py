@@ -100,13 +100,17 @@ def test_a_pair_on_one_host_is_preferred_as_long_as_that_saves_time(waiting: int
     assert prefill == "p-b" or route.decode.worker_id == "d-a"
 
 
-def test_workers_that_divide_their_kv_heads_differently_are_no_pair() -> None:
-    of_two = TransferEndpoint(address="h:1", epoch=7, transports=["shm"], ranks=["h:1", "h:2"])
-    workers = [worker("p1", PREFILL), worker("p2", PREFILL, waiting=900, transfer=of_two)]
-    route = choose(ASK, [*workers, worker("d", DECODE, transfer=of_two)])
-    assert route.prefill is not None
-    assert route.prefill.worker_id == "p2"
-    assert choose(ASK, [worker("p1", PREFILL), worker("d", DECODE, transfer=of_two)]).fallback is Fallback.NO_PATH
+@pytest.mark.parametrize(("prefill", "decode", "paired"), [(2, 2, True), (4, 2, True), (1, 2, True), (3, 2, False)])
+def test_workers_are_a_pair_when_the_ranks_of_one_divide_those_of_the_other(
+    prefill: int, decode: int, paired: bool
+) -> None:
+    def of(ranks: int) -> TransferEndpoint:
+        addresses = [f"h:{rank + 1}" for rank in range(ranks)]
+        return TransferEndpoint(address="h:1", epoch=7, transports=["shm"], ranks=addresses)
+
+    route = choose(ASK, [worker("p", PREFILL, transfer=of(prefill)), worker("d", DECODE, transfer=of(decode))])
+    assert (route.prefill is not None) == paired
+    assert route.fallback is (None if paired else Fallback.NO_PATH)
 
 
 def test_a_prefill_worker_without_a_transfer_agent_is_not_used() -> None:
