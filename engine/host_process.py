@@ -10,7 +10,6 @@ DRAINING, refuse new requests, let open ones finish until `worker.drain_timeout_
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc.aio
+import psutil
 import uvloop
 from grpc_health.v1 import health_pb2
 
@@ -106,9 +106,15 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
 
 
 def _end_despite_load(status: int) -> NoReturn:
-    """End a process in which an engine still loads: neither its thread nor its process can be asked to stop."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    """End a process in which an engine still loads: neither its thread nor its processes can be asked to stop.
+
+    Its ranks, too: one that loads does not notice that nobody waits for it. Only the tracker of shared memory is left,
+    to remove what they have made.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if not any("resource_tracker" in word for word in child.cmdline()):
+                child.kill()
     os._exit(status)
 
 
