@@ -198,6 +198,7 @@ async def _transfer(engine: Engine) -> tuple[float, float]:
     endpoint = engine.transfer()
     if endpoint is not None:
         try:
+            await engine.admit([endpoint.public_key])  # nobody else registers it here
             path = await engine.probe_path("itself", endpoint, "")
         except TransferError:
             return _UNKNOWN_BYTES_PER_S, 0.001

@@ -105,6 +105,9 @@ def test_failures_are_told_by_cause_and_a_client_that_left_is_none(url: str, boa
         "lease_ended": 1,
         "digest": 1,
         "no_path": 1,
+        "not_registered": 1,
+        "bad_identity": 1,
+        "bad_token": 1,
         "other": 1,
     }
     assert seen["slipstream_kv_transfers_total:failed"] == sum(causes.values())

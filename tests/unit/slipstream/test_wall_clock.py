@@ -21,7 +21,7 @@ READERS = {
     "deploy/scaler_service.py": "when a worker was started, for people",
     "engine/health/watch.py": "since when a state holds, for people",
     "engine/host_process.py": "the worker's epoch, and since when it runs and is fenced, for people",
-    "engine/path_probe.py": "when a path was measured, for people",
+    "engine/own_agent.py": "when a path was measured, for people",
     "engine/profiler.py": "the day of a profile",
     "engine/simulated/engine.py": "when a path was measured, for people",
     "engine/startup.py": "the age of the process, once, at its start",
