@@ -17,13 +17,13 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 
 from planner.objectives import Bounds, ModelObjectives, Objective, PlannerObjectives
 from planner.policy_file import dump_policy, write_policy
 from slipstream.client import AsyncClient
+from slipstream.security.names import ComponentRole
 from slipstream.v1.planner_pb2 import ApplyRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import ROLE_DECODE, ROLE_PREFILL
@@ -100,7 +100,7 @@ def is_whole(cluster: ClusterOnRay, prefill: int = 2, decode: int = 2) -> bool:
 
 
 def apply(cluster: ClusterOnRay, policy: PlannerObjectives) -> None:
-    with grpc.insecure_channel(cluster.control_plane) as channel:
+    with cluster.channel(cluster.control_plane, ComponentRole.CONTROL_PLANE) as channel:
         PlannerStub(channel).Apply(ApplyRequest(policy_yaml=dump_policy(policy)), timeout=10)
 
 

@@ -25,6 +25,10 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from slipstream.security import identity
+from slipstream.security.channels import open_blocking_channel
+from slipstream.security.names import ComponentRole
+from slipstream.security_settings import SecuritySettings
 from slipstream.v1 import registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 
@@ -141,13 +145,19 @@ class Cluster:
         """The URL of the control plane's /metrics."""
         return f"http://127.0.0.1:{self._settings['control_plane']['metrics_port']}/metrics"
 
+    def channel(self, address: str, peer: ComponentRole) -> grpc.Channel:
+        """To one of its components, as an operator's command opens it."""
+        security = SecuritySettings.model_validate(self._settings.get("security", {}))
+        with identity.installed(security, ComponentRole.OPERATOR):
+            return open_blocking_channel(address, peer=peer)
+
     def workers(self, *, settled: bool = False) -> list[WorkerRecord]:
         """The registry's view now.
 
         Args:
             settled: none at all while a registry that was just started may not have heard of all of them.
         """
-        with grpc.insecure_channel(self.control_plane) as channel:
+        with self.channel(self.control_plane, ComponentRole.CONTROL_PLANE) as channel:
             watch = registry_pb2_grpc.RegistryStub(channel).Watch(registry_pb2.WatchRequest(), timeout=10)
             found = next(iter(watch))
             watch.cancel()
@@ -171,7 +181,7 @@ class Cluster:
 
     def ask_worker(self, worker: WorkerRecord) -> WorkerRecord:
         """A worker's own record as it is now; the registry's is up to a second old."""
-        with grpc.insecure_channel(worker.address) as channel:
+        with self.channel(worker.address, ComponentRole.WORKER) as channel:
             return worker_pb2_grpc.WorkerStub(channel).GetStatus(worker_pb2.GetStatusRequest(), timeout=5)
 
     def metrics(self, role: Role.ValueType) -> dict[str, float]:

@@ -246,7 +246,7 @@ def test_handoffs_that_nobody_knows_are_waited_for_in_a_limited_number(
     monkeypatch.setattr("kv_transfer.exchange._MOST_PARKED", 4)
     transport = ShmDirect(readable=True)
     with Stranger(transferring.address, "third", "prefill") as worker:
-        worker.say(wire.Hello(wire.VERSION, 1, transferring.epoch, "here", ["shm"], None))
+        worker.say(wire.Hello(wire.VERSION, 1, transferring.epoch, "here", ["shm"], transferring.layout))
         assert isinstance(worker.hear(), wire.Hello)
         worker.say(wire.Link("shm/direct", transport.card(), "none"))
         linked = worker.hear()
