@@ -54,18 +54,20 @@ model: .venv/.ready  ## Fetch and convert the default model, once, into the user
 	@[ -t 2 ] || export TQDM_DISABLE=1; exec $(BIN)/python -m engine.default_model
 
 ##@ Check
-.PHONY: test lint types imports test-unit test-e2e test-light
+.PHONY: test static lint types imports test-unit test-e2e test-light
 test: install model  ## Everything: style, types, import rules, all tests
-	@$(MAKE) lint
-	@$(MAKE) types
-	@$(MAKE) imports
-	@$(MAKE) test-light
+	@$(MAKE) -j 2 --output-sync=target static test-light
 	@echo "==> Tests of the other parts"
 	@$(BIN)/python -m pytest $(AT_ONCE) tests/unit $(addprefix --ignore=,$(LIGHT_TESTS) tests/unit/kv_transfer) $(ARGS)
 	@echo "==> Tests of transfers and whole clusters, one at a time"
 	@$(BIN)/python -m pytest tests/unit/kv_transfer $(CLUSTER_TESTS) $(ARGS)
 	@echo "==> Tests of NIXL, which needs a process without ucxx"
 	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
+
+static:  ## What is checked without running anything: style, types, import rules
+	@$(MAKE) lint
+	@$(MAKE) types
+	@$(MAKE) imports
 
 lint: install  ## Style: ruff check and ruff format --check
 	@echo "==> Style"

@@ -94,7 +94,9 @@ class Peer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         async with asyncio.timeout(NOTICE_S):
-            return await self.process.wait()
+            status = await self.process.wait()
+            await self._reading
+        return status
 
 
 class Pair:
