@@ -39,7 +39,7 @@ def test_the_engines_own_sockets_are_files_that_only_this_user_reaches(cluster: 
     paths = set()
     for worker in cluster.workers():
         for process in (psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)):
-            paths |= {one.laddr for one in process.net_connections(kind="unix") if str(one.laddr).startswith("/")}
+            paths |= {str(one.laddr) for one in process.net_connections(kind="unix") if str(one.laddr).startswith("/")}
 
     assert paths
     for path in map(Path, paths):
