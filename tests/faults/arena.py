@@ -26,7 +26,7 @@ from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import WorkerState
 from tests.faults.load import HANG_S, OwnConnection, Pair
 from tests.support import fault_cluster, plain_engine, warm_processes
-from tests.support.fault_cluster import FaultCluster, leftovers
+from tests.support.fault_cluster import FaultCluster, kept_by
 from tests.support.tiny_model import VOCAB_SIZE, make_tiny_model
 
 READY_S = 180.0
@@ -117,26 +117,11 @@ class Arena:
         """After the last request has ended: how long until nothing is held, and what still is after that time."""
         began_s = time.monotonic()
         while True:
-            kept = await self._kept()
+            kept = await kept_by(self.cluster.members)
             took_s = time.monotonic() - began_s
             if not kept or took_s > timeout_s:
                 return took_s, kept
             await asyncio.sleep(_POLL_S)
-
-    async def _kept(self) -> list[str]:
-        kept = []
-        for member in self.cluster.members:
-            record = await member.status()
-            load = record.load if record is not None else None
-            if load is None:
-                kept.append(f"{member.name} does not answer")
-            elif load.blocks_used or load.handoffs_held or load.running or load.waiting:
-                kept.append(
-                    f"{member.name} keeps {load.blocks_used} blocks, {load.handoffs_held} handoffs, {load.running} "
-                    f"running, {load.waiting} waiting"
-                )
-            kept += [f"left in shared memory: {name}" for name in leftovers(member)]
-        return kept
 
     def close(self) -> None:
         """End the frontend; the cluster ends itself."""

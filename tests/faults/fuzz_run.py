@@ -22,7 +22,7 @@ from slipstream.v1.registry_pb2 import WorkerState
 from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
 from tests.faults.fuzz_cases import Case, Fault, Kind, Planned, Stage
 from tests.faults.fuzz_faults import inflict
-from tests.support.fault_cluster import FaultCluster, Member, leftovers
+from tests.support.fault_cluster import FaultCluster, Member, kept_by
 
 # Longer than all limits of the frontend's settings together: what takes longer is a hang.
 HANG_S = 75.0
@@ -236,18 +236,7 @@ class Fuzzer:
         await self._ready()
         began_s = time.monotonic()
         while True:
-            kept = []
-            for member in self._cluster.members:
-                record = await member.status()
-                load = record.load if record is not None else None
-                if load is None:
-                    kept.append(f"{member.name} does not answer")
-                elif load.blocks_used or load.handoffs_held or load.running or load.waiting:
-                    kept.append(
-                        f"{member.name} KEEPS {load.blocks_used} blocks, {load.handoffs_held} handoffs, "
-                        f"{load.running} running, {load.waiting} waiting"
-                    )
-                kept += [f"LEFT in shared memory: {name}" for name in leftovers(member)]
+            kept = await kept_by(self._cluster.members)
             took_s = time.monotonic() - began_s
             if not kept or took_s > QUIET_S:
                 self.report.slowest_quiet_s = max(self.report.slowest_quiet_s, took_s)

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -159,6 +159,23 @@ def leftovers(member: Member) -> list[str]:
     """Files in shared memory of a member's earlier incarnations."""
     stems = [name.removesuffix(SUFFIX) for name in member.boards[:-1]]
     return [path.name for stem in stems for path in (*_SHM.glob(f"{stem}{SUFFIX}"), *_SHM.glob(f"{stem}-*"))]
+
+
+async def kept_by(members: Iterable[Member]) -> list[str]:
+    """What members hold that nobody asks for any more; nothing when all is well."""
+    kept = []
+    for member in members:
+        record = await member.status()
+        load = record.load if record is not None else None
+        if load is None:
+            kept.append(f"{member.name} does not answer")
+        elif load.blocks_used or load.handoffs_held or load.running or load.waiting:
+            kept.append(
+                f"{member.name} keeps {load.blocks_used} blocks, {load.handoffs_held} handoffs, "
+                f"{load.running} running, {load.waiting} waiting"
+            )
+        kept += [f"left in shared memory: {name}" for name in leftovers(member)]
+    return kept
 
 
 def landing_area(record: WorkerRecord) -> Path | None:
