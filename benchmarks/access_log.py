@@ -29,12 +29,12 @@ from benchmarks import command
 from benchmarks.command import Say
 from benchmarks.report import Machine, machine
 from benchmarks.server import child_environ
-from benchmarks.vllm_server import free_port
 from frontend import access_log
 from frontend.face_metrics import TokenTimes, Where
 from frontend.request_life import observed, received, stage
 from slipstream import telemetry, tracing
 from slipstream.errors import StartupError
+from slipstream.free_ports import free_port
 from slipstream.settings import LogSettings, TracingSettings
 
 _REQUESTS = 2000

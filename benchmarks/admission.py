@@ -39,8 +39,8 @@ from benchmarks.load import Question
 from benchmarks.report import Machine, Target, below, equals, machine, ratio, targets_table
 from benchmarks.samples import Spread, spread
 from benchmarks.server import Server, child_environ, running
-from benchmarks.vllm_server import free_port
 from deploy.processes import Component
+from slipstream.free_ports import free_port
 from slipstream.settings import DEFAULT_MODEL
 
 _PROFILE = "llama-3.1-70b-h200-tp1"

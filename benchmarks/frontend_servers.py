@@ -19,9 +19,9 @@ import httpx
 
 from benchmarks.instant_worker import FIRST_TOKEN
 from benchmarks.server import child_environ, running, tree_cpu_s
-from benchmarks.vllm_server import free_port
 from deploy.processes import Component
 from slipstream.errors import StartupError
+from slipstream.free_ports import free_port
 
 WORKERS = 4
 MODEL_NAME = "smol"

@@ -20,10 +20,11 @@ from benchmarks import affinity
 from benchmarks.affinity import BusyThread
 from benchmarks.cluster_server import WorkerFacts
 from benchmarks.server import Server, child_environ, running
-from benchmarks.vllm_server import Flavour, free_port, until_healthy, vllm_server
+from benchmarks.vllm_server import Flavour, until_healthy, vllm_server
 from deploy import cores
 from deploy.processes import Component
 from slipstream.errors import StartupError
+from slipstream.free_ports import free_port
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -21,6 +20,7 @@ import httpx
 from benchmarks.cluster_server import WorkerFacts
 from benchmarks.server import Server, child_environ, running
 from deploy.processes import Component
+from slipstream.free_ports import free_port
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 20.0
@@ -127,11 +127,3 @@ async def until_healthy(url: str) -> None:
             except httpx.HTTPError:
                 pass  # not listening yet
             await asyncio.sleep(_POLL_S)
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        chosen: int = probe.getsockname()[1]
-        return chosen

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from slipstream.addresses import host_port, reachable
 from slipstream.child_python import module_path
 from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import ConfigError, StartupError
+from slipstream.free_ports import free_port
 from slipstream.security.identity import face_files_of
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
@@ -258,31 +259,25 @@ def resolve_ports(settings: Settings) -> Settings:
     )
 
 
-def _port(host: str, port: int, setting: str, flag: str, taken: Iterable[int] = ()) -> int:
+def _port(host: str, port: int, setting: str, flag: str, taken: Collection[int] = ()) -> int:
     """The port itself when it can be listened on, or a free one for 0."""
     if port != 0 and port in taken:
         raise ConfigError(f"{setting} = {port} is used twice; give each face its own port ({flag})", param=setting)
-    while True:
-        chosen = _listen_once(host, port, setting, flag)
-        if chosen not in taken:
-            return chosen
-
-
-def _listen_once(host: str, port: int, setting: str, flag: str) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        if port == 0:
+            return free_port(host, chosen=taken)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen(1)
-        except OSError as error:
-            message = (
-                f"{setting} = {port}: cannot listen on {host}:{port} ({error.strerror}); stop what listens there, "
-                f"or choose another port with {flag} (0 takes a free one)"
-            )
-            raise ConfigError(message, param=setting) from None
-        chosen: int = probe.getsockname()[1]
-        return chosen
+            return port
+    except OSError as error:
+        message = (
+            f"{setting} = {port}: cannot listen on {host}:{port} ({error.strerror}); stop what listens there, "
+            f"or choose another port with {flag} (0 takes a free one)"
+        )
+        raise ConfigError(message, param=setting) from None
 
 
 def state_folder(environ: Mapping[str, str], home: Path) -> Path:

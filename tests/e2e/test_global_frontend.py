@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ import psutil
 import pytest
 import yaml
 
+from slipstream.free_ports import free_port
 from slipstream.v1.inference_pb2 import GenerateRequest, TokenIds
 from slipstream.v1.inference_pb2_grpc import InferenceStub
 from slipstream.v1.sampling_pb2 import SamplingParams
@@ -90,12 +90,6 @@ class GlobalFrontend:
     async def ask(self, client: httpx.AsyncClient, prompt: str, **more: Any) -> httpx.Response:
         body = {"model": "sim", "prompt": prompt, "max_tokens": 4, **more}
         return await client.post(f"{self.url}/v1/completions", json=body)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Clusters:

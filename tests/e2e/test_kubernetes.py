@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +22,7 @@ from planner.policy_file import write_policy
 from slipstream import registry_watch
 from slipstream.background import background
 from slipstream.client import AsyncClient
+from slipstream.free_ports import free_port
 from slipstream.v1.registry_pb2 import Role, WorkerSet, WorkerState
 from tests.support.cluster import status_of, wait_for
 from tests.support.kubernetes_server import KubernetesServer
@@ -69,13 +69,6 @@ class Served:
         """Those of the planner that were done."""
         log = (self.folder / "planner.log").read_text()
         return re.findall(rf"action_done .*action='?({kind} [^'\n]*)", log)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @asynccontextmanager

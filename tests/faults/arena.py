@@ -22,6 +22,7 @@ import frontend.pool
 import frontend.process
 from slipstream import telemetry
 from slipstream.errors import SlipstreamError
+from slipstream.free_ports import free_ports
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import WorkerState
 from tests.faults.load import HANG_S, OwnConnection, Pair
@@ -172,8 +173,8 @@ async def opened(folder: Path, *, seed: int, prefill: int = 2, decode: int = 2) 
 
 def _frontend_settings(cluster: FaultCluster) -> Settings:
     settings = cluster.settings
-    taken = max(member.settings.transfer.port for member in cluster.members)
-    http_port, grpc_port = fault_cluster.free_ports(2, above=taken)
+    taken = [member.settings.transfer.port for member in cluster.members]
+    http_port, grpc_port = free_ports(2, chosen=taken)
     chosen = settings.frontend.model_copy(
         update={
             "http_port": http_port,

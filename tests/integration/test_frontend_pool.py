@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from benchmarks.instant_worker import worker
-from benchmarks.vllm_server import free_port
 from planner.server import open_control_plane
+from slipstream.free_ports import free_port
 from slipstream.settings import ControlPlaneSettings
 from slipstream.v1.inference_pb2 import ListModelsRequest
 from slipstream.v1.inference_pb2_grpc import InferenceStub

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ import prefill_worker.process
 from kv_transfer import agent_start, exchange, outbound
 from kv_transfer.board import PREFIX, SEGMENT_SUFFIX, SUFFIX, Board
 from slipstream.errors import TransferError
+from slipstream.free_ports import free_ports
 from slipstream.settings import (
     ControlPlaneSettings,
     FrontendSettings,
@@ -285,23 +284,3 @@ def _settings(model: Path, control_plane_port: int) -> Settings:
         ),
         log=LogSettings(level="info"),
     )
-
-
-def free_ports(count: int, *, above: int = 0) -> list[int]:
-    """Ports outside of the range from which the kernel takes ports for outgoing connections.
-
-    Args:
-        above: a port that was chosen before, whose owner may not have taken it yet.
-    """
-    found: list[int] = []
-    with ExitStack() as stack:
-        for port in range(above + 1 if above else 20000 + (os.getpid() * 37 + int(time.time())) % 8000, 32000):
-            taken = stack.enter_context(socket.socket())
-            try:
-                taken.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found.append(port)
-            if len(found) == count:
-                return found
-    raise AssertionError(f"fewer than {count} free ports")

@@ -19,13 +19,13 @@ import psutil
 
 from deploy.processes import Component, Process
 from slipstream import config_file
+from slipstream.free_ports import free_ports
 from slipstream.settings import Settings
 from slipstream.v1 import registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 from tests.faults.chaos import settings as chaos_settings
 from tests.faults.chaos.plan import Group, Shape
 from tests.support import fault_cluster, warm_processes
-from tests.support.fault_cluster import free_ports
 
 RESTART_S = 0.4
 _THERE = (WorkerState.READY, WorkerState.FENCED)
