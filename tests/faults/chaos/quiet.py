@@ -29,6 +29,7 @@ ENDPOINTS = ("completions", "chat", "generate")
 _SHM = Path("/dev/shm")
 # What a process may have more than at its first quiet point: pools of threads and connections fill with use.
 _MORE = {"fds": 16, "threads": 8, "tasks": 40}
+_YOUNG_S = 60.0
 _SLOPE_POINTS = 5
 _SLOPE_SKIPPED = 3
 _MIB = 1 << 20
@@ -185,7 +186,7 @@ class QuietPoints:
             with suppress(psutil.Error):
                 size = await self._size(seat, pid)
                 life = self._life(seat, pid)
-                first = life.first = life.first or size
+                first = life.first = self._first(life, size)
                 life.last = size
                 grown += [
                     f"{life.name} (pid {pid}) has {size[what]} {what}, {first[what]} at first"
@@ -195,6 +196,12 @@ class QuietPoints:
                 if half := size["half_closed"]:
                     grown.append(f"{life.name} (pid {pid}) has {half} connections that their peers have closed")
         return grown
+
+    def _first(self, life: Life, size: dict[str, int]) -> dict[str, int]:
+        """What it had at first: a process that is still starting has not opened all that it works with."""
+        if life.first and time.time() - psutil.Process(life.pid).create_time() > _YOUNG_S:
+            return life.first
+        return {what: max(count, life.first.get(what, 0)) for what, count in size.items()}
 
     async def _size(self, seat: Seat | None, pid: int) -> dict[str, int]:
         process = psutil.Process(pid)
