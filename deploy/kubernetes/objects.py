@@ -47,7 +47,7 @@ class Pool:
 
     Attributes:
         role: in which its pods begin; what they are now the registry knows.
-        replicas: pods it shall have: seats, whatever roles they have by now.
+        replicas: pods, or groups, it shall have: seats, whatever roles they have by now.
         most: seats it may have; None where nobody says.
         selector: labels of its pods.
         failure: why it could not make a pod (a quota, an admission webhook), by its own word.
@@ -113,6 +113,11 @@ class Pod:
         return not self.over and not self.ending
 
     @property
+    def follows(self) -> bool:
+        """It is of a group that another pod leads: a part of a worker, and none of its own."""
+        return self.labels.get(LWS_WORKER_LABEL, "0") != "0"
+
+    @property
     def template(self) -> str:
         """Of which version of the pool it is."""
         return self.labels.get(HASH_LABEL, "")
@@ -143,15 +148,6 @@ def _understood(kind: Kind) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ApiBrokenError(f"kubernetes: an object among the {kind.plural} is not understood: {error!r}") from error
-
-
-def members(pool: Pool, pods: Iterable[Pod]) -> list[Pod]:
-    """The pods of a pool; of a group of pods the one that is the worker."""
-    return [
-        one
-        for one in pods
-        if pool.selector.items() <= one.labels.items() and one.labels.get(LWS_WORKER_LABEL, "0") == "0"
-    ]
 
 
 def _pool(item: Object, kind: Kind) -> Pool | str:

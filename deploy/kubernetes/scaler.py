@@ -1,6 +1,7 @@
 """The planner's scaler on Kubernetes: pools are Deployments, workers are their pods, seats are `spec.replicas`.
 
-A worker's id is its pod's name. What is not in the API server's objects is not known: any planner can go on from there.
+Or pools are LeaderWorkerSets, and workers their groups. A worker's id is the name of its pod, or of its group's leader.
+What is not in the API server's objects is not known: any planner can go on from there.
 `docs/deploy/kubernetes-scaler.md` tells how pods are chosen, and what happens when something fails.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from deploy.kubernetes.api import DEPLOYMENTS, LEADER_WORKER_SETS, PODS, KubernetesApi, Object
 from deploy.kubernetes.connection import connected
 from deploy.kubernetes.errors import ConflictError, KubernetesError, ObjectMissingError
+from deploy.kubernetes.groups import members
 from deploy.kubernetes.lease import PlannerLease
 from deploy.kubernetes.objects import (
     DELETION_COST_ANNOTATION,
@@ -22,7 +24,6 @@ from deploy.kubernetes.objects import (
     SICK_ANNOTATION,
     Pod,
     Pool,
-    members,
     pods_of,
     pools_of,
 )

@@ -123,8 +123,10 @@ class Controllers:
 
     def _make_numbered(self, group: Object, number: int, worker: int) -> None:
         name = f"{group['metadata']['name']}-{number}" + (f"-{worker}" if worker else "")
+        templates = group["spec"]["leaderWorkerTemplate"]
+        template = templates.get("workerTemplate") if worker else None
         labels = {
-            **group["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["metadata"]["labels"],
+            **(template or templates["leaderTemplate"])["metadata"]["labels"],
             "leaderworkerset.sigs.k8s.io/name": group["metadata"]["name"],
             "leaderworkerset.sigs.k8s.io/group-index": str(number),
             "leaderworkerset.sigs.k8s.io/worker-index": str(worker),
