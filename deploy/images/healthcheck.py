@@ -1,17 +1,18 @@
 """Asks the process of a container how it is; what the images' HEALTHCHECK runs. Exit status 0: well.
 
-    healthcheck.py http URL          a frontend
+    healthcheck.py http URL [FOLDER] a frontend, or the metrics of a worker that serves nothing else
     healthcheck.py grpc HOST:PORT [SERVICE [FOLDER]]
-                                     a control plane, or what SERVICE says; with the certificate in FOLDER (tls.crt,
-                                     tls.key, ca.crt), which must be the asked process' own. $POD_IP is filled in
+                                     a control plane, or what SERVICE says
     healthcheck.py worker            a worker, at the address that its environment names
 
+With the certificate in FOLDER (tls.crt, tls.key, ca.crt), which must be the asked process' own. $POD_IP is filled in.
 A script of its own, which imports nothing of ours: it runs each few seconds beside the process that it asks.
 """
 
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 import urllib.request
 from pathlib import Path
@@ -24,12 +25,10 @@ TIMEOUT_S = 3.0
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) == 2 and arguments[0] == "http":
-        return _http(arguments[1])
+    if 2 <= len(arguments) <= 3 and arguments[0] == "http":
+        return _http(_filled(arguments[1]), *arguments[2:])
     if 2 <= len(arguments) <= 4 and arguments[0] == "grpc":
-        pod = os.environ.get("POD_IP", "127.0.0.1")
-        address = arguments[1].replace("$POD_IP", f"[{pod}]" if ":" in pod else pod)
-        return _grpc(address, *arguments[2:])
+        return _grpc(_filled(arguments[1]), *arguments[2:])
     if arguments == ["worker"]:
         host = os.environ.get("SLIPSTREAM_WORKER__HOST", "127.0.0.1")
         address = f"[{host}]" if ":" in host else host
@@ -37,9 +36,15 @@ def main(arguments: list[str]) -> int:
     return _say(__doc__ or "", 2)
 
 
-def _http(url: str) -> int:
+def _filled(address: str) -> str:
+    pod = os.environ.get("POD_IP", "127.0.0.1")
+    return address.replace("$POD_IP", f"[{pod}]" if ":" in pod else pod)
+
+
+def _http(url: str, folder: str = "") -> int:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+        context = _context(Path(folder)) if folder else None
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S, context=context) as response:
             return 0 if response.status == 200 else _say(f"{url}: {response.status}", 1)
     except OSError as error:
         return _say(f"{url}: {error}", 1)
@@ -61,6 +66,14 @@ def _grpc(address: str, service: str = "", folder: str = "") -> int:
     return (
         0 if status == serving else _say(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}", 1)
     )
+
+
+def _context(folder: Path) -> ssl.SSLContext:
+    """The name in the certificate is a component's, and not that of the address that is asked."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    context.check_hostname = False
+    context.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+    return context
 
 
 def _secure(address: str, folder: Path) -> grpc.Channel:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from deploy.images.healthcheck import main
+from slipstream.metrics_server import MetricsHttpServer
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
+from tests.support.certificates import an_authority
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -72,6 +79,27 @@ def test_a_frontend_is_asked_over_http(status: int, verdict: int) -> None:
     with http_server(status) as url:
         assert main(["http", url]) == verdict
     assert main(["http", url]) == 1
+
+
+def test_a_follower_is_asked_over_tls_with_the_certificate_that_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a pod has it: a Secret's files, and metrics that are read with a certificate only."""
+    settings, mounted = an_authority(tmp_path / "made"), tmp_path / "mounted"
+    mounted.mkdir()
+    for made, name in (("ca.pem", "ca.crt"), ("worker.pem", "tls.crt"), ("worker-key.pem", "tls.key")):
+        shutil.copy(tmp_path / "made" / made, mounted / name)
+    with identity.installed(settings, ComponentRole.WORKER):
+        server = MetricsHttpServer("127.0.0.1", 0, make_wsgi_app(CollectorRegistry()))
+    try:
+        url = server.url.replace("127.0.0.1", "$POD_IP")
+        monkeypatch.setenv("POD_IP", "127.0.0.1")
+        assert main(["http", url, str(mounted)]) == 0
+        assert main(["http", url]) == 1, "without a certificate"
+        assert main(["http", url, str(tmp_path)]) == 1, "without files"
+    finally:
+        server.close()
+    assert main(["http", url, str(mounted)]) == 1
 
 
 def test_other_words_are_refused() -> None:
