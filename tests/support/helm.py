@@ -16,13 +16,19 @@ class RefusedError(Exception):
     """The chart, or the values that it was given, are refused; the message is Helm's."""
 
 
-def render(chart: Path, values: Mapping[str, Any], *, name: str, namespace: str) -> dict[str, str]:
+def render(
+    chart: Path, values: Mapping[str, Any], *, name: str, namespace: str, kubeconfig: Path | None = None
+) -> dict[str, str]:
     """Every template's text by its name, NOTES.txt too.
+
+    Args:
+        kubeconfig: names an API server where templates look things up; without one they find nothing.
 
     Raises:
         RefusedError: by the schema or by a template.
     """
-    texts: dict[str, str] = _asked("render", str(chart), values=dict(values), name=name, namespace=namespace)
+    where = {} if kubeconfig is None else {"kubeconfig": str(kubeconfig)}
+    texts: dict[str, str] = _asked("render", str(chart), values=dict(values), name=name, namespace=namespace, **where)
     return texts
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from helm_python import Chart, HelmError, lint
+from helm_python import Chart, Config, HelmError, lint
 
 
 @functools.cache
@@ -19,6 +19,9 @@ def answer(question: dict[str, Any]) -> Any:
     path, options = question["chart"], question["options"]
     values = options.pop("values")
     match question["what"]:
+        case "render" if "kubeconfig" in options:
+            with Config(kubeconfig_path=options.pop("kubeconfig"), namespace=options["namespace"]) as config:
+                return config.render(chart(path), values, **options)
         case "render":
             return chart(path).render(values, **options)
         case "lint":

@@ -28,6 +28,9 @@
 {{- end }}
 {{- end }}
 {{- end }}
+{{- if and $values.clusterToken.value $values.clusterToken.existingSecret }}
+{{- fail "clusterToken.value: clusterToken.existingSecret is set too; which of them is it?" }}
+{{- end }}
 {{- if gt (int $values.frontend.autoscaling.minReplicas) (int $values.frontend.autoscaling.maxReplicas) }}
 {{- fail "frontend.autoscaling.minReplicas: more than maxReplicas" }}
 {{- end }}

@@ -124,13 +124,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def texts(values: Values) -> dict[str, str]:
+def texts(values: Values, kubeconfig: Path | None = None) -> dict[str, str]:
     """Every template's text by its name, NOTES.txt too.
+
+    Args:
+        kubeconfig: of an API server to look into, as an upgrade does.
 
     Raises:
         RefusedError: the values are refused, by the schema or by a template.
     """
-    rendered = helm.render(CHART, merged(BASE, values), name=RELEASE, namespace=NAMESPACE)
+    rendered = helm.render(CHART, merged(BASE, values), name=RELEASE, namespace=NAMESPACE, kubeconfig=kubeconfig)
     return {name.rpartition("templates/")[2]: text for name, text in rendered.items()}
 
 
@@ -185,6 +188,11 @@ def component(pod: Object) -> str:
 
 def is_worker(pod: Object) -> bool:
     return component(pod) in ROLES
+
+
+def follows(pod: Object) -> bool:
+    """Whether it is of a group that another pod leads."""
+    return bool(pod["metadata"]["labels"].get("slipstream.dev/member") == "follower")
 
 
 def container(pod: Object) -> Object:
