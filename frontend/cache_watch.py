@@ -18,7 +18,7 @@ import grpc.aio
 
 from frontend.dispatch_metrics import CACHE_FEEDS_LOST, INDEX_BLOCKS
 from frontend.known_caches import KnownCaches
-from frontend.worker_channels import WorkerChannels
+from frontend.worker_channels import Place, WorkerChannels
 from slipstream import telemetry
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerState
 from slipstream.v1.worker_pb2 import CacheUpdate, WatchCacheRequest
@@ -112,7 +112,8 @@ class CacheWatch:
 
     async def _watch_once(self, worker_id: str, epoch: int, address: str, request: WatchCacheRequest) -> bool:
         """Until the feed ends, skips an update, or tells of another incarnation. Returns whether anything came."""
-        channel = self._channels.acquire(address)
+        place = Place(address, epoch)
+        channel = self._channels.acquire(place)
         call = WorkerStub(channel).WatchCache(request)
         heard = 0
         try:
@@ -124,7 +125,7 @@ class CacheWatch:
                 self._caches.apply(worker_id, update, self._clock())
         finally:
             call.cancel()
-            self._channels.release(address)
+            self._channels.release(place)
 
     async def _tidy(self) -> None:
         """Take what growth left over off the requests' way. Runs until cancelled."""

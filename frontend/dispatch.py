@@ -38,8 +38,8 @@ from frontend.request_record import current
 from frontend.resident_prefixes import ResidentPrefixes
 from frontend.router import RETRY_AFTER_S, Ask, Fleet, Route, Router
 from frontend.routing import Routing
-from frontend.worker_channels import WorkerChannels
-from frontend.worker_failure import WorkerFailure
+from frontend.worker_channels import Place, WorkerChannels
+from frontend.worker_failure import FailureKind, WorkerFailure
 from frontend.worker_stream import WorkerStreams
 from slipstream import telemetry
 from slipstream.background import background
@@ -73,9 +73,9 @@ async def open_dispatcher(settings: Settings) -> AsyncIterator[ClusterDispatcher
             fleet.apply(records)
             conversations.note_workers(records, fleet.places())
             await cache_watch.retain(records)
-            addresses = {record.address for record in records}
-            await streams.retain(addresses)
-            await channels.retain(addresses)
+            places = {Place.of(record) for record in records}
+            await streams.retain(places)
+            await channels.retain(places)
 
         watch = ClusterWatch(settings.control_plane.address, clock=time.monotonic, on_change=take_note)
         await stack.enter_async_context(background(watch.follow(), name="cluster_watch"))
@@ -207,8 +207,15 @@ class ClusterDispatcher:
         if not view.known:
             raise NoWorkerError("this frontend has not heard from the control plane yet", retry_after_s=RETRY_AFTER_S)
         record = current()
+
+        def is_out(worker_id: str, epoch: int, kind: FailureKind) -> bool:
+            """Until it is restarted; who was out of reach, until it has been seen to live."""
+            return view.is_this(worker_id, epoch) and (
+                kind is not FailureKind.LOST or view.is_suspect(worker_id, now_s)
+            )
+
         ask = replace(
-            progress.ask(view.is_this),
+            progress.ask(is_out),
             known_by_slot=self._conversations.known(chain, self._around.fleet.slots),
             suspects=view.suspects(now_s),
             session=record.session if record is not None else "",

@@ -55,7 +55,7 @@ class Progress:
     silent_since_s: float | None = None
     silent_stage: Stage = Stage.PREFILL
     noted_fallback: Fallback | None = None
-    _failed: set[tuple[str, int]] = field(default_factory=set)
+    _failed: dict[tuple[str, int], FailureKind] = field(default_factory=dict)
     _prefill_failure: WorkerFailure | None = None
     _decode_alone: bool = False
     _first: Attempt | None = None
@@ -72,14 +72,14 @@ class Progress:
         """How the answer goes on in another attempt, if it has begun."""
         return way(self.request.sampling, reproducible=not self._diverged)
 
-    def ask(self, is_this: Callable[[str, int], bool]) -> Ask:
-        """The question for the router: workers that failed this request are out, until they have been restarted.
+    def ask(self, is_out: Callable[[str, int, FailureKind], bool]) -> Ask:
+        """The question for the router: workers that failed this request are out.
 
         Args:
-            is_this: whether the worker of that id is the incarnation of that epoch.
+            is_out: whether the worker of that id still is the incarnation of that epoch that failed so.
         """
         tokens, left = len(self.request.token_ids), self.remaining_tokens() or 0
-        excluded = frozenset(one for one, epoch in self._failed if is_this(one, epoch))
+        excluded = frozenset(one for (one, epoch), kind in self._failed.items() if is_out(one, epoch, kind))
         if self.generated and self.way is Way.REPLAYED:
             return Ask(self.request.model, tokens, left + len(self.generated), excluded)
         return Ask(self.request.model, tokens + len(self.generated), left, excluded)
@@ -153,7 +153,7 @@ class Progress:
             SlipstreamError: it may not; the error is the client's.
         """
         worker = failure.worker
-        self._failed.add((worker.worker_id, worker.epoch))
+        self._failed[worker.worker_id, worker.epoch] = failure.kind
         self.after = f"{failure.role} {worker.worker_id} {failure.kind.value}"
         if worker.role == Role.ROLE_PREFILL:
             self._prefill_failure = failure

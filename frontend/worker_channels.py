@@ -1,7 +1,8 @@
-"""One gRPC channel for each worker address, kept open between requests.
+"""One gRPC channel for each incarnation of a worker, kept open between requests.
 
-A channel is closed when its worker has left the view and its last call has ended: a worker that merely lost
-touch with the registry keeps its streams.
+A worker that is started again at its old address gets a new channel: the one before it still pauses after the attempts
+that were refused, and fails calls meanwhile. A channel is closed when its worker has left the view and its last call
+has ended: a worker that merely lost touch with the registry keeps its streams.
 """
 
 from __future__ import annotations
@@ -9,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import grpc.aio
 
 from slipstream.grpc_channels import client_options
 from slipstream.security.channels import open_channel
 from slipstream.security.names import ComponentRole
+from slipstream.v1.registry_pb2 import WorkerRecord
+
+
+class Place(NamedTuple):
+    """Where an incarnation of a worker is."""
+
+    address: str
+    epoch: int
+
+    @classmethod
+    def of(cls, worker: WorkerRecord) -> Self:
+        return cls(worker.address, worker.epoch)
 
 
 @dataclass(slots=True)
@@ -31,7 +44,7 @@ class WorkerChannels:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[Place, _Entry] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -43,23 +56,23 @@ class WorkerChannels:
             _, entry = self._entries.popitem()
             await entry.channel.close()
 
-    def acquire(self, address: str) -> grpc.aio.Channel:
+    def acquire(self, place: Place) -> grpc.aio.Channel:
         """The channel to a worker, for one call. Pair each with one `release`."""
-        entry = self._entries.get(address)
+        entry = self._entries.get(place)
         if entry is None:
-            entry = _Entry(open_channel(address, peer=ComponentRole.WORKER, options=client_options()))
-            self._entries[address] = entry
+            entry = _Entry(open_channel(place.address, peer=ComponentRole.WORKER, options=client_options()))
+            self._entries[place] = entry
         entry.calls += 1
         return entry.channel
 
-    def release(self, address: str) -> None:
+    def release(self, place: Place) -> None:
         """The call made on the channel has ended or was cancelled."""
-        entry = self._entries.get(address)
+        entry = self._entries.get(place)
         if entry is not None:  # None: everything was closed meanwhile
             entry.calls -= 1
 
-    async def retain(self, addresses: AbstractSet[str]) -> None:
-        """Close the idle channels to addresses that are not among these; busy ones at a later call."""
-        for address in [name for name, entry in self._entries.items() if name not in addresses and not entry.calls]:
-            entry = self._entries.pop(address)
+    async def retain(self, places: AbstractSet[Place]) -> None:
+        """Close the idle channels to places that are not among these; busy ones at a later call."""
+        for place in [one for one, entry in self._entries.items() if one not in places and not entry.calls]:
+            entry = self._entries.pop(place)
             await entry.channel.close()

@@ -18,7 +18,7 @@ import grpc.aio
 
 from frontend.deadlines import Deadlines
 from frontend.worker_call import DecodeCall, Event, PrefillCall, WorkerCall
-from frontend.worker_channels import WorkerChannels
+from frontend.worker_channels import Place, WorkerChannels
 from frontend.worker_failure import failure_of
 from slipstream.errors import RequestTooLargeError, SlipstreamError, WorkerLostError
 from slipstream.grpc_channels import MAX_MESSAGE_BYTES
@@ -55,14 +55,14 @@ class WorkerStream(Generic[Request, Event]):
     def __init__(
         self,
         channels: WorkerChannels,
-        address: str,
+        place: Place,
         commands: Callable[..., Any],
         method: Callable[[grpc.aio.Channel], Any],
         deadlines: Deadlines,
     ) -> None:
         self.deadlines = deadlines
         self._channels = channels
-        self._address = address
+        self._place = place
         self._commands = commands
         self._method = method
         self._number = 0
@@ -96,7 +96,7 @@ class WorkerStream(Generic[Request, Event]):
             )
         if self._open is None:
             self._starting, self._cancelling = [], []
-            self._open = asyncio.create_task(self._run(), name=f"worker stream {self._address}")
+            self._open = asyncio.create_task(self._run(), name=f"worker stream {self._place.address}")
         request.call = call.number
         self._calls[call.number] = call
         self._starting.append(request)
@@ -121,7 +121,7 @@ class WorkerStream(Generic[Request, Event]):
 
     async def _run(self) -> None:
         """From the stream's opening to its end."""
-        channel = self._channels.acquire(self._address)
+        channel = self._channels.acquire(self._place)
         stream = self._method(channel)
         writing = asyncio.create_task(self._write(stream), name="worker stream writing")
         broken: grpc.aio.AioRpcError | None = None
@@ -144,7 +144,7 @@ class WorkerStream(Generic[Request, Event]):
         finally:
             stream.cancel()
             writing.cancel()
-            self._channels.release(self._address)
+            self._channels.release(self._place)
             self._broke(broken)
             await asyncio.gather(writing, return_exceptions=True)
 
@@ -179,8 +179,8 @@ class WorkerStreams:
     def __init__(self, channels: WorkerChannels, clock: Callable[[], float]) -> None:
         self._channels = channels
         self._deadlines = Deadlines(clock)
-        self._prefill: dict[str, WorkerStream[PrefillRequest, PrefillEvent]] = {}
-        self._decode: dict[str, WorkerStream[DecodeRequest, DecodeEvent]] = {}
+        self._prefill: dict[Place, WorkerStream[PrefillRequest, PrefillEvent]] = {}
+        self._decode: dict[Place, WorkerStream[DecodeRequest, DecodeEvent]] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -194,11 +194,12 @@ class WorkerStreams:
 
     def prefill(self, worker: WorkerRecord, request: PrefillRequest, trace: Mapping[str, str]) -> PrefillCall:
         """Send a request to a worker."""
-        stream = self._prefill.get(worker.address)
+        place = Place.of(worker)
+        stream = self._prefill.get(place)
         if stream is None:
-            stream = self._prefill[worker.address] = WorkerStream(
+            stream = self._prefill[place] = WorkerStream(
                 self._channels,
-                worker.address,
+                place,
                 PrefillCommands,
                 lambda channel: PrefillWorkerStub(channel).PrefillMany(),
                 self._deadlines,
@@ -211,11 +212,12 @@ class WorkerStreams:
 
     def decode(self, worker: WorkerRecord, request: DecodeRequest, trace: Mapping[str, str]) -> DecodeCall:
         """Send a request to a worker."""
-        stream = self._decode.get(worker.address)
+        place = Place.of(worker)
+        stream = self._decode.get(place)
         if stream is None:
-            stream = self._decode[worker.address] = WorkerStream(
+            stream = self._decode[place] = WorkerStream(
                 self._channels,
-                worker.address,
+                place,
                 DecodeCommands,
                 lambda channel: DecodeWorkerStub(channel).DecodeMany(),
                 self._deadlines,
@@ -226,11 +228,11 @@ class WorkerStreams:
         stream.start(call, request)
         return call
 
-    async def retain(self, addresses: AbstractSet[str]) -> None:
-        """Close the idle streams to addresses that are not among these; busy ones at a later call."""
+    async def retain(self, places: AbstractSet[Place]) -> None:
+        """Close the idle streams to places that are not among these; busy ones at a later call."""
         for streams in (self._prefill, self._decode):
-            for address in [one for one, stream in streams.items() if one not in addresses and stream.idle]:
-                await streams.pop(address).close()
+            for place in [one for one, stream in streams.items() if one not in places and stream.idle]:
+                await streams.pop(place).close()
 
 
 def _cause(error: grpc.aio.AioRpcError | None) -> SlipstreamError:

@@ -15,6 +15,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from frontend.dispatch import open_dispatcher
+from frontend.worker_channels import Place
 from planner.server import open_control_plane
 from slipstream import grpc_channels
 from slipstream.cli.explain import lines
@@ -34,7 +35,7 @@ from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1.registry_pb2 import Role, WorkerState
 from slipstream.v1.sampling_pb2 import FinishReason
 from slipstream.v1.worker_pb2 import Handoff
-from tests.support.scripted_cluster import PROMPT, a_request, scripted_cluster, tokens_of
+from tests.support.scripted_cluster import PROMPT, ScriptedCluster, a_request, scripted_cluster, tokens_of
 from tests.support.scripted_worker import MODEL, Script, ScriptedWorker, expected_answer, until
 
 ANSWER = expected_answer(len(PROMPT), 8)
@@ -440,15 +441,38 @@ async def test_a_worker_that_was_restarted_may_have_the_request_that_it_lost() -
         answering = asyncio.create_task(cluster.answer(a_request()))
         await until(lambda: worker.seen.open_calls)
         await asyncio.sleep(0.1)
-        stream = cluster.dispatcher._around.streams._decode[worker.record.address]
-        assert stream._open is not None
-        stream._open.cancel()  # as if its connection had broken
+        break_decode_stream(cluster, worker)
         worker.script = Script()
         await asyncio.sleep(0.3)
         assert not answering.done()
         worker.record.epoch += 1
         worker.registration.push()
         assert tokens_of(await answering) == ANSWER
+
+
+async def test_a_worker_whose_connection_alone_broke_goes_on_with_the_request_once_it_is_seen_to_live() -> None:
+    async with scripted_cluster(prefill=0) as cluster:
+        worker = cluster.decodes[0]
+        worker.script = Script(hang_at=3)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: worker.seen.open_calls)
+        await asyncio.sleep(0.1)
+        break_decode_stream(cluster, worker)
+        worker.script = Script()
+        await asyncio.sleep(0.3)
+        assert not answering.done()
+        for _ in range(3):  # renewals of its registration
+            worker.registration.push()
+            await asyncio.sleep(0.1)
+        assert tokens_of(await answering) == ANSWER
+        assert len(worker.seen.decodes) == 2
+
+
+def break_decode_stream(cluster: ScriptedCluster, worker: ScriptedWorker) -> None:
+    """As if its connection had broken."""
+    stream = cluster.dispatcher._around.streams._decode[Place.of(worker.record)]
+    assert stream._open is not None
+    stream._open.cancel()
 
 
 @pytest.mark.parametrize(
