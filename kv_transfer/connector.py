@@ -223,7 +223,6 @@ class SlipstreamConnector(KVConnectorBase_V1):
             self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
         names = layouts.in_order(kv_caches)
         self._worker = WorkerSide(
-            self._board,
             agent,
             memory,
             regions=regions_by_layer(names, len(memory.regions)),

@@ -5,7 +5,8 @@ blocks and waits for them to be filled (WAITING_FOR_REMOTE_KVS). The last prompt
 here, to sample the first token. A request asks once; after a failure, or a preemption, it computes its prompt here.
 
 A request that brings a lease is sent while it is computed: each step says which blocks it finishes. When the prompt is
-complete its blocks are pinned until the receiver has them or the lease ends.
+complete its blocks are pinned until the receiver has them or the lease ends; releases and deadlines are looked up here,
+on the board of this host, and told to the ranks, which may be on others.
 
 Where the engine has several tensor-parallel ranks each has its part of every block, and sends and receives it by
 itself. Here they are put together: a prompt has begun when it has begun for all ranks, its blocks are here when all
@@ -80,13 +81,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Blocks to keep until the lease ends, and in any case until `until_ns` (CLOCK_MONOTONIC)."""
+    """Blocks to keep until they are taken, or the request is among those of `Step.over`."""
 
     request_id: str
     handoff_id: bytes
-    slot: int
-    nonce: int
-    until_ns: int
 
 
 @dataclass(slots=True)
@@ -98,6 +96,7 @@ class Step:
         expects: handoffs whose prompts have come, and wait to be computed.
         resets: handoffs whose blocks may be overwritten by this step. ends: (handoff, why) that are over.
         opens: handoffs to wait for. cancels: requests that are not waited for any more.
+        over: (request, outcome) of leases that have ended, whether or not all ranks' blocks have been taken.
     """
 
     tokens: int = 0
@@ -106,6 +105,7 @@ class Step:
     ends: list[tuple[bytes, str]] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
+    over: list[tuple[str, Outcome]] = field(default_factory=list)
     opens: list[tuple[str, Handoff]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
@@ -142,10 +142,17 @@ class _Outgoing:
 
 @dataclass(slots=True)
 class _Held:
-    """A lease whose blocks are pinned. `outcome` is that of the ranks for which it has ended."""
+    """A lease whose blocks are pinned, in any case until `until_ns` (CLOCK_MONOTONIC).
+
+    Attributes:
+        told: the ranks know that it has ended.
+        outcome: of the ranks for which it has ended.
+    """
 
     slot: int
     nonce: int
+    until_ns: int
+    told: bool = False
     outcome: Outcome = Outcome.TAKEN
 
 
@@ -335,6 +342,7 @@ class SchedulerSide:
             scheduled = output.num_scheduled_tokens[request_id]
             self._accounts.next_step(request_id, computed, scheduled)
             self._send(output, request_id, computed, scheduled)
+        self._end_leases()
         self.publish_gauges()
         step, self._step = self._step, Step()
         step.tokens = output.total_num_scheduled_tokens
@@ -397,10 +405,25 @@ class SchedulerSide:
             self._step.ends.append((bytes(raw[2]), "lease_ended"))
             return False, out
         board.put(slot, Word.HELD, nonce)
-        self._held[request_id] = _Held(slot, nonce)
-        until_ns = time.monotonic_ns() + int(self._lease_s * 1e9)
-        self._step.holds.append(Hold(request_id, outgoing.handoff_id, slot, nonce, until_ns))
+        self._held[request_id] = _Held(slot, nonce, time.monotonic_ns() + int(self._lease_s * 1e9))
+        self._step.holds.append(Hold(request_id, outgoing.handoff_id))
         return True, out
+
+    def _end_leases(self) -> None:
+        """Tell the ranks of leases that were released, or not renewed; while one is open vLLM keeps stepping."""
+        now_ns = time.monotonic_ns()
+        for request_id, held in self._held.items():
+            if held.told:
+                continue
+            if self._board.get(held.slot, Word.RELEASED) == held.nonce:
+                outcome = Outcome.RELEASED
+            elif now_ns > max(held.until_ns, self._board.get(held.slot, Word.DEADLINE)):
+                log.warning("lease_expired", request_id=request_id)
+                outcome = Outcome.EXPIRED
+            else:
+                continue
+            held.told = True
+            self._step.over.append((request_id, outcome))
 
     def take_ended(self, ended: Mapping[str, Outcome]) -> None:
         """These leases have ended on some ranks; of different outcomes the worst counts."""

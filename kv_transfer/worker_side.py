@@ -1,4 +1,4 @@
-"""The half of the connector that lives in vLLM's worker: tells the agent what each step does, and watches leases.
+"""The half of the connector that lives in vLLM's worker: tells the agent what each step does, and ends leases.
 
 Of an engine with tensor-parallel ranks each has one, for its part of every block; what they find is put together in
 `scheduler_side`.
@@ -9,24 +9,20 @@ step this waits a moment for news from the agent, so that an engine that only wa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kv_transfer.accounts import TransferReport
 from kv_transfer.agent import TransferAgent
-from kv_transfer.board import Board, Outcome, Word
+from kv_transfer.board import Outcome
 from kv_transfer.exchange import Received, Started, Taken
 from kv_transfer.extents import Extent
 from kv_transfer.inbound import Want
 from kv_transfer.scheduler_side import Hold, Send, Step
-from slipstream import telemetry
 
 if TYPE_CHECKING:
     from kv_transfer.kv_memory import KvMemory
-
-log = telemetry.get_logger(__name__)
 
 # How long an empty step waits for news: what a new request may wait for the engine, beside its prompt's computation.
 _EMPTY_STEP_S = 0.004
@@ -63,14 +59,12 @@ class WorkerSide:
 
     def __init__(
         self,
-        board: Board,
         agent: TransferAgent,
         memory: KvMemory,
         *,
         regions: Mapping[str, tuple[int, int]],
         by_layer: bool,
     ) -> None:
-        self._board = board
         self._agent = agent
         self._memory = memory
         self._regions = regions
@@ -80,6 +74,7 @@ class WorkerSide:
         self._loading: set[str] = set()
         self._unstarted: list[str] = []  # loads of handoffs that had failed before
         self._holding: dict[str, Hold] = {}
+        self._over: dict[str, Outcome] = {}  # of what is held
         self._sent: set[bytes] = set()  # handoffs that have begun here and are not over
         self._taken: dict[bytes, str] = {}
         self._sending: list[Send] = []
@@ -117,6 +112,8 @@ class WorkerSide:
                 agent.cancel(request_id)
         for hold in step.holds:
             self._holding[hold.request_id] = hold
+        # What is not held any more was taken before the news came.
+        self._over |= {request_id: outcome for request_id, outcome in step.over if request_id in self._holding}
 
     def layer_done(self, layer: str) -> None:
         """This layer's KV of all tokens of the step is in memory."""
@@ -189,27 +186,21 @@ class WorkerSide:
     # -- leases -------------------------------------------------------------------------------------------
 
     def _end_holds(self, results: Results) -> None:
-        now_ns = time.monotonic_ns()
         for request_id, hold in list(self._holding.items()):
-            outcome = self._outcome(hold, now_ns)
+            outcome = self._outcome(hold)
             if outcome is not None:
                 del self._holding[request_id]
+                self._over.pop(request_id, None)
                 self._forget(hold.handoff_id)
                 why = f"the lease on the blocks has ended: {outcome.name.lower()}"
                 self._agent.end(hold.handoff_id, "lease_ended", why)
                 results.ended[request_id] = outcome
 
-    def _outcome(self, hold: Hold, now_ns: int) -> Outcome | None:
-        board = self._board
+    def _outcome(self, hold: Hold) -> Outcome | None:
         refused = self._taken.get(hold.handoff_id)
         if refused is not None:
             return Outcome.RELEASED if refused else Outcome.TAKEN
-        if board.get(hold.slot, Word.RELEASED) == hold.nonce:
-            return Outcome.RELEASED
-        if now_ns > max(hold.until_ns, board.get(hold.slot, Word.DEADLINE)):
-            log.warning("lease_expired", request_id=hold.request_id)
-            return Outcome.EXPIRED
-        return None
+        return self._over.get(hold.request_id)
 
     def _forget(self, handoff_id: bytes) -> None:
         self._sent.discard(handoff_id)

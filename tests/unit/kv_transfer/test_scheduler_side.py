@@ -385,7 +385,7 @@ def test_a_completed_prompt_is_held_for_its_receiver(side: SchedulerSide, board:
     held, _ = finish(side, request)
     assert held
     (hold,) = take(side).holds
-    assert (hold.request_id, hold.handoff_id, hold.slot, hold.nonce) == ("r", ID, 1, NONCE)
+    assert (hold.request_id, hold.handoff_id) == ("r", ID)
     assert board.get(1, Word.HELD) == NONCE
     assert board.counter(Counter.HANDOFFS_HELD) == 1
     side.take_ended({"r": Outcome.TAKEN})
@@ -396,6 +396,34 @@ def test_a_completed_prompt_is_held_for_its_receiver(side: SchedulerSide, board:
     assert board.counter(Counter.HANDOFFS_TAKEN) == 1
     assert board.get(1, Word.HELD) == 0
     assert board.counter(Counter.HANDOFFS_HELD) == 0
+
+
+def test_the_ranks_are_told_once_that_a_lease_was_released_and_free_the_blocks(
+    side: SchedulerSide, board: Board
+) -> None:
+    request = sending()
+    run_prompt(side, request, [100])
+    finish(side, request)
+    assert take(side).over == []
+    board.put(1, Word.RELEASED, NONCE)
+    assert take(side).over == [("r", Outcome.RELEASED)]
+    assert take(side).over == []
+    assert board.get(1, Word.HELD) == NONCE  # until they say that nothing of it is on its way any more
+    side.take_ended({"r": Outcome.RELEASED})
+    side.release({"r"})
+    assert board.outcome(1, NONCE) is Outcome.RELEASED
+
+
+def test_a_lease_expires_unless_it_is_renewed(board: Board) -> None:
+    side = SchedulerSide(board, block_tokens=BLOCK_TOKENS, lease_s=0.0)
+    request = sending()
+    run_prompt(side, request, [100])
+    board.put(1, Word.DEADLINE, time.monotonic_ns() + int(60e9))
+    finish(side, request)
+    for _ in range(3):
+        assert take(side).over == []
+    board.put(1, Word.DEADLINE, time.monotonic_ns() - 1)
+    assert take(side).over == [("r", Outcome.EXPIRED)]
 
 
 @pytest.mark.parametrize("why", ["aborted", "released", "never scheduled"])

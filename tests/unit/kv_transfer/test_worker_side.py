@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from kv_transfer.board import Board, Outcome, Word
+from kv_transfer.board import Outcome
 from kv_transfer.handoff import Handoff
 from kv_transfer.permits import Permit
 from kv_transfer.scheduler_side import Hold, Load, Send, Step
@@ -18,15 +17,14 @@ from tests.support.kv_stranger import identity, token
 
 LAYERS = {"layers.0": (0, 1), "layers.1": (1, 2), "layers.2": (2, 4)}
 IDS, TARGETS = [9, 3, 4], [7, 20, 21]
-NONCE = 80
 
 
 class Worker:
     """A node under a `WorkerSide`, stepped as vLLM does."""
 
-    def __init__(self, node: KvNode, board: Board, *, by_layer: bool = True) -> None:
-        self.node, self.board = node, board
-        self.side = WorkerSide(board, node.agent, node.memory, regions=LAYERS, by_layer=by_layer)
+    def __init__(self, node: KvNode, *, by_layer: bool = True) -> None:
+        self.node = node
+        self.side = WorkerSide(node.agent, node.memory, regions=LAYERS, by_layer=by_layer)
         self.results = Results()
 
     def step(self, step: Step | None = None) -> Results:
@@ -54,16 +52,16 @@ class Worker:
 
 
 @pytest.fixture
-def worker(make: Callable[..., KvNode], tmp_path: Path) -> Callable[..., Worker]:
-    return lambda **options: Worker(make(), Board.create(tmp_path, slots=4), **options)
+def worker(make: Callable[..., KvNode]) -> Callable[..., Worker]:
+    return lambda **options: Worker(make(), **options)
 
 
 def a_send(handoff: str, first: int, end: int, *, begin: bool = False, ready: int = 0, final: bool = False) -> Send:
     return Send(bytes.fromhex(handoff), (48, 7) if begin else None, IDS, ready, first, end, final)
 
 
-def a_hold(handoff: str, lease_s: float = 30.0) -> Hold:
-    return Hold("p", bytes.fromhex(handoff), 1, NONCE, time.monotonic_ns() + int(lease_s * 1e9))
+def a_hold(handoff: str) -> Hold:
+    return Hold("p", bytes.fromhex(handoff))
 
 
 def to_receive(handoff: str, sender: Worker) -> Handoff:
@@ -114,31 +112,36 @@ def test_a_receiver_that_gives_up_releases_the_lease(worker: Callable[..., Worke
     assert sender.results.ended == {"p": Outcome.RELEASED}
 
 
-@pytest.mark.parametrize("how", ["released", "expired"])
-def test_a_lease_that_ends_frees_the_blocks_and_tells_the_receiver(worker: Callable[..., Worker], how: str) -> None:
+@pytest.mark.parametrize("outcome", [Outcome.RELEASED, Outcome.EXPIRED])
+@pytest.mark.parametrize("at_once", [True, False], ids=["in the same step", "later"])
+def test_a_lease_that_ends_frees_the_blocks_and_tells_the_receiver(
+    worker: Callable[..., Worker], outcome: Outcome, at_once: bool
+) -> None:
     sender, receiver = worker(), worker()
     handoff = new_handoff()
     receiver.step(Step(opens=[("d", to_receive(handoff, sender))]))
     sender.step(Step(tokens=48, sends=[a_send(handoff, 0, 2, begin=True)]))
     receiver.until(lambda results: "d" in results.started)
     receiver.step(Step(loads=[Load("d", 0, TARGETS)]))
-    if how == "released":
-        sender.board.put(1, Word.RELEASED, NONCE)
-    sender.step(Step(holds=[a_hold(handoff, lease_s=0.05)]))
-    sender.until(lambda results: bool(results.ended))
-    assert sender.results.ended == {"p": Outcome.RELEASED if how == "released" else Outcome.EXPIRED}
+    over = [("p", outcome)]
+    assert sender.step(Step(holds=[a_hold(handoff)], over=over if at_once else [])).ended == (
+        {"p": outcome} if at_once else {}
+    )
+    assert sender.step(Step(over=[] if at_once else over)).ended == ({} if at_once else {"p": outcome})
     receiver.until(lambda results: bool(results.received))
     assert receiver.results.reports["d"].failure == "lease_ended"
 
 
-def test_a_renewed_lease_goes_on(worker: Callable[..., Worker]) -> None:
-    sender = worker()
+def test_the_end_of_a_lease_that_was_taken_meanwhile_changes_nothing(worker: Callable[..., Worker]) -> None:
+    sender, receiver = worker(), worker()
     handoff = new_handoff()
     sender.step(Step(tokens=48, sends=[a_send(handoff, 0, 3, begin=True, final=True)]))
-    sender.board.put(1, Word.DEADLINE, time.monotonic_ns() + int(60e9))
-    sender.step(Step(holds=[a_hold(handoff, lease_s=0.0)]))
-    for _ in range(3):
-        assert sender.step().ended == {}
+    sender.step(Step(holds=[a_hold(handoff)]))
+    assert receiver.node.fetch(handoff, sender.node.address, sender.node.epoch, TARGETS).error == ""
+    sender.until(lambda results: bool(results.ended))
+    assert sender.results.ended == {"p": Outcome.TAKEN}
+    assert sender.step(Step(over=[("p", Outcome.EXPIRED)])).ended == {}
+    assert sender.side._over == {}
 
 
 def test_a_load_of_a_handoff_that_has_failed_before_is_reported_as_failed(worker: Callable[..., Worker]) -> None:
