@@ -109,11 +109,15 @@ class Fencing:
         )
 
     def _remember(self, records: Iterable[WorkerRecord], now_s: float, unix_s: float) -> None:
-        """Also what was fenced before this process began, as far as it is still there."""
-        for record in records:
-            if record.state == WorkerState.FENCED:
-                self._fenced.setdefault(_name(record), now_s - max(0.0, unix_s - record.health.fenced_unix_s))
-        self._fenced = {name: at_s for name, at_s in self._fenced.items() if now_s - at_s < HOUR_S}
+        """Also what was fenced before this process began, as far as it is still there.
+
+        Of one that is still fenced the time stays known: asked for it again, after a jump of its clock, it might say
+        that it was fenced just now.
+        """
+        still = {_name(record): record.health.fenced_unix_s for record in records if record.state == WorkerState.FENCED}
+        for name, fenced_unix_s in still.items():
+            self._fenced.setdefault(name, now_s - max(0.0, unix_s - fenced_unix_s))
+        self._fenced = {name: at_s for name, at_s in self._fenced.items() if name in still or now_s - at_s < HOUR_S}
         self._ordered = {name: at_s for name, at_s in self._ordered.items() if now_s - at_s < UNSEEN_S}
 
     def _spent(self, now_s: float) -> int:

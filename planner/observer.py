@@ -28,6 +28,8 @@ class Observer:
 
     def __init__(self, now_s: float) -> None:
         self._looked_s = now_s
+        self._has_looked = False
+        self._began: dict[str, float] = {}
         self._since: dict[str, tuple[tuple[int, int, int], float]] = {}
         self._busy: dict[str, _Busy] = {}
 
@@ -60,11 +62,14 @@ class Observer:
             complete: whether every frontend was heard; of the workers the registry says it.
         """
         workers = {record.worker_id: self._seen(record, now_s) for record in posted.workers}
+        self._began = {
+            one.worker_id: self._began_s(one, now_s, unix_s) for one in scaled if one.worker_id not in workers
+        }
         for one in scaled:
             known = workers.get(one.worker_id)
             if known is None:
                 state = WorkerState.DRAINING if one.ending else WorkerState.STARTING
-                since_s = now_s - max(0.0, unix_s - one.started_s)
+                since_s = self._began[one.worker_id]
                 workers[one.worker_id] = WorkerSeen(one.worker_id, one.model, one.role, state, since_s)
             elif one.ending and known.state != WorkerState.DRAINING:
                 workers[one.worker_id] = replace(known, state=WorkerState.DRAINING)
@@ -74,6 +79,7 @@ class Observer:
                 workers[name] = replace(seen, state=WorkerState.DRAINING)
         self._since = {name: since for name, since in self._since.items() if name in workers}
         self._busy.clear()
+        self._has_looked = True
         interval_s, self._looked_s = now_s - self._looked_s, now_s
         return Observation(
             at_s=now_s,
@@ -83,6 +89,19 @@ class Observer:
             traffic=dict(traffic),
             complete=complete and posted.settled,
         )
+
+    def _began_s(self, one: ScaledWorker, now_s: float, unix_s: float) -> float:
+        """Since when a worker that has not registered is starting, by this process' clock.
+
+        The scaler's stamp is of a wall clock, which may jump or be another machine's, and of a worker that lost its
+        registration it is long past. So it is read once, and only one that was there at the first look may have
+        begun before the look before: else one jump would teach the policy that starts take hours.
+        """
+        known = self._began.get(one.worker_id)
+        if known is not None:
+            return known
+        age_s = max(0.0, unix_s - one.started_s)
+        return now_s - (min(age_s, now_s - self._looked_s) if self._has_looked else age_s)
 
     def _seen(self, record: WorkerRecord, now_s: float) -> WorkerSeen:
         load, name = record.load, record.worker_id

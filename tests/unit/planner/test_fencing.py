@@ -120,6 +120,17 @@ def test_a_control_plane_that_was_restarted_counts_what_is_still_fenced() -> Non
     assert (fence, held) == (["c"], {"d": "budget"})
 
 
+def test_a_wall_clock_that_goes_back_does_not_spend_the_budget_again_for_who_is_still_fenced() -> None:
+    fencing = Fencing(HealthSettings(replacements_per_hour=1))
+    records = pool(3, a_worker("ill", SICK))
+    assert decided(fencing, records)[0] == ["ill"]
+    records[-1] = a_worker("ill", SICK, FENCED, fenced_unix_s=int(UNIX_S))
+    for now_s in (1.0, HOUR_S + 1.0):
+        fencing.decide(records, {}, now_s, UNIX_S + now_s)
+    fencing.decide(records, {}, HOUR_S + 2.0, UNIX_S)  # an hour back
+    assert fencing.left(HOUR_S + 2.0) == 1
+
+
 def test_the_reason_fits_a_record() -> None:
     record = a_worker("w", SICK)
     record.health.reasons[0].text = "x" * 240

@@ -86,6 +86,29 @@ def test_a_worker_that_was_started_and_has_not_registered_is_starting() -> None:
     assert one.state == READY, "from then on its own word counts"
 
 
+def test_a_wall_clock_that_jumps_makes_no_start_longer_or_shorter() -> None:
+    for jump_s, since_s in ((3600.0, 2.0), (-3600.0, 5.0)):  # before the first look at it: the last one, or this one
+        observer = Observer(0.0)
+        look(observer, now_s=2.0)
+        started = ScaledWorker("new", "m", ROLE_DECODE, started_s=UNIX_S + 4.0 - jump_s)
+        for now_s in (5.0, 6.0):
+            assert only(look(observer, now_s=now_s, scaled=(started,))).since_s == since_s
+    early = ScaledWorker("early", "m", ROLE_DECODE, started_s=UNIX_S - 30.0)
+    observer = Observer(0.0)
+    assert only(look(observer, now_s=1.0, scaled=(early,))).since_s == -30.0, "from before this process"
+    jumped = observer.look(WorkerSet(settled=True), (early,), {}, now_s=2.0, unix_s=UNIX_S + 7200.0, complete=True)
+    assert only(jumped).since_s == -30.0
+
+
+def test_a_worker_that_lost_its_registration_starts_anew_however_old_it_is() -> None:
+    observer = Observer(0.0)
+    old = ScaledWorker("w", "m", ROLE_DECODE, started_s=UNIX_S - 300_000.0)
+    assert only(look(observer, record("w"), now_s=1.0, scaled=(old,))).state == READY
+    assert only(look(observer, record("w"), now_s=3.0, scaled=(old,))).state == READY
+    again = only(look(observer, now_s=5.0, scaled=(old,)))
+    assert (again.state, again.since_s) == (STARTING, 3.0)
+
+
 def test_a_worker_that_was_asked_to_end_is_draining_before_the_registry_hears_it() -> None:
     ending = ScaledWorker("w", "m", ROLE_DECODE, started_s=UNIX_S, ending=True)
     for records in ((), (record("w"),), (record("w", state=DRAINING),)):
