@@ -30,7 +30,7 @@ def tracing_flags(collector: Collector) -> list[str]:
 def real_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster") / "run"
     flags = ["--dtype", "float32", "--served-model-name", "tiny", *tracing_flags(collector)]
-    with Cluster(tiny_model, folder, *flags) as running:
+    with Cluster(tiny_model, folder, *flags, warm=True) as running:
         yield running
 
 

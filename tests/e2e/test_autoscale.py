@@ -88,7 +88,7 @@ def cluster(tiny_model: Path, policy: Path, tmp_path_factory: pytest.TempPathFac
     flags = ["--dtype", "float32", "--served-model-name", "tiny", "--max-batched-tokens", str(STEP_TOKENS)]
     flags += ["--prefill", "1", "--decode", "1", "--autoscale", "--max-workers", "3"]
     flags += ["--planner-policy", str(policy), "--control-plane-lease-s", "2"]
-    with Cluster(tiny_model, folder / "run", *flags) as running:
+    with Cluster(tiny_model, folder / "run", *flags, warm=True) as running:
         yield running
 
 

@@ -21,7 +21,7 @@ FLAGS = (
 
 @pytest.fixture(scope="session")
 def running(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tiny_model, tmp_path_factory.mktemp("faults") / "run", *FLAGS) as cluster:
+    with Cluster(tiny_model, tmp_path_factory.mktemp("faults") / "run", *FLAGS, warm=True) as cluster:
         yield cluster
 
 

@@ -89,7 +89,7 @@ async def test_a_worker_that_was_killed_and_started_again_has_nothing(cluster: C
         keys = extend(root_key("tiny", BLOCK), prompt, BLOCK)
         await until(lambda: caches.blocks(keys), {prefill: 2, decode: 2})
         before = cluster.worker(Role.ROLE_PREFILL)
-        for process in (psutil.Process(before.pid), *psutil.Process(before.pid).children()):
+        for process in (psutil.Process(before.pid), cluster.engine_of(before)):
             os.kill(process.pid, signal.SIGKILL)
         await until(lambda: caches.blocks(keys), {decode: 2})
 

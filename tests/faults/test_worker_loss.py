@@ -49,11 +49,6 @@ def workers_of(cluster: Cluster, role: Role.ValueType) -> list[WorkerRecord]:
     return [worker for worker in cluster.workers() if worker.role == role]
 
 
-def engine_of(worker: WorkerRecord) -> psutil.Process:
-    """The engine process of a worker: its child that holds the most memory."""
-    return max(psutil.Process(worker.pid).children(), key=lambda child: child.memory_info().rss)
-
-
 @dataclass(frozen=True)
 class Caught:
     """A decode worker found at work on a request, its engine frozen in the middle of it."""
@@ -70,7 +65,7 @@ class Decoders:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._all = [Caught(worker, engine_of(worker)) for worker in workers_of(cluster, Role.ROLE_DECODE)]
+        self._all = [Caught(worker, cluster.engine_of(worker)) for worker in workers_of(cluster, Role.ROLE_DECODE)]
 
     def catch(self) -> Caught:
         """Freeze every engine, look which one has the request, let the others go."""
@@ -173,7 +168,7 @@ async def test_decode_computes_the_prompt_when_the_prefill_worker_is_killed_whil
     cluster: Cluster, right: dict[int, list[int]]
 ) -> None:
     (prefill,) = workers_of(cluster, Role.ROLE_PREFILL)
-    engine = engine_of(prefill)
+    engine = cluster.engine_of(prefill)
     async with AsyncClient(cluster.grpc_target) as client:
         with stopped(engine):  # so that the kill finds it at work
             asking = asyncio.create_task(ask(client, 4))
@@ -190,7 +185,7 @@ async def test_a_frozen_prefill_worker_costs_its_deadline_and_no_more(
 ) -> None:
     (prefill,) = workers_of(cluster, Role.ROLE_PREFILL)
     async with AsyncClient(cluster.grpc_target) as client:
-        with stopped(psutil.Process(prefill.pid), engine_of(prefill)):
+        with stopped(psutil.Process(prefill.pid), cluster.engine_of(prefill)):
             answer = await ask(client, 5)
     assert list(answer.token_ids) == right[5]
     assert answer.account is not None

@@ -16,24 +16,28 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
+import grpc.aio
 import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.security import identity
-from slipstream.security.channels import open_blocking_channel
+from slipstream.security.channels import open_blocking_channel, open_channel
 from slipstream.security.names import ComponentRole
 from slipstream.security_settings import SecuritySettings
 from slipstream.v1 import registry_pb2, registry_pb2_grpc, worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from tests.support import warm_processes
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
+LEFT_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
 
@@ -63,21 +67,17 @@ class Cluster:
     Args:
         run_folder: of the logs; made by the cluster.
         wrapper: a command that runs the rest of its command line.
+        warm: workers are forked from a process that has imported the engine's libraries: see `warm_launcher`.
     """
 
-    def __init__(self, model: Path | str, run_folder: Path, *flags: str, wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: Path | str, run_folder: Path, *flags: str, wrapper: Sequence[str] = (), warm: bool = False
+    ) -> None:
         self.run_folder = run_folder
-        self._argv = [
-            *wrapper,
-            sys.executable,
-            "-m",
-            "slipstream",
-            "up",
-            "--model",
-            str(model),
-            "--log-dir",
-            str(run_folder),
-        ]
+        self._warm = warm
+        program = ("tests.support.warm_launcher", warm_processes.server_address()) if warm else ("slipstream",)
+        self._argv = [*wrapper, sys.executable, "-m", *program, "up"]
+        self._argv += ["--model", str(model), "--log-dir", str(run_folder)]
         self._argv += ["--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0", *flags]
         self._output = run_folder.with_suffix(".out")
         self.process: subprocess.Popen[bytes] | None = None
@@ -147,9 +147,17 @@ class Cluster:
 
     def channel(self, address: str, peer: ComponentRole) -> grpc.Channel:
         """To one of its components, as an operator's command opens it."""
-        security = SecuritySettings.model_validate(self._settings.get("security", {}))
-        with identity.installed(security, ComponentRole.OPERATOR):
+        with self._identity(ComponentRole.OPERATOR):
             return open_blocking_channel(address, peer=peer)
+
+    def frontends_channel(self, worker: WorkerRecord) -> grpc.aio.Channel:
+        """To a worker, as a frontend opens it."""
+        with self._identity(ComponentRole.FRONTEND):
+            return open_channel(worker.address, peer=ComponentRole.WORKER)
+
+    def _identity(self, role: ComponentRole) -> AbstractContextManager[object]:
+        security = SecuritySettings.model_validate(self._settings.get("security", {}))
+        return identity.installed(security, role)
 
     def workers(self, *, settled: bool = False) -> list[WorkerRecord]:
         """The registry's view now.
@@ -192,19 +200,36 @@ class Cluster:
         """Every process of the cluster, the engines too."""
         assert self.process is not None
         launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
+        logs = self.run_folder.glob("*.log") if self._warm else ()
+        forked = [process for log in logs for process in warm_processes.forked_into(log)]
+        return [launcher, *launcher.children(recursive=True), *forked]
+
+    def engine_of(self, worker: WorkerRecord) -> psutil.Process:
+        """The process of a worker's engine: the one that listens where its transfer agent does."""
+        port = int(worker.transfer.address.rpartition(":")[2])
+        for one in psutil.net_connections(kind="tcp"):
+            if one.laddr and one.laddr.port == port and one.status == psutil.CONN_LISTEN and one.pid:
+                return psutil.Process(one.pid)
+        raise AssertionError(f"nobody listens on the transfer port of {worker.worker_id}, {port}")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
-        """Stop like Ctrl-C does; returns the exit status. Nothing is left behind, whatever happened."""
+        """Stop like Ctrl-C does; returns the exit status. Nothing is left behind, whatever happened.
+
+        Raises:
+            AssertionError: something was, and had to be killed here.
+        """
         assert self.process is not None
         family = self.processes() if self.process.poll() is None else []
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=STOP_TIMEOUT_S)
+            status = self.process.wait(timeout=STOP_TIMEOUT_S)
+            left = [one.pid for one in psutil.wait_procs(family, timeout=LEFT_TIMEOUT_S)[1]]
         finally:
             for process in family:
                 if process.is_running():
                     process.kill()
+        assert not left, f"processes {left} outlived their launcher"
+        return status
 
 
 def scrape(url: str) -> dict[str, float]:

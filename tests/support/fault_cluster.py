@@ -46,6 +46,7 @@ SILENCE_S = 0.6
 _SHM = Path("/dev/shm")
 _BLOCK_TOKENS = 32
 _SPAN_BYTES = 32 << 10
+_LARGE = agent_start._SPAN_BYTES, outbound._READ_SPAN_BYTES, exchange._SMALL_BYTES
 
 
 def run_prefill(settings: Settings) -> None:
@@ -68,6 +69,11 @@ def cut_small() -> None:
     agent_start._SPAN_BYTES = _SPAN_BYTES
     outbound._READ_SPAN_BYTES = _SPAN_BYTES
     exchange._SMALL_BYTES = _SPAN_BYTES // 2
+
+
+def leave_large() -> None:
+    """After all: an engine as it is."""
+    agent_start._SPAN_BYTES, outbound._READ_SPAN_BYTES, exchange._SMALL_BYTES = _LARGE
 
 
 @dataclass(slots=True)

@@ -1,52 +1,46 @@
 """One plain vLLM engine, without any of our code: what a cluster's answers are compared with.
 
-    python -m tests.support.plain_engine < request.json > answer.json
-
-The request is `{"model": folder, "prompts": [[token ids]], "max_tokens": n}`; the answer is a list of token id
-lists, greedy, one for each prompt.
+It runs in a process forked from one that has imported vLLM (`warm_processes`): what it takes is then seconds.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.support import warm_processes
 
 TIMEOUT_S = 300.0
 
 
 def greedy(model: Path, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[list[int]]:
-    """Run the engine in a process of its own and return its answers. End-of-sequence tokens are ignored."""
-    request = {"model": str(model), "prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.plain_engine"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    if done.returncode != 0:
-        raise AssertionError(f"the plain engine failed:\n{done.stderr[-4000:]}")
-    answers: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    """The engine's answers, greedy, a list of token ids for each prompt. End-of-sequence tokens are ignored."""
+    warm_processes.start_fork_server()
+    with tempfile.TemporaryDirectory(prefix="plain-engine-") as folder:
+        out, log = Path(folder) / "answers.json", Path(folder) / "engine.log"
+        asked = [list(prompt) for prompt in prompts]
+        process = warm_processes.start(
+            *(_answer, str(model), asked, max_tokens, str(out)),
+            log=log,
+            environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        )
+        process.join(TIMEOUT_S)
+        if process.exitcode != 0:
+            process.kill()
+            raise AssertionError(f"the plain engine failed:\n{log.read_text()[-4000:]}")
+        answers: list[list[int]] = json.loads(out.read_text())
     return answers
 
 
-def main() -> None:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_STREAM="ext://sys.stderr", TORCHDYNAMO_DISABLE="1"
-    )
+def _answer(model: str, prompts: Sequence[Sequence[int]], max_tokens: int, out: str) -> None:
     from vllm import SamplingParams
 
-    request = json.load(sys.stdin)
-    params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
-    outputs = load(request["model"]).generate(
-        [{"prompt_token_ids": ids} for ids in request["prompts"]], params, use_tqdm=False
-    )
-    sys.stdout.write(json.dumps([list(output.outputs[0].token_ids) for output in outputs]) + "\n")
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    outputs = load(model).generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    Path(out).write_text(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 
 
 def clear_answers(model: str, prompts: Sequence[Sequence[int]], max_tokens: int, least_margin: float, out: str) -> None:
@@ -89,7 +83,3 @@ def load(model: str) -> Any:
         enforce_eager=True,
         generation_config="vllm",
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -8,18 +8,27 @@ with its own settings, environment and log file.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
+import pkgutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_LOG_VARIABLE = "SLIPSTREAM_TEST_LOG"
+import psutil
+
+_LOG_VARIABLE = "TEST_OF_SLIPSTREAM_LOG"
+FIRST_VARIABLE = "TEST_OF_SLIPSTREAM_FIRST"
+"""Names a function, `module:function`, that a forked process and its engine call before anything else."""
+_END_GRACE_S = 1.0
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -28,6 +37,21 @@ def start_fork_server() -> None:
     """Begin with the imports, in the background; the first `start` waits for them."""
     _context.set_forkserver_preload(["tests.support.warm_imports"])
     forkserver.ensure_running()
+
+
+def server_address() -> str:
+    """Where the fork server listens, for `join_fork_server` in a process that was not forked from it."""
+    start_fork_server()
+    server: Any = forkserver._forkserver
+    return str(server._forkserver_address)
+
+
+def join_fork_server(address: str) -> None:
+    """Fork from the server of another process, which lives as long as that one does."""
+    server: Any = forkserver._forkserver
+    server._forkserver_address = address
+    server._forkserver_alive_fd = os.pipe()[1]  # what is forked wants one to hold
+    share_fork_server()
 
 
 def share_fork_server() -> None:
@@ -48,6 +72,7 @@ def _owned(log: str, environ: Mapping[str, str], target: Callable[..., None], ar
     os.environ.update(environ)
     os.environ[_LOG_VARIABLE] = log
     _write_to(log)
+    _begin(log)
     share_fork_server()
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -58,6 +83,64 @@ def _owned(log: str, environ: Mapping[str, str], target: Callable[..., None], ar
 
     threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
     target(*args)
+
+
+def _begin(log: str) -> None:
+    with _pids_file(Path(log)).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if first := os.environ.get(FIRST_VARIABLE):
+        pkgutil.resolve_name(first)()
+
+
+def _pids_file(log: Path) -> Path:
+    return log.with_suffix(".pids")
+
+
+def forked_into(log: Path) -> list[psutil.Process]:
+    """Those that were forked with this log and still run: a service, and its engine, which is no child of it."""
+    file, found = _pids_file(log), list[psutil.Process]()
+    for pid in map(int, file.read_text().split() if file.exists() else ()):
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if "multiprocessing.forkserver" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+class Forked:
+    """A forked process beside `deploy.processes.Process`: when it ends, what was forked with its log ends too."""
+
+    def __init__(self, process: BaseProcess, log: Path) -> None:
+        assert process.pid is not None
+        self._process, self._log = process, log
+        self.pid = process.pid
+        self._ended = asyncio.Event()
+        self._finishing: asyncio.Task[None] | None = None
+        asyncio.get_running_loop().add_reader(process.sentinel, self._on_end)
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        return self._process.exitcode or 0
+
+    def ask_to_end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self._finishing = asyncio.get_running_loop().create_task(self._finish())
+
+    async def _finish(self) -> None:
+        await asyncio.to_thread(self._process.join, 10.0)
+        left = await asyncio.to_thread(forked_into, self._log)
+        _, late = await asyncio.to_thread(psutil.wait_procs, left, _END_GRACE_S)
+        for process in late:
+            process.kill()
+        await asyncio.to_thread(psutil.wait_procs, late, _END_GRACE_S)
+        self._ended.set()
 
 
 def _write_to(log: str) -> None:
@@ -88,6 +171,7 @@ def engine_context() -> EngineContext:
 def _engine_core(log: str, environ: Mapping[str, str], target: Callable[..., None], kwargs: Mapping[str, Any]) -> None:
     os.environ.update(environ)
     _write_to(log)
+    _begin(log)
     target(**kwargs)
 
 

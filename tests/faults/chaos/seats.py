@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
 from tests.faults.chaos import settings as chaos_settings
 from tests.faults.chaos.plan import Group, Shape
 from tests.support import fault_cluster, warm_processes
+from tests.support.warm_processes import Forked
 
 RESTART_S = 0.4
 _THERE = (WorkerState.READY, WorkerState.FENCED)
@@ -46,29 +46,6 @@ class Running(Protocol):
     async def wait(self) -> int: ...
 
     def kill(self) -> None: ...
-
-
-class Forked:
-    """A process of `warm_processes`."""
-
-    def __init__(self, process: BaseProcess) -> None:
-        assert process.pid is not None
-        self._process = process
-        self.pid = process.pid
-        self._ended = asyncio.Event()
-        asyncio.get_running_loop().add_reader(process.sentinel, self._on_end)
-
-    def _on_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._process.sentinel)
-        self._ended.set()
-
-    async def wait(self) -> int:
-        await self._ended.wait()
-        await asyncio.to_thread(self._process.join, 10.0)
-        return self._process.exitcode or 0
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 @dataclass(slots=True)
@@ -355,4 +332,4 @@ def _spawning(component: Component) -> Callable[[Seat], Running]:
 
 def _fork(seat: Seat) -> Running:
     target = fault_cluster.run_prefill if seat.group is Group.PREFILL else fault_cluster.run_decode
-    return Forked(warm_processes.start(target, seat.settings, log=seat.log))
+    return Forked(warm_processes.start(target, seat.settings, log=seat.log), seat.log)
