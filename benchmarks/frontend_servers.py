@@ -20,8 +20,11 @@ import httpx
 from benchmarks.instant_worker import FIRST_TOKEN
 from benchmarks.server import child_environ, running, tree_cpu_s
 from deploy.processes import Component
+from slipstream.config_layer import ENV_PREFIX
 from slipstream.errors import StartupError
 from slipstream.free_ports import free_port
+from slipstream.security.identity import face_files_of
+from slipstream.security_settings import SecuritySettings
 
 WORKERS = 4
 MODEL_NAME = "smol"
@@ -47,11 +50,13 @@ class MeasuredFrontend:
 
     Attributes:
         pid: of the process whose CPU time counts, with all that it has started.
+        workers_pid: of the process of the workers behind it; 0 where nobody asks what they take.
     """
 
     name: str
     port: int
     pid: int
+    workers_pid: int = 0
 
     def cpu_s(self) -> float:
         """Used until now."""
@@ -68,12 +73,14 @@ async def slipstream_frontend(
     first_token: int = FIRST_TOKEN,
     queue: int | None = None,
     peer_key_sha256: str | None = None,
+    security: SecuritySettings | None = None,
 ) -> AsyncIterator[MeasuredFrontend]:
     """Our frontend with a real control plane and workers that take `step_s` a token.
 
     Args:
         queue: requests that may come at the same time, none of which is to be refused; None leaves the defaults.
         peer_key_sha256: of the key of a global frontend that may use it.
+        security: of all its processes; by default there is none.
 
     Raises:
         StartupError: it did not become ready.
@@ -93,19 +100,29 @@ async def slipstream_frontend(
         file = folder / "frontend.yaml"
         file.write_text(json.dumps({"admission": admission}))
         frontend_flags += ["--config", str(file)]
+    security = security or SecuritySettings()
+    secured = child_environ(os.environ) | _environ_of(security)
     workers = (*(sys.executable, "-P", "-m", "benchmarks.instant_worker"), registry, MODEL_NAME)
     async with AsyncExitStack() as stack:
 
         async def start(name: str, argv: Sequence[str], ready: Callable[[], Awaitable[None]]) -> int:
-            component = Component(name, tuple(argv), child_environ(os.environ), folder / f"{name}.log")
+            component = Component(name, tuple(argv), secured, folder / f"{name}.log")
             limits = {"start_timeout_s": _START_TIMEOUT_S, "stop_timeout_s": _STOP_TIMEOUT_S}
             return (await stack.enter_async_context(running(component, ready, **limits))).pid
 
         await start("control-plane", (*program, "planner", "serve", "--port", str(registry_port)), _at_once)
-        await start("workers", (*workers, str(WORKERS), str(step_s), str(first_token)), _at_once)
-        ready = _until_ok(f"http://127.0.0.1:{http_port}/health/ready")
+        as_workers = (str(WORKERS), str(step_s), str(first_token), security.model_dump_json())
+        workers_pid = await start("workers", (*workers, *as_workers), _at_once)
+        scheme = "http" if face_files_of(security) is None else "https"
+        ready = _until_ok(f"{scheme}://127.0.0.1:{http_port}/health/ready")
         pid = await start("frontend", (*program, "frontend", *common, *frontend_flags), ready)
-        yield MeasuredFrontend("slipstream", http_port, pid)
+        yield MeasuredFrontend("slipstream", http_port, pid, workers_pid)
+
+
+def _environ_of(security: SecuritySettings) -> dict[str, str]:
+    """Settings that are files, as processes find them in their environment."""
+    chosen = security.model_dump(exclude_defaults=True, mode="json")
+    return {f"{ENV_PREFIX}SECURITY__{name.upper()}": str(value) for name, value in chosen.items()}
 
 
 @asynccontextmanager
@@ -216,7 +233,8 @@ def _until_listed(url: str) -> Callable[[], Awaitable[None]]:
 
 def _poll(url: str, enough: Callable[[httpx.Response], bool]) -> Callable[[], Awaitable[None]]:
     async def until() -> None:
-        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, trust_env=False) as http:
+        # Whoever answers on this port was started here: whether its certificate is good is not the question.
+        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, trust_env=False, verify=False) as http:
             while True:
                 try:
                     if enough(await http.get(url)):

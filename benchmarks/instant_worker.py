@@ -1,10 +1,10 @@
 """Decode workers that take no time: what a frontend is measured with, so that nothing but the frontend is.
 
-    python -m benchmarks.instant_worker REGISTRY MODEL WORKERS STEP_S [FIRST_TOKEN]
+    python -m benchmarks.instant_worker REGISTRY MODEL WORKERS STEP_S [FIRST_TOKEN [SECURITY]]
 
 They speak gRPC as real workers do, through the real `decode_worker.service`; behind it, steps make one token of each
 running sequence, as fast as possible or every STEP_S seconds. As in vLLM, tokens that a sequence's reader has not
-fetched when the next ones come are handed over together.
+fetched when the next ones come are handed over together. SECURITY is JSON of `slipstream.security_settings`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-import grpc.aio
 import uvloop
 
 from decode_worker.service import DecodeService
@@ -26,6 +25,10 @@ from slipstream import grpc_wakeups
 from slipstream.background import background
 from slipstream.grpc_channels import server_options
 from slipstream.registration import Registration
+from slipstream.security import identity
+from slipstream.security.names import ComponentRole
+from slipstream.security.servers import create_server, listen
+from slipstream.security_settings import SecuritySettings
 from slipstream.v1 import worker_pb2_grpc
 from slipstream.v1.registry_pb2 import Capacity, Load, Role, WorkerRecord, WorkerState
 from slipstream.v1.sampling_pb2 import FinishReason, RequestAccount, SamplingParams
@@ -118,10 +121,10 @@ async def worker(
 ) -> AsyncIterator[None]:
     """One decode worker, registered, while the block runs."""
     engine = InstantEngine(worker_id, step_s, first_token)
-    server = grpc.aio.server(options=server_options())
+    server = create_server(server_options())
     service = DecodeService(engine, Admission(limit=_MAX_OPEN), model=model)  # type: ignore[arg-type]
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = listen(server, "127.0.0.1:0", what="an instant worker")
     record = WorkerRecord(
         worker_id=worker_id,
         role=Role.ROLE_DECODE,
@@ -164,4 +167,6 @@ async def _serve(registry: str, model: str, workers: int, step_s: float, first_t
 if __name__ == "__main__":
     grpc_wakeups.install()
     first = int(sys.argv[5]) if len(sys.argv) > 5 else FIRST_TOKEN
+    if len(sys.argv) > 6:
+        identity.install(SecuritySettings.model_validate_json(sys.argv[6]), ComponentRole.WORKER)
     uvloop.run(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), first))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -144,12 +145,20 @@ class _Connection(asyncio.Protocol):
 
 
 async def closed_load(
-    host: str, port: int, requests: Iterable[bytes], *, connections: int, timeout_s: float, ramp_s: float = 0.0
+    host: str,
+    port: int,
+    requests: Iterable[bytes],
+    *,
+    connections: int,
+    timeout_s: float,
+    ramp_s: float = 0.0,
+    tls: ssl.SSLContext | None = None,
 ) -> Streamed:
     """Send `requests` over `connections` connections, each as soon as its last answer has ended.
 
     Args:
         ramp_s: over which the connections are opened, evenly.
+        tls: whom to trust; None: without TLS.
 
     Raises:
         DeadlineError: it took longer than `timeout_s`.
@@ -161,7 +170,9 @@ async def closed_load(
     try:
         async with asyncio.timeout(timeout_s):
             for _ in range(connections):
-                _transport, connection = await loop.create_connection(lambda: _Connection(source, into), host, port)
+                _transport, connection = await loop.create_connection(
+                    lambda: _Connection(source, into), host, port, ssl=tls
+                )
                 opened.append(connection)
                 if ramp_s:
                     await asyncio.sleep(ramp_s / connections)
