@@ -17,14 +17,12 @@ from typing import Any
 import grpc.aio
 
 from deploy.plan import CONTROL_PLANE, FRONTEND, LocalCluster, seat_name
+from deploy.scaler_server import served
 from deploy.supervisor import Supervisor
 from slipstream import grpc_errors, registry_watch
 from slipstream.background import background
 from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
-from slipstream.grpc_channels import server_options
 from slipstream.security import audit
-from slipstream.security.channels import is_local
-from slipstream.security.servers import create_local_server, create_server, listen
 from slipstream.v1.registry_pb2 import Role, WorkerSet, WorkerState
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
@@ -41,9 +39,8 @@ from slipstream.v1.scaler_pb2 import (
     StartWorkerReply,
     StartWorkerRequest,
 )
-from slipstream.v1.scaler_pb2_grpc import ScalerServicer, add_ScalerServicer_to_server
+from slipstream.v1.scaler_pb2_grpc import ScalerServicer
 
-MAX_REQUEST_BYTES = 64 << 10
 MAX_HOLDER_CHARS = 256
 MAX_REASON_CHARS = 512
 LONGEST_LEASE_S = 3600.0
@@ -232,19 +229,10 @@ async def serving(cluster: LocalCluster, supervisor: Supervisor) -> AsyncIterato
     Raises:
         StartupError: the socket cannot be made.
     """
-    address = cluster.settings.planner.scaler
     audit.configure(cluster.settings.log.audit_log, "launcher")
-    options = server_options(max_receive_bytes=MAX_REQUEST_BYTES)
-    server = create_local_server(options) if is_local(address) else create_server(options)
     service = ScalerService(cluster, supervisor)
-    add_ScalerServicer_to_server(service, server)
-    try:
-        listen(server, address, what="the scaler (planner.scaler)")
-    except RuntimeError as error:
-        raise StartupError(f"planner.scaler: cannot listen on {address}: {error}") from error
-    await server.start()
-    try:
-        async with background(service.follow_registry(), name="scaled-workers"):
-            yield
-    finally:
-        await server.stop(None)
+    async with (
+        served(service, cluster.settings.planner.scaler),
+        background(service.follow_registry(), name="scaled-workers"),
+    ):
+        yield

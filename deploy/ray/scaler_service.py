@@ -11,13 +11,11 @@ import grpc.aio
 
 from deploy.ray.pool import Pool
 from deploy.ray.scaler import RayScaler
-from deploy.scaler_service import LONGEST_LEASE_S, MAX_HOLDER_CHARS, MAX_REQUEST_BYTES
+from deploy.scaler_server import served
+from deploy.scaler_service import LONGEST_LEASE_S, MAX_HOLDER_CHARS
 from slipstream import grpc_errors
-from slipstream.errors import InvalidRequestError, SlipstreamError, StartupError, UnavailableError
-from slipstream.grpc_channels import server_options
+from slipstream.errors import InvalidRequestError, SlipstreamError, UnavailableError
 from slipstream.scaler import SickWorker
-from slipstream.security.channels import is_local
-from slipstream.security.servers import create_local_server, create_server, listen
 from slipstream.v1.scaler_pb2 import (
     DrainWorkerReply,
     DrainWorkerRequest,
@@ -33,7 +31,7 @@ from slipstream.v1.scaler_pb2 import (
     StartWorkerReply,
     StartWorkerRequest,
 )
-from slipstream.v1.scaler_pb2_grpc import ScalerServicer, add_ScalerServicer_to_server
+from slipstream.v1.scaler_pb2_grpc import ScalerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -112,16 +110,5 @@ async def serving(pool: Pool, address: str) -> AsyncIterator[None]:
     Raises:
         StartupError: it cannot be listened on.
     """
-    options = server_options(max_receive_bytes=MAX_REQUEST_BYTES)
-    server = create_local_server(options) if is_local(address) else create_server(options)
-    scaler = RayScaler(pool, pool.records)
-    add_ScalerServicer_to_server(RayScalerService(pool, scaler), server)
-    try:
-        listen(server, address, what="the scaler (planner.scaler)")
-    except RuntimeError as error:
-        raise StartupError(f"planner.scaler: cannot listen on {address}: {error}") from error
-    await server.start()
-    try:
+    async with served(RayScalerService(pool, RayScaler(pool, pool.records)), address):
         yield
-    finally:
-        await server.stop(None)

@@ -39,9 +39,11 @@ def create_server(options: Options = ()) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[Audit(), *guards, UnreadableMessages()], options=list(options))
 
 
-def create_local_server(options: Options = ()) -> grpc.aio.Server:
-    """A server on a socket in the file system: who may open that may call."""
-    return grpc.aio.server(interceptors=[Audit()], options=list(options))
+def create_server_at(address: str, options: Options = ()) -> grpc.aio.Server:
+    """The same for this address: on a socket in the file system, who may open that may call."""
+    if is_local(address):
+        return grpc.aio.server(interceptors=[Audit(), UnreadableMessages()], options=list(options))
+    return create_server(options)
 
 
 def create_public_server(options: Options = ()) -> grpc.aio.Server:
