@@ -5,7 +5,6 @@ them real, with the tiny model. The suite itself plays the supervisor: what has 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator
@@ -26,7 +25,8 @@ from slipstream.free_ports import free_ports
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import WorkerState
 from tests.faults.load import HANG_S, OwnConnection, Pair
-from tests.support import fault_cluster, plain_engine, warm_processes
+from tests.support import fault_cluster, warm_processes
+from tests.support.clear_answers import clear_answers
 from tests.support.fault_cluster import FaultCluster, kept_by
 from tests.support.tiny_model import VOCAB_SIZE, make_tiny_model
 
@@ -35,7 +35,6 @@ QUIET_S = 30.0
 ANSWER_TOKENS = 160
 FRONTEND_PROCESSES = 2
 _PROMPTS = 24
-_LEAST_MARGIN = 0.01
 _POLL_S = 0.1
 _ASK_S = 5.0
 
@@ -141,17 +140,7 @@ def make_pool(model: Path, folder: Path, *, seed: int) -> list[Pair]:
         rng.choice(stems) + [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(1, 300))]
         for _ in range(_PROMPTS)
     ]
-    out, log = folder / "answers.json", folder / "plain-engine.log"
-    process = warm_processes.start(
-        plain_engine.clear_answers,
-        *(str(model), prompts, ANSWER_TOKENS, _LEAST_MARGIN, str(out)),
-        log=log,
-        environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    process.join(HANG_S)
-    if process.exitcode != 0:
-        raise AssertionError(f"the plain engine failed: {log.read_text()[-3000:]}")
-    pairs: list[tuple[list[int], list[int]]] = json.loads(out.read_text())
+    pairs = clear_answers(model, prompts, ANSWER_TOKENS, folder)
     return [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) < 1000]
 
 

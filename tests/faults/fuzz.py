@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import tempfile
@@ -24,14 +23,14 @@ from typing import Literal
 from tests.faults import fuzz_cases
 from tests.faults.fuzz_cases import MAX_TOKENS, Case, Kind
 from tests.faults.fuzz_run import Report, fuzzer
-from tests.support import plain_engine, warm_processes
+from tests.support import warm_processes
+from tests.support.clear_answers import clear_answers
 from tests.support.fault_cluster import FaultCluster, running
 from tests.support.tiny_model import VOCAB_SIZE, make_tiny_model
 
 Mode = Literal["direct", "staged"]
 
 _PROMPTS = 40
-_LEAST_MARGIN = 0.01
 _GROWTH_EVERY = 20
 
 
@@ -47,22 +46,7 @@ def make_prompts(seed: int) -> list[list[int]]:
 
 def make_pool(model: Path, seed: int, folder: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and what a plain engine answers to them."""
-    out = folder / "answers.json"
-    process = warm_processes.start(
-        plain_engine.clear_answers,
-        str(model),
-        make_prompts(seed),
-        MAX_TOKENS,
-        _LEAST_MARGIN,
-        str(out),
-        log=folder / "plain-engine.log",
-        environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    process.join()
-    if process.exitcode != 0:
-        raise AssertionError(f"the plain engine failed: {(folder / 'plain-engine.log').read_text()[-3000:]}")
-    pairs: list[tuple[list[int], list[int]]] = json.loads(out.read_text())
-    return pairs
+    return clear_answers(model, make_prompts(seed), MAX_TOKENS, folder)
 
 
 def run(

@@ -29,6 +29,7 @@ _LOG_VARIABLE = "TEST_OF_SLIPSTREAM_LOG"
 FIRST_VARIABLE = "TEST_OF_SLIPSTREAM_FIRST"
 """Names a function, `module:function`, that a forked process and its engine call before anything else."""
 _END_GRACE_S = 1.0
+_KILL_S = 10.0
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -66,6 +67,22 @@ def start(target: Callable[..., None], *args: Any, log: Path, environ: Mapping[s
     process = _context.Process(target=_owned, args=(str(log), dict(environ or {}), target, args))
     process.start()
     return process
+
+
+def finish(process: BaseProcess, what: str, *, log: Path, limit_s: float) -> None:
+    """Wait until it has done its work.
+
+    Raises:
+        AssertionError: it failed, or did not end in time and was killed.
+    """
+    process.join(limit_s)
+    late = process.is_alive()
+    if late:
+        process.kill()
+        process.join(_KILL_S)
+    if late or process.exitcode != 0:
+        how = f"did not end within {limit_s:g} s" if late else f"failed with {process.exitcode}"
+        raise AssertionError(f"{what} {how}: {log.read_text(errors='replace')[-3000:]}")
 
 
 def _owned(log: str, environ: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:

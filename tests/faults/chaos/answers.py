@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from array import array
 from collections.abc import Sequence
@@ -13,11 +12,10 @@ from engine.simulated.tokens import Answer, printable_tokens
 from frontend.prompts import ChatPrompt
 from frontend.tokenizer import TextModel
 from tests.faults.chaos.plan import CONVERSATIONS, IDS, TEXTS, TURNS, Form, PlannedRequest, Shape
-from tests.support import plain_engine, warm_processes
+from tests.support.clear_answers import clear_answers
 from tests.support.tiny_model import VOCAB_SIZE
 
 SIMULATED_SEED = 11
-_LEAST_MARGIN = 0.01
 _HEAVY = 12
 _WORDS = (
     *("river", "leaves", "town", "window", "market", "bread", "bird", "rain", "tree", "weather", "harvest", "child"),
@@ -94,7 +92,8 @@ def make_pool(seed: int, shape: Shape, model: Path, folder: Path) -> Pool:
     prompts = {form: [_tokens(text_model, one) for one in mine] for form, mine in contents.items()}
     flat = [prompt for mine in prompts.values() for prompt in mine]
     if shape.engine == "vllm":
-        found = _plain_answers(model, flat, shape.longest_answer, folder)
+        pairs = clear_answers(model, flat, shape.longest_answer, folder)
+        found = {tuple(prompt): tuple(answer) for prompt, answer in pairs}
     else:
         words = printable_tokens(model)
         found = {prompt: _simulated(prompt, words, shape.longest_answer) for prompt in flat}
@@ -145,24 +144,3 @@ def _tokens(text_model: TextModel, content: Content) -> tuple[int, ...]:
 def _simulated(prompt: tuple[int, ...], words: list[int], tokens: int) -> tuple[int, ...]:
     answer = Answer(array("I", prompt), SIMULATED_SEED, words)
     return tuple(answer.next() for _ in range(tokens))
-
-
-def _plain_answers(
-    model: Path, prompts: list[tuple[int, ...]], tokens: int, folder: Path
-) -> dict[tuple[int, ...], tuple[int, ...]]:
-    out = folder / "answers.json"
-    process = warm_processes.start(
-        plain_engine.clear_answers,
-        str(model),
-        [list(prompt) for prompt in prompts],
-        tokens,
-        _LEAST_MARGIN,
-        str(out),
-        log=folder / "plain-engine.log",
-        environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    process.join()
-    if process.exitcode != 0:
-        raise AssertionError(f"the plain engine failed: {(folder / 'plain-engine.log').read_text()[-3000:]}")
-    pairs: list[tuple[list[int], list[int]]] = json.loads(out.read_text())
-    return {tuple(prompt): tuple(answer) for prompt, answer in pairs}
