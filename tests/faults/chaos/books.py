@@ -123,10 +123,12 @@ class Books:
                     f"{name}: its usage says {attempt.completion_tokens} tokens, its line {told}",
                 )
         elif attempt.status not in (0, 200):
+            # Who left with the status, and did not read on, knows that there was an error, and not which.
+            same = bool(line.get("error")) if attempt.outcome == "left" else line.get("error") == attempt.outcome
             self._checker.check(
                 "client and access log agree",
-                line.get("error") == attempt.outcome,
-                f"{name} was told {attempt.outcome}, its line says {line}",
+                same,
+                f"{name} was told {attempt.status} {attempt.outcome}, its line says {line}",
             )
 
     # -- figures ------------------------------------------------------------------------------------------
