@@ -11,13 +11,20 @@ from collections.abc import MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from engine.node_group import NodeGroup, network_variables
 from slipstream.settings import Settings
 
 _LOGGING = Path(__file__).with_name("vllm_logging.json")
 
 
 def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
-    """Set what a worker's engine process needs; values that the user has set are kept, but for one that is unsafe."""
+    """Set what a worker's engine process needs; values that the user has set are kept, but for one that is unsafe.
+
+    Raises:
+        ConfigError: what is said of the worker's nodes cannot be.
+    """
+    worker = settings.worker
+    group = NodeGroup.of(worker)
     defaults = {
         # Two processes a worker (service and engine) instead of three, and no spinning shared-memory reader.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,9 +41,10 @@ def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
         # takes 16 s of silence in the middle of a request.
         **({"TORCHDYNAMO_DISABLE": "1"} if _is_cpu_build() else {}),
     }
-    worker = settings.worker
+    if group.several:
+        defaults |= network_variables(worker.host)
     if worker.tensor_parallel_size > 1 and _is_cpu_build():
-        defaults |= rank_threads(worker.tensor_parallel_size, worker.threads, sorted(os.sched_getaffinity(0)))
+        defaults |= rank_threads(group.local_ranks, worker.threads, sorted(os.sched_getaffinity(0)))
     elif worker.threads is not None:
         defaults["OMP_NUM_THREADS"] = str(worker.threads)
     for name, value in defaults.items():
@@ -46,11 +54,11 @@ def prepare(settings: Settings, environ: MutableMapping[str, str]) -> None:
 
 
 def rank_threads(ranks: int, threads: int | None, cpus: Sequence[int]) -> dict[str, str]:
-    """Where the threads of each rank run. Ranks wait for each other in every layer: what slows one down slows all, so
-    each has CPUs of its own as far as there are any.
+    """Where the threads of each rank of this node run. Ranks wait for each other in every layer: what slows one down
+    slows all, so each has CPUs of its own as far as there are any.
 
     Args:
-        threads: of all ranks together; all of `cpus` when None.
+        threads: of all these ranks together; all of `cpus` when None.
     """
     each = max(1, min(len(cpus), threads or len(cpus)) // ranks)
     if len(cpus) < ranks or (threads is not None and threads > len(cpus)):

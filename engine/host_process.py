@@ -13,26 +13,25 @@ import asyncio
 import os
 import signal
 import socket
-import tempfile
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
 
 import grpc.aio
-import psutil
 import uvloop
 from grpc_health.v1 import health_pb2
 
-from engine import environment, host_id
+from engine import environment, follower_process, host_id
 from engine.admission import Admission
 from engine.cache_feed import CacheFeed
 from engine.health.metrics import HealthCollector
 from engine.health.nvml import open_devices
 from engine.health.readings import DeviceHealth, NoDevices
 from engine.health.watch import HealthWatch, cache_folder
+from engine.loading import checked_model, end_despite_load, first_of, in_daemon_thread, own_board
+from engine.node_group import NodeGroup
+from engine.node_tie import Leader, Shared, facts_of
 from engine.path_watch import PathWatch
 from engine.protocol import Engine
 from engine.simulated.profile_choice import profile_of
@@ -40,16 +39,14 @@ from engine.standstill import Standstill
 from engine.startup import Startup, StartupCollector, process_age_s
 from engine.worker_metrics import MetricsServer
 from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
-from kv_transfer import board as boards
 from kv_transfer.board import Board
+from kv_transfer.identity import Identity
 from slipstream import grpc_wakeups, lossy_streams, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
 from slipstream.grpc_channels import server_options
 from slipstream.loop_tasks import LoopTasks
-from slipstream.model_cache import local_model
-from slipstream.model_check import check_model_files
 from slipstream.model_folder import ModelFolder
 from slipstream.performance import encode_profile, read_profile
 from slipstream.registration import Registration
@@ -69,19 +66,18 @@ from slipstream.v1.registry_pb2 import (
 
 log = telemetry.get_logger(__name__)
 
-T = TypeVar("T")
-
 _ENGINE_CHECK_S = 0.5
-_SHM = Path("/dev/shm")
 
 AddServices = Callable[[grpc.aio.Server, Engine, Admission, Board, str, Settings], tuple[str, ...]]
 """Adds the roles' gRPC services (engine, admission, board, served model name, settings), returns their full names."""
 
 
 def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> None:
-    """Host a worker, which begins in this role, until SIGTERM or SIGINT.
+    """Host a worker, which begins in this role, until SIGTERM or SIGINT; or, where its ranks are on several nodes, this
+    node's part of it.
 
     Raises:
+        ConfigError: settings that do not fit each other.
         StartupError: a port is taken, the model cannot be found or loaded.
         EngineDeadError: the engine died; the process should end with a failure, so that it is started again.
     """
@@ -93,6 +89,10 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
     telemetry.configure(settings.log, component=worker_id)
     audit.configure(settings.log.audit_log, worker_id)
     identity.install(settings.security, ComponentRole.WORKER)
+    group = NodeGroup.of(settings.worker)
+    if group.follows:
+        follower_process.run(settings, group, role, worker_id)
+        return
     host = _Host(settings, role, worker_id)
     try:
         uvloop.run(host.serve(add_services))
@@ -100,27 +100,17 @@ def run(settings: Settings, role: Role.ValueType, add_services: AddServices) -> 
         if not host.load_abandoned:
             raise
         log.error("worker_failed", error=error.message)
-        _end_despite_load(1)
+        end_despite_load(1)
     if host.load_abandoned:
-        _end_despite_load(0)
-
-
-def _end_despite_load(status: int) -> NoReturn:
-    """End a process in which an engine still loads: neither its thread nor its processes can be asked to stop.
-
-    Its ranks, too: one that loads does not notice that nobody waits for it. Only the tracker of shared memory is left,
-    to remove what they have made.
-    """
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if not any("resource_tracker" in word for word in child.cmdline()):
-                child.kill()
-    os._exit(status)
+        end_despite_load(0)
 
 
 class _Host:
     def __init__(self, settings: Settings, role: Role.ValueType, worker_id: str) -> None:
         self._settings = settings
+        self._group = NodeGroup.of(settings.worker)
+        self._identity = Identity()
+        self._tie: Leader | None = None
         self._role = role
         self._first_role = "prefill" if role == Role.ROLE_PREFILL else "decode"
         self._worker_id = worker_id
@@ -236,7 +226,7 @@ class _Host:
         async with AsyncExitStack() as owned:
             server = create_server(server_options())
             self._address = host_port(worker.host, _bind(server, worker.host, worker.port))
-            board = owned.enter_context(_own_board(settings.transfer.board_slots))
+            board = owned.enter_context(own_board(settings.transfer.board_slots))
             metrics = owned.enter_context(
                 MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id, model=self._model)
             )
@@ -247,6 +237,14 @@ class _Host:
             self._registering_s = self._startup.since_start_s()
             metrics.add(StartupCollector(self._startup, metrics.labels))
             metrics.add(LoopTasks(asyncio.get_running_loop()))
+            if self._group.several:
+                tie = Leader(
+                    self._group,
+                    host_id.read(),
+                    facts_of(settings, folder),
+                    Shared(board.epoch, board.seed, self._identity.public),
+                )
+                self._tie = await owned.enter_async_context(tie.serving(worker.host))
             engine = await owned.enter_async_context(self._loaded_engine(folder.path, board))
             if engine is None:  # stopped while loading
                 return
@@ -308,7 +306,7 @@ class _Host:
         def devices() -> DeviceHealth:
             if self._device != "cuda":
                 return NoDevices()
-            count = self._settings.worker.tensor_parallel_size if limits.devices is None else limits.devices
+            count = self._group.local_ranks if limits.devices is None else limits.devices
             return open_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
 
         self._health = watch = HealthWatch(
@@ -341,15 +339,9 @@ class _Host:
 
     async def _fetched_model(self) -> ModelFolder | None:
         """The model's folder, fetched in a thread: that may take minutes, and a wish to stop is heard meanwhile."""
-        fetching = _in_daemon_thread(lambda: _checked_model(self._settings))
-        stopped = asyncio.create_task(self._stop.wait())
-        awaited: set[asyncio.Future[Any]] = {fetching, stopped}
-        try:
-            # No deadline: it downloads, and each of the hub client's waits has one; so has a wait for another process.
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
-        if fetching.done():
+        fetching = in_daemon_thread(lambda: checked_model(self._settings))
+        # No deadline: it downloads, and each of the hub client's waits has one; so has a wait for another process.
+        if await first_of(fetching, self._stop):
             return fetching.result()
         self.load_abandoned = True
         log.warning("load_abandoned", stopped=True)
@@ -363,17 +355,17 @@ class _Host:
                 yield simulated
             return
         limit_s = self._settings.worker.start_timeout_s
-        loading = _in_daemon_thread(lambda: self._load_engine(model_path, board))
-        stopped = asyncio.create_task(self._stop.wait())
-        awaited: set[asyncio.Future[Any]] = {loading, stopped}
-        try:
-            await asyncio.wait(awaited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
-        if not loading.done():
+        if not await self._all_nodes_here(limit_s):
+            yield None
+            return
+        loading = in_daemon_thread(lambda: self._load_engine(model_path, board))
+        ends = (self._stop, self._tie.lost, self._tie.stopping) if self._tie is not None else (self._stop,)
+        if not await first_of(loading, *ends, limit_s=limit_s):
             self.load_abandoned = True
             log.warning("load_abandoned", stopped=self._stop.is_set())
-            if not self._stop.is_set():
+            if self._node_lost:
+                raise StartupError(self._node_lost, code="node_lost")
+            if not any(end.is_set() for end in ends):
                 raise StartupError(f"the engine did not load within {limit_s:g} s (worker.start_timeout_s)")
             yield None
             return
@@ -382,6 +374,25 @@ class _Host:
             yield engine
         finally:
             await asyncio.to_thread(engine.shutdown)
+
+    @property
+    def _node_lost(self) -> str:
+        return self._tie.why if self._tie is not None else ""
+
+    async def _all_nodes_here(self, limit_s: float) -> bool:
+        """Wait for the nodes that have the other ranks; False when stopped meanwhile.
+
+        Raises:
+            StartupError: they do not come.
+        """
+        if self._tie is None:
+            return True
+        waiting = asyncio.ensure_future(self._tie.all_here(limit_s))
+        if await first_of(waiting, self._stop):
+            waiting.result()
+            return True
+        waiting.cancel()
+        return False
 
     @asynccontextmanager
     async def _simulated_engine(self, model_path: Path, board: Board) -> AsyncIterator[Engine]:
@@ -406,6 +417,7 @@ class _Host:
                 model_path=model_path,
                 served_name=self._model,
                 board=board,
+                identity=self._identity,
             )
             self._device = engine.device
             engine.start()
@@ -422,6 +434,10 @@ class _Host:
             on_change=self._registration.push,
         )
         while not self._stop.is_set():
+            if self._tie is not None and self._tie.stopping.is_set():
+                return
+            if self._node_lost:
+                raise EngineDeadError(self._node_lost, code="node_lost")
             if not engine.alive:
                 log.error("engine_died")
                 raise EngineDeadError("the engine process has died")
@@ -433,7 +449,7 @@ class _Host:
                 continue
 
     async def _drain(self, admission: Admission, engine: Engine) -> None:
-        limit_s = self._settings.worker.drain_timeout_s if engine.alive else 0.0
+        limit_s = self._settings.worker.drain_timeout_s if engine.alive and not self._node_lost else 0.0
         verdict = self._health.verdict if self._health is not None else None
         if self._fenced_unix_s or (verdict is not None and verdict.state == HealthState.SICK):
             limit_s = min(limit_s, self._settings.health.drain_timeout_s)  # others go on with what is cut off
@@ -444,13 +460,6 @@ class _Host:
         except TimeoutError:
             if admission.open_count:
                 log.warning("drain_cut_short", open_requests=admission.open_count, limit_s=limit_s)
-
-
-def _checked_model(settings: Settings) -> ModelFolder:
-    found = local_model(settings, os.environ)
-    if settings.worker.engine == "vllm":
-        check_model_files(found.path)
-    return found
 
 
 def _profile(worker: WorkerSettings) -> bytes:
@@ -464,30 +473,6 @@ def _profile(worker: WorkerSettings) -> bytes:
     return encode_profile(read_profile(worker.profile)) if worker.profile is not None else b""
 
 
-def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Its outcome. Unlike a thread of the event loop's executor, this one holds up nobody's end."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(cast("T", result))
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = work()
-        except BaseException as error:  # whatever it is, it belongs to whoever waits
-            failure = error
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    threading.Thread(target=run, name="engine-load", daemon=True).start()
-    return outcome
-
-
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     try:
         bound = listen(server, host_port(host, port), what="the worker (worker.host)")
@@ -496,16 +481,3 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     if bound == 0:
         raise StartupError(f"worker.port: cannot listen on {host}:{port}, is it taken?")
     return bound
-
-
-@contextmanager
-def _own_board(slots: int) -> Iterator[Board]:
-    """The board of this worker, while the block runs; also sweeps boards of workers that were killed."""
-    directory = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
-    for name in boards.remove_stale(directory):
-        log.info("stale_board_removed", board=name)
-    board = Board.create(directory, slots=slots)
-    try:
-        yield board
-    finally:
-        board.unlink()

@@ -29,8 +29,8 @@ Answer = TypeVar("Answer", wire.ProbeResult, wire.Noted)
 class OwnAgent:
     """The service's side. `key` is by which the agent knows it."""
 
-    def __init__(self) -> None:
-        self._identity = Identity()
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
         self.key = self._identity.public
 
     async def measure(self, own: Endpoint, worker_id: str, peer: TransferEndpoint, transport: str) -> TransferPath:

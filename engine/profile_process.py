@@ -16,6 +16,7 @@ from engine.cpu_clock import cpu_seconds
 from engine.profiler import Facts, Grid, Say, measure
 from kv_transfer.board import Board
 from slipstream import telemetry
+from slipstream.errors import ConfigError
 from slipstream.model_folder import resolve
 from slipstream.performance import Profile
 from slipstream.settings import Settings
@@ -29,8 +30,14 @@ def run(settings: Settings, *, name: str, source: str, grid: Grid, say: Say, cpu
         cpu_clock: by the CPU time of the engine's processes, not by the wall's.
 
     Raises:
+        ConfigError: it would be on several nodes.
         StartupError: the engine cannot be loaded, or is too small to be measured.
     """
+    if settings.worker.nnodes > 1:
+        raise ConfigError(
+            f"worker.nnodes = {settings.worker.nnodes}: `slipstream profile` measures an engine on one node",
+            param="worker.nnodes",
+        )
     environment.prepare(settings, os.environ)
     telemetry.configure(settings.log, component="profile")
     return uvloop.run(_run(settings, name, source, grid, say, cpu_seconds if cpu_clock else time.monotonic))

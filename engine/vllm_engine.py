@@ -7,45 +7,40 @@ the worker's service process. It is made before its process serves anything, and
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
-from vllm import AsyncEngineArgs
-from vllm.config import KVTransferConfig, VllmConfig
-from vllm.config.kv_events import KVEventsConfig
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMError
 from vllm.outputs import RequestOutput
-from vllm.transformers_utils.config import get_config
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engine import device as devices
-from engine import host_id
 from engine.own_agent import OwnAgent
 from engine.protocol import CacheChange, EngineTimes, PromptComputed, TokensGenerated
+from engine.vllm_arguments import engine_args
 from engine.vllm_events import EventSocket, Translation
 from engine.vllm_sampling import FINISH_REASONS, prefill_sampling, to_vllm, to_wire, verdict
 from kv_transfer.accounts import FAILURES
 from kv_transfer.agent_start import Endpoint, read_endpoint
 from kv_transfer.board import Board, Counter
+from kv_transfer.identity import Identity
 from kv_transfer.permits import Permit
 from kv_transfer.scheduler_side import ACCOUNT, RECEIVE, SEND
 from slipstream import telemetry
 from slipstream.errors import (
-    ConfigError,
     ContextLengthError,
     EngineDeadError,
     InvalidRequestError,
     StartupError,
     UnavailableError,
 )
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Capacity, Load, TransferEndpoint, TransferPath
 from slipstream.v1.sampling_pb2 import RequestAccount, SamplingParams
 from slipstream.v1.worker_pb2 import Handoff
@@ -56,7 +51,6 @@ log = telemetry.get_logger(__name__)
 _ENGINE_END_S = 5.0
 # How long a prompt waits for a worker that should have blocks of it, before it is computed here after all.
 _SOURCE_PATIENCE_S = 2.0
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 class _Queues(StatLoggerBase):
@@ -83,21 +77,38 @@ class VllmEngine:
     Args:
         model_path: a local folder.
         board: this worker's lease board; its engine core maps it too.
+        identity: of this worker's service, by which its transfer agents know it.
     """
 
-    def __init__(self, settings: Settings, *, model_path: Path, served_name: str, board: Board) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model_path: Path,
+        served_name: str,
+        board: Board,
+        identity: Identity | None = None,
+    ) -> None:
         self._settings = settings
         self._board = board
-        self._own_agent = OwnAgent()
+        self._own_agent = OwnAgent(identity or Identity())
         self._queues: _Queues | None = None
         self._served_name = served_name
         self._events = EventSocket() if settings.worker.cache_events else None
         self.device = devices.choose_device(settings.device)
         try:
-            self._args = self._engine_args(model_path, served_name)
-        except (VLLMError, ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+            self._args = engine_args(
+                settings,
+                self.device,
+                model_path=model_path,
+                served_name=served_name,
+                board=board,
+                owner_key=self._own_agent.key,
+                events=self._events,
+            )
+        except BaseException:
             self._close_events()
-            raise StartupError(f"vLLM cannot use the configuration in {model_path}: {error}") from error
+            raise
         self._llm: AsyncLLM | None = None
         self._requests_total = 0
         self._tokens_total = 0
@@ -124,67 +135,6 @@ class VllmEngine:
     def _stat_logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
         self._queues = _Queues(vllm_config, engine_index)
         return self._queues
-
-    def _engine_args(self, model_path: Path, served_name: str) -> AsyncEngineArgs:
-        worker, transfer = self._settings.worker, self._settings.transfer
-        dtype = devices.choose_dtype(self._settings.dtype, self.device, devices.cpu_flags())
-        hf_config = get_config(str(model_path), trust_remote_code=False).get_text_config()
-        context = int(getattr(hf_config, "max_position_embeddings", 0) or 4096)
-        if worker.max_model_len is not None:
-            context = min(context, worker.max_model_len)
-        ranks = worker.tensor_parallel_size
-        kv_bytes = devices.choose_kv_bytes(
-            worker.kv_cache_bytes,
-            devices.kv_token_bytes(hf_config, _DTYPE_BYTES[dtype], ranks),
-            context,
-            devices.memory_bytes(self.device, ranks),
-        )
-        optional: dict[str, Any] = {}
-        if ranks > 1:
-            optional |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
-        if worker.block_tokens is not None:
-            optional["block_size"] = worker.block_tokens
-        step_tokens = devices.choose_step_tokens(worker.max_batched_tokens, worker.max_running, self.device)
-        if step_tokens is not None:
-            optional["max_num_batched_tokens"] = step_tokens
-        if worker.load_format == "runai_streamer":
-            optional |= _streamed(worker)
-        if self._events is not None:
-            optional["kv_events_config"] = KVEventsConfig(
-                enable_kv_cache_events=True,
-                endpoint=self._events.endpoint,
-                replay_endpoint=self._events.replay_endpoint,
-            )
-        return AsyncEngineArgs(
-            model=str(model_path),
-            served_model_name=served_name,
-            dtype=dtype,
-            skip_tokenizer_init=True,  # tokens in, tokens out
-            max_model_len=context,
-            kv_cache_memory_bytes=kv_bytes // ranks,
-            max_num_seqs=worker.max_running,
-            # Compiling costs a CPU worker more start-up time than it gains; a GPU captures graphs.
-            enforce_eager=self.device == "cpu",
-            enable_prefix_caching=True,
-            worker_cls="engine.timed_worker.TimedWorker",
-            generation_config="vllm",  # sampling defaults are the API's, the same whatever the model's files say
-            disable_log_stats=False,  # the queue lengths come with them
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="SlipstreamConnector",
-                kv_connector_module_path="kv_transfer.connector",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={
-                    "board": str(self._board.path),
-                    "owner_pid": os.getpid(),
-                    "owner_key": self._own_agent.key.hex(),
-                    "host_id": host_id.read(),
-                    "host": transfer.host or worker.host,
-                    "transfer": transfer.model_dump(),
-                },
-            ),
-            **optional,
-        )
 
     @property
     def vocabulary(self) -> int:
@@ -364,25 +314,6 @@ class VllmEngine:
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
-
-
-def _streamed(worker: WorkerSettings) -> dict[str, Any]:
-    """The arguments by which vLLM streams weights.
-
-    Raises:
-        ConfigError: the streamer is not installed.
-    """
-    if importlib.util.find_spec("runai_model_streamer") is None:
-        raise ConfigError(
-            "worker.load_format = runai_streamer: it is not installed here; install slipstream's extra `streamer`",
-            param="worker.load_format",
-        )
-    memory = -1 if worker.stream_memory_bytes is None else worker.stream_memory_bytes
-    return {
-        "load_format": "runai_streamer",
-        "use_tqdm_on_load": False,
-        "model_loader_extra_config": {"concurrency": worker.stream_readers, "memory_limit": memory},
-    }
 
 
 def _to_tokens(output: RequestOutput, logprobs_asked: int) -> TokensGenerated:

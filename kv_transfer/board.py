@@ -140,17 +140,19 @@ class Board:
         self.slots = self._words[Head.SLOTS]
 
     @classmethod
-    def create(cls, directory: Path, *, slots: int, seed: bytes = b"") -> Board:
+    def create(cls, directory: Path, *, slots: int, seed: bytes = b"", epoch: int = 0, node: int = 0) -> Board:
         """Make a board, owned by this process until `unlink`; a dead owner's is removed by `remove_stale`.
 
         Args:
             seed: see `seed`; random unless it is given.
+            epoch: of the worker; random unless it is given.
+            node: which of the worker's nodes this is; those that follow have the first one's seed and epoch.
 
         Raises:
             StartupError: the folder cannot be written.
         """
-        epoch = secrets.randbits(63)
-        path = directory / f"{PREFIX}{epoch:016x}{SUFFIX}"
+        epoch = epoch or secrets.randbits(63)
+        path = directory / f"{PREFIX}{epoch:016x}{f'.{node}' if node else ''}{SUFFIX}"
         unfinished = path.with_suffix(".new")
         try:
             fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -4,9 +4,9 @@ vLLM makes one instance in its scheduler and one in each worker: with tensor par
 rank, in a process of its own, and each has a transfer agent for its part of the KV heads. This class only joins vLLM's
 hooks to `SchedulerSide` and `WorkerSide`, where the behaviour is. Its settings come in `kv_connector_extra_config`:
 
-    board       path of the lease board, made by the worker's service
+    board       path of the lease board, made by the worker's service on this node
     owner_pid   that service; the engine ends itself when it is gone
-    owner_key   its public key in hex; it tells the transfer agent who is registered
+    owner_key   public key in hex of the first node's; it tells the transfer agents who is registered
     host_id     equal for workers that share memory
     host        address the transfer agent listens on
     transfer    the settings section `transfer`, as a dict
@@ -93,12 +93,17 @@ class StepReports(KVConnectorWorkerMetadata):
 
 @dataclass
 class RankEndpoint(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: where a rank's process and transfer agent are, and how much of each block it has."""
+    """Worker to scheduler, once: where a rank's process and transfer agent are, and how much of each block it has.
+
+    Attributes:
+        fingerprint: of what decides whether KV blocks can be exchanged; the same on all ranks.
+    """
 
     pid: int
     endpoint: Endpoint
     block_tokens: int
     block_bytes: int
+    fingerprint: str
 
 
 class SlipstreamConnector(KVConnectorBase_V1):
@@ -172,6 +177,8 @@ class SlipstreamConnector(KVConnectorBase_V1):
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         ranks = [metadata[rank] for rank in sorted(metadata)]
         ends = [end for end in ranks if isinstance(end, RankEndpoint)]
+        if len({end.fingerprint for end in ends}) > 1:
+            raise StartupError("the ranks of this worker differ in model, number format, block size or kind of CPU")
         agents.publish(self._board, [end.endpoint for end in ends])
         if self._ranks > 1:
             end_with({end.pid for end in ends})
@@ -218,7 +225,9 @@ class SlipstreamConnector(KVConnectorBase_V1):
             host=config.get_from_extra_config("host", "127.0.0.1"),
             owner=bytes.fromhex(config.get_from_extra_config("owner_key", "")),
         )
-        self._endpoint = RankEndpoint(os.getpid(), endpoint, layout.block_tokens, layout.block_bytes)
+        self._endpoint = RankEndpoint(
+            os.getpid(), endpoint, layout.block_tokens, layout.block_bytes, layout.fingerprint
+        )
         if self._rank == 0:  # every word of the board has one writer
             self._board.add(Counter.START_TRANSFER_NS, time.monotonic_ns() - began_ns)
         names = layouts.in_order(kv_caches)

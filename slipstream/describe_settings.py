@@ -29,6 +29,7 @@ CHART_DECIDES: Final = frozenset(
         *(f"frontend.{name}" for name in ("host", "http_port", "grpc_port", "workers", "drain_timeout_s")),
         *(f"worker.{name}" for name in ("worker_id", "node", "host", "port", "metrics_port")),
         *(f"worker.{name}" for name in ("start_timeout_s", "drain_timeout_s")),
+        *(f"worker.{name}" for name in ("nnodes", "node_rank", "master_addr", "master_port")),
         *(f"transfer.{name}" for name in ("host", "port")),
         *(f"security.{name}" for name in ("keys_file", "anonymous")),
         *(

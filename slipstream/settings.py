@@ -215,13 +215,34 @@ class WorkerSettings(Section):
         1,
         ge=1,
         le=64,
-        description="GPUs of one node that the worker's engine spreads the model over (tensor parallelism); a process "
-        "for each, also on CPUs",
+        description="GPUs that the worker's engine spreads the model over (tensor parallelism); a process for each, "
+        "also on CPUs",
+    )
+    nnodes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="nodes that these GPUs are on, an even part of them on each; the worker is started once on every "
+        "node, with the same settings but for `node_rank` and `host`",
+    )
+    node_rank: int = Field(
+        0, ge=0, le=63, description="which of the nodes this is; 0 leads: it registers, and serves requests"
+    )
+    master_addr: str | None = Field(
+        None, max_length=253, description="host name or IP of the node with `node_rank` 0; needed with several nodes"
+    )
+    master_port: int = Field(
+        29501,
+        ge=1,
+        le=65534,
+        description="port of that node at which the engine's ranks find each other; the nodes watch over each other at "
+        "the one after it",
     )
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of the engine, of all its ranks together; all cores of the process when absent",
+        description="CPU threads of the engine, of all its ranks on this node together; all cores of the process when "
+        "absent",
     )
     load_format: Literal["auto", "runai_streamer"] = Field(
         "auto",

@@ -61,6 +61,7 @@ _FLAGS = select(
         "worker.worker_id",
         "worker.node",
         "worker.port",
+        *(f"worker.{name}" for name in ("nnodes", "node_rank", "master_addr", "master_port")),
         "worker.metrics_port",
         "control_plane.address",
         "frontend.workers",
@@ -201,7 +202,17 @@ def _run(
 
 
 def _planned(settings: Settings, run_folder: Path) -> tuple[PlannedCluster, Launched]:
-    """The cluster, and what starts it."""
+    """The cluster, and what starts it.
+
+    Raises:
+        ConfigError: its workers would have to be started on several nodes each.
+    """
+    if settings.worker.nnodes > 1:
+        raise ConfigError(
+            f"worker.nnodes = {settings.worker.nnodes}: `slipstream up` starts each worker as a whole, on one node; "
+            "start `slipstream prefill-worker` and `slipstream decode-worker` on each of its nodes",
+            param="worker.nnodes",
+        )
     if settings.cluster.on == "ray":
         from deploy.ray import launch as on_ray
 

@@ -27,6 +27,7 @@ _FLAGS = select(
     without={
         "worker.worker_id",
         "worker.port",
+        *(f"worker.{name}" for name in ("nnodes", "node_rank", "master_addr", "master_port")),
         "worker.metrics_port",
         "worker.engine",
         "worker.profile",

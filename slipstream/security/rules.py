@@ -36,6 +36,7 @@ MAY_CALL: Mapping[str, frozenset[ComponentRole]] = {
     "/slipstream.v1.Worker/WatchCache": _GENERATES | _PLANS,
     "/slipstream.v1.Worker/SetRole": _PLANS | {ComponentRole.LAUNCHER},
     "/slipstream.v1.Worker/SetFence": _PLANS,
+    "/slipstream.v1.NodeGroup/Join": frozenset({ComponentRole.WORKER}),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ALL,
 }
 

@@ -37,7 +37,7 @@ _KV_CACHE_BYTES = 16 << 20
 _ASK_TIMEOUT_S = 60.0
 
 TOKEN_FILE = "cluster.token"
-PREFILL, DECODE, FAR_DECODE = "prefill-far", "decode-near", "decode-far"
+PREFILL, DECODE, FAR_DECODE, FOLLOWER = "prefill-far", "decode-near", "decode-far", "prefill-follower"
 _SLIPSTREAM = (sys.executable, "-m", "slipstream")
 
 
@@ -69,6 +69,7 @@ class TwoHostCluster:
         frontend_flags: of the frontend.
         own_memory: whether the workers on the far host have PIDs and /dev/shm of their own.
         far_decode: whether there is a decode worker on the far host, too.
+        group: whether the prefill worker is on both hosts: its first rank is near, the second far.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class TwoHostCluster:
         frontend_flags: Sequence[str] = (),
         own_memory: bool = False,
         far_decode: bool = False,
+        group: bool = False,
     ) -> None:
         self.hosts = hosts
         self.folder = folder
@@ -91,35 +93,19 @@ class TwoHostCluster:
         self._frontend_flags = frontend_flags
         self._own_memory = own_memory
         self._far_decode = far_decode
+        self._group = group
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True)
         write_secret(self.folder / TOKEN_FILE, f"{new_token()}\n")
         near, far = self.hosts.near, self.hosts.far
-        join = ("--control-plane", self.control_plane, *self._token())
-        model = ("--model", str(self._model), "--served-model-name", "tiny")
-        worker: tuple[str, ...] = (
-            *model,
-            *join,
-            "--dtype",
-            "float32",
-            "--metrics-port",
-            str(METRICS_PORT),
-            "--threads",
-            "1",
-        )
-        worker += ("--kv-cache-bytes", str(_KV_CACHE_BYTES), *self._flags)
+        join, model, worker = self._join, self._names, self._worker_flags
         ports = ("--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT), "--security-anonymous")
         try:
             listens = ("--host", near.address, "--port", str(CONTROL_PORT), *self._token())
             self._start(near, "control-plane", "planner", "serve", *listens)
-            self._start(
-                far,
-                PREFILL,
-                *("prefill-worker", "--worker-id", PREFILL, "--host", far.address, *worker, *self._prefill_flags),
-                own_memory=self._own_memory,
-            )
+            self.start_prefill()
             if self._far_decode:
                 words = ("decode-worker", "--worker-id", FAR_DECODE, "--host", far.address, *worker)
                 other = ("--metrics-port", str(METRICS_PORT + 1))  # the last one of a flag counts
@@ -128,7 +114,7 @@ class TwoHostCluster:
             self._start(
                 near, "frontend", "frontend", "--host", near.address, *ports, *model, *join, *self._frontend_flags
             )
-            wait_for("both workers are ready and have met", self._is_ready, timeout_s=START_TIMEOUT_S, every_s=0.5)
+            self.until_ready()
             self.ask([5], max_tokens=1)
         except BaseException:
             self.close()
@@ -153,6 +139,47 @@ class TwoHostCluster:
         for started in self._processes.values():
             started.wait(STOP_TIMEOUT_S)
         self._processes.clear()
+
+    def start_prefill(self) -> None:
+        """Start the prefill worker; a group on both hosts, where it is one."""
+        near, far = self.hosts.near, self.hosts.far
+        words = ("prefill-worker", *self._worker_flags, *self._prefill_flags, "--worker-id", PREFILL)
+        if not self._group:
+            self._start(far, PREFILL, *words, "--host", far.address, own_memory=self._own_memory)
+            return
+        words += ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", near.address)
+        other = ("--metrics-port", str(METRICS_PORT + 2))  # the last one of a flag counts
+        self._start(near, PREFILL, *words, *other, "--host", near.address)
+        self._start(far, FOLLOWER, *words, "--node-rank", "1", "--host", far.address, own_memory=self._own_memory)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("--model", str(self._model), "--served-model-name", "tiny")
+
+    @property
+    def _join(self) -> tuple[str, ...]:
+        return ("--control-plane", self.control_plane, *self._token())
+
+    @property
+    def _worker_flags(self) -> tuple[str, ...]:
+        own = ("--metrics-port", str(METRICS_PORT), "--threads", "1", "--kv-cache-bytes", str(_KV_CACHE_BYTES))
+        return (*self._names, *self._join, "--dtype", "float32", *own, *self._flags)
+
+    def kill(self, name: str) -> None:
+        """End a part of the cluster as kill -9 does: the process alone, and not what it has started."""
+        _role(self._processes[name].pid).kill()
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """The processes of a part of the cluster."""
+        return _family(self._processes[name].pid)
+
+    def ended(self, name: str, timeout_s: float) -> int:
+        """The exit status of a part of the cluster, once it has ended."""
+        return self._processes.pop(name).wait(timeout_s)
+
+    def until_ready(self) -> None:
+        """Wait until all workers are ready and have met."""
+        wait_for("both workers are ready and have met", self._is_ready, timeout_s=START_TIMEOUT_S, every_s=0.5)
 
     def _start(self, host: Host, name: str, *words: str, own_memory: bool = False) -> None:
         self._processes[name] = host.start((*_SLIPSTREAM, *words), self.folder / f"{name}.log", own_memory=own_memory)
@@ -200,8 +227,7 @@ class TwoHostCluster:
 
     def slipstream(self, *words: str) -> str:
         """Run a command of the command line on the near host, as an operator would."""
-        join = ("--control-plane", self.control_plane, *self._token())
-        return self.hosts.near.run(*_SLIPSTREAM, *words, *join, timeout_s=90)
+        return self.hosts.near.run(*_SLIPSTREAM, *words, *self._join, timeout_s=90)
 
     def probe(self) -> list[dict[str, Any]]:
         """`slipstream transfer probe` between the two workers: one row for each direction."""

@@ -74,7 +74,7 @@ def test_a_load_that_takes_too_long_ends_the_worker_and_says_so(model: Path) -> 
 
 FETCHING = """
 import sys, time
-from engine import host_process
+from engine import host_process, loading
 from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import Role
 
@@ -82,7 +82,7 @@ def fetch(settings, environ):
     print("fetching", flush=True)
     time.sleep(60)
 
-host_process.local_model = fetch
+loading.local_model = fetch
 host_process.run(Settings(model="org/name"), Role.ROLE_DECODE, lambda *service: ())
 """
 

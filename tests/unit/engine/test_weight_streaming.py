@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 
-from engine.vllm_engine import _streamed
+from engine.vllm_arguments import _streamed
 from slipstream.errors import ConfigError
 from slipstream.settings import WorkerSettings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_transfer.board import Board, Counter, Outcome, Word, new_nonce, remove_stale
+from kv_transfer.board import SEGMENT_SUFFIX, Board, Counter, Outcome, Word, new_nonce, remove_stale
 from slipstream.errors import StartupError, TransferError
 
 OWNER = """
@@ -123,3 +123,19 @@ def test_a_board_that_is_just_being_made_is_not_taken_for_a_dead_ones(
     monkeypatch.setattr(fcntl, "flock", sweep_and_lock)
     board = Board.create(tmp_path, slots=2)
     assert Board.open(board.path).epoch == board.epoch
+
+
+def test_nodes_of_one_worker_have_its_epoch_and_seed_on_boards_of_their_own(tmp_path: Path) -> None:
+    first = Board.create(tmp_path, slots=4)
+    second = Board.create(tmp_path, slots=1, epoch=first.epoch, seed=first.seed, node=1)
+    third = Board.create(tmp_path, slots=1, epoch=first.epoch, seed=first.seed, node=11)
+    assert {board.epoch for board in (first, second, third)} == {first.epoch}
+    assert {board.seed for board in (first, second, third)} == {first.seed}
+    boards = (first, second, third)
+    areas = [tmp_path / f"{board.stem}-1{SEGMENT_SUFFIX}" for board in boards]
+    for area in areas:
+        area.touch()
+    for number, board in enumerate(boards):
+        board.unlink()
+        assert [area.exists() for area in areas] == [False] * (number + 1) + [True] * (2 - number)
+        assert [other.path.exists() for other in boards] == [False] * (number + 1) + [True] * (2 - number)

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from slipstream.security.rules import MAY_CALL
-from slipstream.v1 import planner_pb2, registry_pb2, scaler_pb2, worker_pb2
+from slipstream.v1 import node_group_pb2, planner_pb2, registry_pb2, scaler_pb2, worker_pb2
 
 ROOT = Path(__file__).resolve().parents[4]
 PACKAGES = (
@@ -45,7 +45,7 @@ def test_no_other_module_opens_a_channel_or_a_port() -> None:
 
 
 def test_every_call_between_components_has_a_rule() -> None:
-    files = (planner_pb2, registry_pb2, scaler_pb2, worker_pb2)
+    files = (node_group_pb2, planner_pb2, registry_pb2, scaler_pb2, worker_pb2)
     methods = {
         f"/{service.full_name}/{method.name}"
         for file in files
