@@ -18,6 +18,9 @@ KEEPALIVE_TIME_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 
+PUBLIC_KEEPALIVE_TIMEOUT_S = 20.0
+"""gRPC's own default: a client's answers shall outlive a pause of some seconds, of its network or of either machine."""
+
 
 def client_options(*, max_reconnect_backoff_s: float = 1.0) -> ChannelOptions:
     """Options for a channel to another component.
@@ -82,8 +85,8 @@ def public_server_options(
         ("grpc.server_handshake_timeout_ms", int(limits.header_timeout_s * 1000)),
         # A client host that vanished must not hold calls open.
         ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 3000)),
-        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.keepalive_timeout_ms", int(PUBLIC_KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(PUBLIC_KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
         # Pings as our own channels send them are in order; a flood of them ends the connection.
         ("grpc.keepalive_permit_without_calls", 1),
