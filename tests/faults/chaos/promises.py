@@ -33,8 +33,9 @@ PROMISES: dict[tuple[Kind, Group | None], frozenset[str]] = {
     (Kind.PRESSURE, None): FULL,
     (Kind.STAMPEDE, None): FULL,
 }
-LOST = frozenset({"migration_budget", "no_worker"})
-"""503, and come again: so many answers moved at once that no more may; no decode worker's connection is whole."""
+LOST = frozenset({"migration_budget", "no_worker", "worker_draining"})
+"""503, and come again: so many answers moved at once that no more may; no decode worker's connection is whole, or the
+only one that is drains."""
 _PREFILL_FAULT = FULL
 _DECODE_FAULT = FULL | LOST
 """Of a fault of a worker: the others take over; what is asked may be more than they can do, or more than may move."""
