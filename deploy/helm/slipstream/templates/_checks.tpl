@@ -7,11 +7,13 @@
 {{- if and (gt (int $pool.groupSize) 1) (ne $pool.workload "LeaderWorkerSet") }}
 {{- fail (printf "%s.groupSize: more than 1 needs %s.workload: LeaderWorkerSet" $role $role) }}
 {{- end }}
-{{- if and (gt (int $pool.groupSize) 1) (not $pool.allowUnsupportedGroups) }}
-{{- fail (printf "%s.groupSize: the ranks of an engine are processes of one pod (accelerator.count), so that a group of %d would not start; %s.allowUnsupportedGroups: true renders it all the same" $role (int $pool.groupSize) $role) }}
+{{- if include "slipstream.isGroup" $pool }}
+{{- if eq (dig "worker" "engine" (dig "worker" "engine" "" $values.config) $pool.config) "simulated" }}
+{{- fail (printf "%s.groupSize: a simulated engine is one process, with nothing to share out among %d pods; take 1, or the engine vllm" $role (int $pool.groupSize)) }}
 {{- end }}
-{{- if and (gt (int $pool.groupSize) 1) (not $pool.followerArgs) }}
-{{- fail (printf "%s.followerArgs: say what the other pods of a group run" $role) }}
+{{- if and (ne $values.placement.groups.policy "prefer") (not $values.placement.groups.topologyKey) }}
+{{- fail (printf "placement.groups.topologyKey: which label of nodes names the domain that a group's pods share (placement.groups.policy is %s)?" $values.placement.groups.policy) }}
+{{- end }}
 {{- end }}
 {{- if and (ne $values.fabric.kind "tcp") $values.fabric.resource (eq (int $pool.fabricDevices) 0) }}
 {{- fail (printf "%s.fabricDevices: fabric.kind is %s, but these pods would get none of %s and go over TCP" $role $values.fabric.kind $values.fabric.resource) }}

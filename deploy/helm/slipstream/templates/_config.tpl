@@ -44,7 +44,8 @@ control_plane:
 {{- toYaml .Values.planner.policy -}}
 {{- else -}}
 {{- $scaling := .Values.scaling -}}
-gpu_budget: {{ mul (add $scaling.prefill.max $scaling.decode.max) (max 1 (int .Values.accelerator.count)) }}
+{{- $pods := add (mul $scaling.prefill.max .Values.prefill.groupSize) (mul $scaling.decode.max .Values.decode.groupSize) -}}
+gpu_budget: {{ mul $pods (max 1 (int .Values.accelerator.count)) }}
 models:
   - model: {{ include "slipstream.servedName" . | quote }}
     objectives:
@@ -69,7 +70,9 @@ models:
   "port" 7700 "metrics_port" 7701
   "start_timeout_s" (int $pool.startSeconds) "drain_timeout_s" (int $pool.drainSeconds)) -}}
 {{- if gt (int $root.Values.accelerator.count) 0 -}}
-{{- $_ := set $own.worker "tensor_parallel_size" (int $root.Values.accelerator.count) -}}
+{{- $_ := set $own.worker "tensor_parallel_size" (mul $root.Values.accelerator.count $pool.groupSize) -}}
+{{- else if include "slipstream.isGroup" $pool -}}
+{{- $_ := set $fabric "worker" (dict "tensor_parallel_size" (int $pool.groupSize)) -}}
 {{- end -}}
 {{- $own = mergeOverwrite $own (dict "transfer" (dict "port" 7702)) -}}
 {{- mergeOverwrite $fabric (deepCopy $root.Values.config) (deepCopy $pool.config) (include "slipstream.modelConfig" $root | fromYaml) $own | toYaml -}}

@@ -1,6 +1,6 @@
 {{/* What pods of all components have in common. */}}
 
-{{/* Metadata of a pod. Call with (list $ component values configuration-file-text). */}}
+{{/* Metadata of a pod. Call with (list $ component values configuration-file-text [one-more-label]). */}}
 {{- define "slipstream.podMetadata" -}}
 {{- $root := index . 0 -}}
 {{- $values := index . 2 -}}
@@ -8,6 +8,11 @@ labels:
   {{- include "slipstream.labels" (list $root (index . 1)) | nindent 2 }}
   {{- if has (index . 1) (list "prefill" "decode") }}
   {{- include "slipstream.poolLabels" (list $root (index . 1)) | nindent 2 }}
+  {{- end }}
+  {{- if gt (len .) 4 }}
+  {{- with index . 4 }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- end }}
   {{- with $values.podLabels }}
   {{- toYaml . | nindent 2 }}

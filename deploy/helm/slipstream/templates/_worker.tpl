@@ -1,4 +1,4 @@
-{{/* A worker's pod. Prefill and decode differ by their command; leaders and followers of a group by what they run. */}}
+{{/* A worker's pod. Prefill and decode differ by their command; leaders and followers of a group by their probes. */}}
 
 {{- define "slipstream.modelCache" -}}
 {{- $cache := .Values.model.cache -}}
@@ -40,19 +40,38 @@
 {{- define "slipstream.workerAffinity" -}}
 {{- /* Call with (list $ role other-role). */ -}}
 {{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
 {{- $placement := $root.Values.placement -}}
-{{- if or $placement.sameZone $placement.rolesApart $placement.near }}
+{{- $isGroup := include "slipstream.isGroup" (index $root.Values $role) -}}
+{{- $groups := $placement.groups -}}
+{{- $required := and $isGroup (eq $groups.policy "require") -}}
+{{- $preferred := list -}}
+{{- if and $isGroup (eq $groups.policy "prefer") -}}
+{{- $preferred = ternary (list $groups.topologyKey) $placement.near (ne $groups.topologyKey "") -}}
+{{- end -}}
+{{- if or $placement.sameZone $placement.rolesApart $placement.near $required $preferred }}
 affinity:
-  {{- if or $placement.sameZone $placement.near }}
+  {{- if or $placement.sameZone $placement.near $required $preferred }}
   podAffinity:
-    {{- if $placement.sameZone }}
+    {{- if or $placement.sameZone $required }}
     requiredDuringSchedulingIgnoredDuringExecution:
+      {{- if $placement.sameZone }}
       - topologyKey: topology.kubernetes.io/zone
         labelSelector:
           {{- include "slipstream.workerSelector" $root | nindent 10 }}
+      {{- end }}
+      {{- if $required }}
+      - {{- include "slipstream.ownGroup" (list $root $role $groups.topologyKey) | nindent 8 }}
+      {{- end }}
     {{- end }}
-    {{- if $placement.near }}
+    {{- if or $placement.near $preferred }}
     preferredDuringSchedulingIgnoredDuringExecution:
+      # A group's pods talk for every token: to be near each other counts more than to be near other workers.
+      {{- range $index, $key := $preferred }}
+      - weight: {{ sub 100 $index }}
+        podAffinityTerm:
+          {{- include "slipstream.ownGroup" (list $root $role $key) | nindent 10 }}
+      {{- end }}
       {{- range $index, $key := $placement.near }}
       - weight: {{ max 10 (sub 90 (mul $index 20)) }}
         podAffinityTerm:
@@ -88,7 +107,15 @@ affinity:
 {{- $env = mergeOverwrite $env (dict "LD_LIBRARY_PATH" $fabric.libraryPath) -}}
 {{- end -}}
 {{- $env = mergeOverwrite $env $pool.env -}}
-{{- include "slipstream.podCommon" (list $root "worker" $pool (include "slipstream.grace" $pool)) }}
+{{- $alive := include "slipstream.followerProbe" (list $root) -}}
+{{- $ready := $alive -}}
+{{- if $leads -}}
+{{- $alive = include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "slipstream.v1.Worker") -}}
+{{- $ready = include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "") -}}
+{{- end -}}
+{{- /* A follower computes until its leader has ended, whichever of them was told to. */ -}}
+{{- $grace := add (include "slipstream.grace" $pool) (ternary 0 15 $leads) -}}
+{{- include "slipstream.podCommon" (list $root "worker" $pool $grace) }}
 {{- include "slipstream.workerAffinity" (list $root $role (ternary "decode" "prefill" (eq $role "prefill"))) }}
 {{- if $values.placement.spread }}
 topologySpreadConstraints:
@@ -123,38 +150,33 @@ containers:
   - name: slipstream
     {{- include "slipstream.image" (list $root "worker") | nindent 4 }}
     command: [slipstream]
-    {{- if $leads }}
     # The address is the pod's own: it is what others are told, and what is listened on.
-    args: [{{ $role }}-worker, --host, $(POD_IP), --worker-id, $(POD_NAME), --node, $(NODE_NAME)]
-    {{- else }}
-    args:
-      {{- toYaml $pool.followerArgs | nindent 6 }}
-    {{- end }}
+    args: [{{ $role }}-worker, --host, $(POD_IP), --worker-id, $(POD_NAME), --node, $(NODE_NAME){{ include "slipstream.groupFlags" $pool }}]
     env:
       {{- include "slipstream.env" (list $root (printf "%s.yaml" $role) $env) | nindent 6 }}
-    {{- if $leads }}
     ports:
-      - {name: grpc, containerPort: 7700}
       - {name: metrics, containerPort: 7701}
+      {{- if $leads }}
+      - {name: grpc, containerPort: 7700}
       - {name: transfer, containerPort: 7702}
+      {{- end }}
     # The gRPC server answers once the model is loaded. Whether the worker lives is asked of a service of its own: one
     # that drains lives, and is not ready.
     startupProbe:
-      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "slipstream.v1.Worker") | nindent 6 }}
+      {{- $alive | nindent 6 }}
       periodSeconds: 30
       timeoutSeconds: 5
       failureThreshold: {{ add 1 (div (add $pool.startSeconds 29) 30) }}
     livenessProbe:
-      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "slipstream.v1.Worker") | nindent 6 }}
+      {{- $alive | nindent 6 }}
       periodSeconds: 10
       timeoutSeconds: 5
       failureThreshold: 3
     readinessProbe:
-      {{- include "slipstream.grpcProbe" (list $root 7700 "$POD_IP" "") | nindent 6 }}
+      {{- $ready | nindent 6 }}
       periodSeconds: 5
       timeoutSeconds: 3
       failureThreshold: 3
-    {{- end }}
     {{- include "slipstream.preStop" $pool | nindent 4 }}
     resources:
       {{- include "slipstream.workerResources" (list $root $pool) | nindent 6 }}
@@ -206,10 +228,14 @@ metadata:
   annotations:
     slipstream.dev/model: {{ include "slipstream.servedName" $root | quote }}
     slipstream.dev/max-replicas: {{ (index $root.Values.scaling $role).max | quote }}
+    {{- if and (include "slipstream.isGroup" $pool) (eq $root.Values.placement.groups.policy "exclusive") }}
+    leaderworkerset.sigs.k8s.io/exclusive-topology: {{ $root.Values.placement.groups.topologyKey }}
+    {{- end }}
 spec:
   {{- if not (include "slipstream.isScaled" $root) }}
   replicas: {{ $pool.replicas }}
   {{- end }}
+  # All pods of a group at once: a leader is not ready before its followers have loaded their parts of the model.
   startupPolicy: LeaderCreated
   rolloutStrategy:
     type: RollingUpdate
@@ -220,12 +246,12 @@ spec:
     restartPolicy: RecreateGroupOnPodRestart
     leaderTemplate:
       metadata:
-        {{- include "slipstream.podMetadata" (list $root $role $pool $config) | nindent 8 }}
+        {{- include "slipstream.podMetadata" (list $root $role $pool $config (include "slipstream.memberLabel" (list $pool true))) | nindent 8 }}
       spec:
         {{- include "slipstream.workerPod" (list $root $role true) | nindent 8 }}
     workerTemplate:
       metadata:
-        {{- include "slipstream.podMetadata" (list $root $role $pool $config) | nindent 8 }}
+        {{- include "slipstream.podMetadata" (list $root $role $pool $config (include "slipstream.memberLabel" (list $pool false))) | nindent 8 }}
       spec:
         {{- include "slipstream.workerPod" (list $root $role (eq (int $pool.groupSize) 1)) | nindent 8 }}
 {{- else }}

@@ -48,7 +48,8 @@ def pools(**values: Any) -> dict[str, Any]:
 # The pure Python one takes most of the time of these tests.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _GROUPS = {"workload": "LeaderWorkerSet"}
-_LARGE_GROUPS = _GROUPS | {"groupSize": 2, "allowUnsupportedGroups": True, "followerArgs": ["--version"]}
+_LARGE_GROUPS = _GROUPS | {"groupSize": 2}
+_RACK = "topology.k8s.aws/network-node-layer-3"
 _CLIENTS = [{"namespaceSelector": {"matchLabels": {"team": "apps"}}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}]
 _PROMETHEUS = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
 
@@ -65,7 +66,31 @@ CASES: dict[str, dict[str, Any]] = {
     "keda": {"scaling": {"mode": "keda"}},
     "keda-groups": {"scaling": {"mode": "keda"}, **pools(**_GROUPS)},
     "groups": pools(**_GROUPS),
-    "efa-large-groups": merged(preset("efa"), pools(**_LARGE_GROUPS)),
+    "efa-large-groups": merged(
+        preset("efa"),
+        {"accelerator": {"count": 8}, "placement": {"groups": {"policy": "exclusive", "topologyKey": _RACK}}},
+        pools(**_LARGE_GROUPS),
+    ),
+    "large-groups": merged(
+        {
+            "scaling": {"mode": "planner", "prefill": {"max": 4}, "decode": {"max": 3}},
+            "accelerator": {"count": 4},
+            "placement": {"near": [_RACK]},
+            "model": {"prefetch": True},
+            "monitoring": {"serviceMonitors": True},
+        },
+        pools(**_LARGE_GROUPS, maxUnavailable="50%"),
+        {"prefill": {"groupSize": 1}},
+    ),
+    "tls-large-groups": merged(
+        {
+            "tls": {"enabled": True, "certManager": {"issuer": "internal"}},
+            "accelerator": {"count": 8, "dra": {"enabled": True}},
+            "placement": {"groups": {"policy": "require", "topologyKey": _RACK}},
+            "scaling": {"mode": "hpa"},
+        },
+        pools(**_LARGE_GROUPS),
+    ),
     "privileged": merged(preset("efa"), {"fabric": {"privileged": True}}),
     "claims": {"accelerator": {"dra": {"enabled": True, "selectors": ["device.attributes['x'].y == 1"]}}},
     "four-gpus": merged({"scaling": {"mode": "planner"}, "accelerator": {"count": 4}}, preset("efa")),

@@ -22,17 +22,20 @@ from tests.unit.deploy.helm.chart import (
     container,
     is_worker,
     merged,
+    named,
     objects,
     pod_templates,
     preset,
 )
 from tests.unit.deploy.helm.custom_resources import SCHEMAS
+from tests.unit.deploy.helm.test_fabric import EKS_PAGES
 from tests.unit.deploy.helm.test_manifests import NEWEST, problems
 
 FOLDER = ROOT / "deploy" / "examples" / "eks-efa"
 TERRAFORM = sorted(FOLDER.glob("*.tf"))
 # p5en.48xlarge
-NODE_CPUS, NODE_GIB = 192, 2048
+NODE_CPUS, NODE_GIB, NODE_GPUS, NODE_INTERFACES = 192, 2048, 8, 16
+TWO_NODES = ("values-two-nodes.yaml",)
 BUILT_IN = {"each", "path", "self", "count"}
 
 
@@ -41,12 +44,13 @@ def karpenter(kind: str) -> Object:
     return dict(found)
 
 
-def example_values() -> dict[str, Any]:
-    return merged(preset("efa"), yaml.safe_load((FOLDER / "values.yaml").read_text()))
+def example_values(*more: str) -> dict[str, Any]:
+    layers = (yaml.safe_load((FOLDER / name).read_text()) for name in ("values.yaml", *more))
+    return merged(preset("efa"), *layers)
 
 
-def worker_pods() -> list[Object]:
-    return [pod for _, pod in pod_templates(objects(example_values())) if is_worker(pod)]
+def worker_pods(*more: str) -> list[Object]:
+    return [pod for _, pod in pod_templates(objects(example_values(*more))) if is_worker(pod)]
 
 
 def unquoted(node: Any) -> Any:
@@ -68,8 +72,9 @@ def blocks(kind: str) -> dict[str, Any]:
     return found
 
 
-def test_the_example_values_render_what_api_servers_take() -> None:
-    assert problems(objects(example_values()), NEWEST) == []
+@pytest.mark.parametrize("more", [(), TWO_NODES], ids=["one-node", "two-nodes"])
+def test_the_example_values_render_what_api_servers_take(more: tuple[str, ...]) -> None:
+    assert problems(objects(example_values(*more)), NEWEST) == []
 
 
 @pytest.mark.parametrize("kind", ["NodePool", "EC2NodeClass"])
@@ -114,12 +119,16 @@ def test_the_other_pods_go_onto_nodes_without_gpus() -> None:
             assert pod["spec"]["nodeSelector"].items() <= labels.items()
 
 
-def test_eight_workers_fit_on_a_node() -> None:
-    for pod in worker_pods():
+@pytest.mark.parametrize(("more", "pods"), [((), 8), (TWO_NODES, 1)], ids=["one-node", "two-nodes"])
+def test_so_many_pods_take_the_gpus_of_a_node_and_fit_on_it(more: tuple[str, ...], pods: int) -> None:
+    for pod in worker_pods(*more):
         requests, limits = container(pod)["resources"]["requests"], container(pod)["resources"]["limits"]
-        huge_gib = int(requests["hugepages-2Mi"].removesuffix("Mi")) / 1024
-        assert 8 * int(requests["cpu"]) < NODE_CPUS
-        assert 8 * (int(limits["memory"].removesuffix("Gi")) + huge_gib) < 0.95 * NODE_GIB
+        huge_mib = int(requests["hugepages-2Mi"].removesuffix("Mi"))
+        assert pods * int(requests["nvidia.com/gpu"]) == NODE_GPUS
+        assert pods * int(requests["vpc.amazonaws.com/efa"]) <= NODE_INTERFACES
+        assert pods * int(requests["cpu"]) < NODE_CPUS
+        assert pods * huge_mib <= EKS_PAGES * 2
+        assert pods * (int(limits["memory"].removesuffix("Gi")) + huge_mib / 1024) < 0.95 * NODE_GIB
         # /dev/shm counts as memory of the pod.
         (shm,) = [each["emptyDir"]["sizeLimit"] for each in pod["spec"]["volumes"] if each["name"] == "shm"]
         assert int(shm.removesuffix("Gi")) < int(limits["memory"].removesuffix("Gi"))
@@ -216,6 +225,17 @@ def test_terraform_would_not_format_it_otherwise() -> None:
 
 
 def test_both_pools_may_grow_within_what_karpenter_may_start() -> None:
-    scaling = example_values()["scaling"]
+    for more in ((), TWO_NODES):
+        values = example_values(*more)
+        pods = sum(values["scaling"][role]["max"] * values[role].get("groupSize", 1) for role in ROLES)
+        gpus = pods * values.get("accelerator", {"count": 1})["count"]
+        assert gpus <= karpenter("NodePool")["spec"]["limits"]["nvidia.com/gpu"]
 
-    assert sum(scaling[role]["max"] for role in ROLES) <= karpenter("NodePool")["spec"]["limits"]["nvidia.com/gpu"]
+
+def test_a_worker_of_two_nodes_has_the_gpus_of_both() -> None:
+    rendered = objects(example_values(*TWO_NODES))
+    data = named(rendered, "ConfigMap", "demo-slipstream")["data"]
+
+    for role in ROLES:
+        assert yaml.safe_load(data[f"{role}.yaml"])["worker"]["tensor_parallel_size"] == 2 * NODE_GPUS
+        assert named(rendered, "LeaderWorkerSet", f"-{role}")["spec"]["leaderWorkerTemplate"]["size"] == 2

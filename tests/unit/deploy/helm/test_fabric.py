@@ -20,7 +20,7 @@ from tests.unit.deploy.helm.chart import (
 )
 
 FABRICS = ("efa", "infiniband", "roce")
-GROUPS = pools(workload="LeaderWorkerSet", groupSize=4, allowUnsupportedGroups=True, followerArgs=["--version"])
+GROUPS = pools(workload="LeaderWorkerSet", groupSize=4)
 MIB = 1 << 20
 # 2 MiB pages that EKS' accelerated Amazon Linux sets aside, and the GPUs of the nodes with EFA.
 EKS_PAGES, GPUS_OF_A_NODE, EFA_OF_P5EN = 5128, 8, 16
@@ -82,18 +82,6 @@ def test_a_pool_without_the_fabrics_devices_is_refused(fabric: str, role: str) -
 def test_devices_of_no_resource_are_refused() -> None:
     with pytest.raises(RefusedError, match=r"decode.fabricDevices: of which resource\? Set fabric.resource"):
         texts({"decode": {"fabricDevices": 1}})
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_group_that_the_engine_would_refuse_is_refused_before(role: str) -> None:
-    with pytest.raises(RefusedError, match=rf"{role}.groupSize: the ranks of an engine are processes of one pod"):
-        texts({role: {"workload": "LeaderWorkerSet", "groupSize": 2}})
-    with pytest.raises(RefusedError, match=rf"{role}.groupSize: more than 1 needs {role}.workload: LeaderWorkerSet"):
-        texts({role: {"groupSize": 2}})
-
-
-def test_groups_that_are_rendered_all_the_same_are_warned_of() -> None:
-    assert "WARNING: decode.groupSize is 2" in texts(CASES["efa-large-groups"])["NOTES.txt"]
 
 
 def test_with_claims_gpus_come_from_a_claim_and_not_from_the_device_plugin() -> None:

@@ -16,10 +16,10 @@ from tests.unit.deploy.helm.chart import BASE, CASES, CHART, Object, objects, of
 
 OLDEST, NEWEST = "1.30", "1.37"
 # Cases that need a newer Kubernetes than the oldest.
-SINCE = {"claims": "1.34"}
+SINCE = {"claims": "1.34", "tls-large-groups": "1.34"}
 IN_BETWEEN = [("defaults", "1.34"), ("efa-large-groups", "1.34"), ("planner", "1.34"), ("watched", "1.34")]
 VERSIONS = [(case, version) for case in CASES for version in (OLDEST, NEWEST) if version >= SINCE.get(case, "")]
-VERSIONS += [*IN_BETWEEN, ("claims", "1.34")]
+VERSIONS += [*IN_BETWEEN, *SINCE.items()]
 
 
 @functools.cache

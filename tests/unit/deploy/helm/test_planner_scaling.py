@@ -106,7 +106,7 @@ async def cluster(values: Mapping[str, Any], folder: Path) -> AsyncIterator[Clus
 async def test_the_planner_can_do_its_work_with_the_charts_role_and_needs_all_of_it(
     grouped: bool, tmp_path: Path
 ) -> None:
-    values = merged(PLANNED, pools(workload="LeaderWorkerSet") if grouped else {})
+    values = merged(PLANNED, pools(workload="LeaderWorkerSet", groupSize=2) if grouped else {})
     async with cluster(values, tmp_path) as at:
         assert {one.role for one in await at.scaler.workers()} == {PREFILL, DECODE}
         started = await at.scaler.start("org/model", DECODE)

@@ -24,6 +24,7 @@ from tests.unit.deploy.helm.chart import (
     component,
     container,
     environment,
+    follows,
     is_worker,
     named,
     objects,
@@ -31,7 +32,16 @@ from tests.unit.deploy.helm.chart import (
     pod_templates,
 )
 
-POD = {"POD_IP": "10.1.2.3", "POD_NAME": "demo-0", "POD_NAMESPACE": "llm", "NODE_NAME": "node-1"}
+POD = {
+    "POD_IP": "10.1.2.3",
+    "POD_NAME": "demo-0",
+    "POD_NAMESPACE": "llm",
+    "NODE_NAME": "node-1",
+    # As LeaderWorkerSet sets them in the second pod of a group.
+    "LWS_GROUP_SIZE": "2",
+    "LWS_WORKER_INDEX": "1",
+    "LWS_LEADER_ADDRESS": "demo-0.demo.llm",
+}
 IMAGES = ROOT / "deploy" / "images"
 
 
@@ -97,6 +107,8 @@ def flags(arguments: list[str]) -> dict[str, Any]:
     command = _cli()
     while hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
+    if "worker__nnodes" not in {each.name for each in command.params}:
+        arguments = arguments[: arguments.index("--nnodes")] if "--nnodes" in arguments else arguments
     # Not resilient: an unknown flag, or a value of the wrong type, is an error.
     given = command.make_context(command.name, arguments).params
     return {name.replace("__", "."): value for name, value in given.items() if value is not None}
@@ -105,11 +117,10 @@ def flags(arguments: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_product_takes_every_command_flag_and_setting(case: str) -> None:
     rendered = objects(CASES[case])
-    for name, pod in pod_templates(rendered):
+    for _, pod in pod_templates(rendered):
         assert container(pod)["command"] == ["slipstream"]
-        if "follower" in name or component(pod) == "test":
-            continue
-        loaded(rendered, pod)
+        if component(pod) != "test":
+            loaded(rendered, pod)
 
 
 def test_the_check_sees_a_flag_and_a_setting_that_do_not_exist() -> None:
@@ -154,9 +165,9 @@ def test_a_worker_tells_others_its_pods_address_and_name(case: str, role: str) -
 @pytest.mark.parametrize("case", CASES)
 def test_every_port_of_a_container_is_one_that_its_process_listens_on(case: str) -> None:
     rendered = objects(CASES[case])
-    for name, pod in pod_templates(rendered):
+    for _, pod in pod_templates(rendered):
         ports = {each["name"]: each["containerPort"] for each in container(pod).get("ports", ())}
-        if ("follower" in name and not ports) or component(pod) == "test":
+        if component(pod) == "test":
             continue
         settings = loaded(rendered, pod)
         listening = {
@@ -171,6 +182,8 @@ def test_every_port_of_a_container_is_one_that_its_process_listens_on(case: str)
             "metrics": settings.worker.metrics_port,
             "transfer": settings.transfer.port,
         }
+        if follows(pod):
+            worker = {"metrics": settings.worker.metrics_port}
         assert ports == listening.get(component(pod), worker)
 
 
@@ -186,11 +199,13 @@ def test_probes_ask_a_port_of_the_container(case: str) -> None:
             probe = own[kind]
             if "httpGet" in probe:
                 assert probe["httpGet"]["port"] in ports
-                assert probe["httpGet"]["path"] in {"/health/live", "/health/ready"}
+                paths = {"/metrics"} if is_worker(pod) else {"/health/live", "/health/ready"}
+                assert probe["httpGet"]["path"] in paths
             elif "exec" in probe:  # where the port speaks TLS, which a kubelet does not
-                *_, address, _service, folder = probe["exec"]["command"]
-                assert address.endswith(f":{ports.get('grpc', ports.get('registry'))}")
-                assert folder in {mount["mountPath"] for mount in own["volumeMounts"]}
+                *_, how, address = probe["exec"]["command"][:5]
+                port = ports["metrics"] if follows(pod) else ports.get("grpc", ports.get("registry"))
+                assert (how, f":{port}" in address) == ("http" if follows(pod) else "grpc", True)
+                assert probe["exec"]["command"][-1] in {mount["mountPath"] for mount in own["volumeMounts"]}
             else:
                 assert probe["grpc"]["port"] == ports.get("grpc", ports.get("registry"))
 
