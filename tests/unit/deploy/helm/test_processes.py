@@ -11,6 +11,7 @@ import pytest
 import typer.main
 import yaml
 
+from engine.node_group import NodeGroup
 from slipstream import config
 from slipstream.cli.app import app
 from slipstream.config_layer import setting_fields
@@ -107,8 +108,6 @@ def flags(arguments: list[str]) -> dict[str, Any]:
     command = _cli()
     while hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
-    if "worker__nnodes" not in {each.name for each in command.params}:
-        arguments = arguments[: arguments.index("--nnodes")] if "--nnodes" in arguments else arguments
     # Not resilient: an unknown flag, or a value of the wrong type, is an error.
     given = command.make_context(command.name, arguments).params
     return {name.replace("__", "."): value for name, value in given.items() if value is not None}
@@ -160,6 +159,20 @@ def test_a_worker_tells_others_its_pods_address_and_name(case: str, role: str) -
     assert (settings.worker.host, settings.worker.worker_id) == (POD["POD_IP"], POD["POD_NAME"])
     assert settings.worker.node == POD["NODE_NAME"]
     assert settings.transfer.host is None
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("large-groups")])
+def test_the_product_makes_of_a_groups_pods_the_nodes_that_are_meant(case: str) -> None:
+    rendered = objects(CASES[case])
+    for _, pod in pod_templates(rendered):
+        if "slipstream.dev/member" not in pod["metadata"]["labels"]:
+            continue
+        worker = loaded(rendered, pod).worker
+        group = NodeGroup.of(worker)
+        assert (group.nodes, group.rank, group.leader) == (2, 1, POD["LWS_LEADER_ADDRESS"])
+        assert group.local_ranks == CASES[case]["accelerator"]["count"]
+        # As the notes and the page have it; the tie is one port after that.
+        assert (group.port, group.tie_port) == (29501, 29502)
 
 
 @pytest.mark.parametrize("case", CASES)
