@@ -183,7 +183,7 @@ class ClusterDispatcher:
                     return
 
     async def _next_attempt(self, progress: Progress, chain: PrefixChain) -> Attempt:
-        """The next dispatch. An answer that has begun waits for a worker to come; other requests do not."""
+        """The next dispatch. A request that has lost its worker waits for one to come; others do not."""
         while True:
             try:
                 return self._attempt(progress, chain)

@@ -18,7 +18,7 @@ from frontend.migration_metrics import (
 )
 from frontend.progress import Progress
 from frontend.router import RETRY_AFTER_S
-from frontend.worker_failure import WorkerFailure
+from frontend.worker_failure import FailureKind, WorkerFailure
 from slipstream import telemetry
 from slipstream.errors import MigrationBudgetError, MigrationLimitError, SlipstreamError
 from slipstream.settings import FrontendSettings
@@ -77,9 +77,11 @@ class Migrations:
             RESUMPTIONS.labels(progress.way.value).inc()
 
     def waits(self, progress: Progress) -> bool:
-        """Whether it is worth waiting for a worker: the answer has begun, and nobody else can give the rest of it."""
-        since_s, now_s = progress.silent_since_s, self._clock()
-        if since_s is None or not progress.generated:
+        """Whether it is worth waiting for a worker: one that had the request was lost, or failed in the middle of the
+        answer. Most are back, or reached again, within seconds."""
+        since_s, now_s, failure = progress.silent_since_s, self._clock(), progress.last_failure
+        lost = failure is not None and failure.kind is FailureKind.LOST
+        if since_s is None or not (progress.generated or lost):
             return False
         return now_s < min(since_s + self._settings.migration_wait_s, progress.deadline_s)
 

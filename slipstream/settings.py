@@ -85,8 +85,7 @@ class FrontendSettings(Section):
         10.0,
         ge=0,
         le=600,
-        description="longest an answer that has begun waits for a decode worker when its own was lost and no other is "
-        "there",
+        description="longest a request waits for a decode worker when its own was lost and no other is there",
     )
     policy: Literal["kv", "session", "load", "round_robin", "power_of_two"] = Field(
         "kv",

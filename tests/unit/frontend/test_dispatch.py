@@ -316,11 +316,26 @@ async def test_a_decode_worker_that_fails_before_its_first_token_is_replaced(
 async def test_without_another_decode_worker_the_client_is_told_to_come_back(
     script: Script, error: type[SlipstreamError]
 ) -> None:
-    async with scripted_cluster(first_token_timeout_s=0.5) as cluster:
+    async with scripted_cluster(first_token_timeout_s=0.5, migration_wait_s=0.2) as cluster:
         cluster.decodes[0].script = script
         with pytest.raises(error) as caught:
             await cluster.answer(a_request())
         assert caught.value.retry_after_s
+
+
+async def test_a_request_that_lost_its_worker_before_the_first_token_waits_for_one_to_come_back() -> None:
+    async with scripted_cluster(prefill=0) as cluster:
+        worker = cluster.decodes[0]
+        worker.script = Script(hang_at=0)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: worker.seen.open_calls)
+        break_decode_stream(cluster, worker)
+        worker.script = Script()
+        await asyncio.sleep(0.3)
+        assert not answering.done()
+        worker.record.epoch += 1
+        worker.registration.push()
+        assert tokens_of(await answering) == ANSWER
 
 
 @pytest.mark.parametrize(
