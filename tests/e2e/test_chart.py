@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ ADDRESSES = {
     "prefill": "127.9.0.3",
     "decode": "127.9.0.4",
     "test": "127.9.0.5",
+    "leader": "127.9.0.6",
+    "follower": "127.9.0.7",
 }
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 DRAIN_S = 5
@@ -95,6 +98,10 @@ class Pods:
             ("/cache", str(self.folder / "cache")),
             ("0.0.0.0", ADDRESSES[who]),
             ("demo-slipstream-control-plane.llm.svc", ADDRESSES["control-plane"]),
+            # As LeaderWorkerSet sets them. Each member's leader is itself, so that both wait for the others.
+            ("$(LWS_LEADER_ADDRESS)", ADDRESSES[who]),
+            ("$(LWS_GROUP_SIZE)", "2"),
+            ("$(LWS_WORKER_INDEX)", "1" if who == "follower" else "0"),
         ):
             text = text.replace(theirs, ours)
         return text
@@ -120,17 +127,22 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     )
     rendered = objects(values)
     release = Pods(folder, {component(pod): pod for _, pod in pod_templates(rendered)}, {})
-    for name, text in named(rendered, "ConfigMap", "demo-slipstream")["data"].items():
-        (folder / name).write_text(release._here(text, "control-plane"))
-    secrets = Path(f"{folder}-security")  # in place of /etc/slipstream-security
-    secrets.mkdir()
-    (secrets / "token").write_bytes(base64.b64decode(named(rendered, "Secret", "token")["data"]["token"]))
+    write_files(release, rendered)
     with ExitStack() as ending:
         for who in ("control-plane", "prefill", "decode", "frontend"):
             process = release.start(who)
             ending.callback(process.wait, 30)
             ending.callback(process.terminate)
         yield release
+
+
+def write_files(release: Pods, rendered: list[Object]) -> None:
+    """What is mounted into the pods."""
+    for name, text in named(rendered, "ConfigMap", "demo-slipstream")["data"].items():
+        (release.folder / name).write_text(release._here(text, "control-plane"))
+    secrets = Path(f"{release.folder}-security")  # in place of /etc/slipstream-security
+    secrets.mkdir()
+    (secrets / "token").write_bytes(base64.b64decode(named(rendered, "Secret", "token")["data"]["token"]))
 
 
 def ready(release: Pods) -> bool:
@@ -165,3 +177,44 @@ def test_pods_of_the_chart_become_ready_answer_are_watched_and_end_in_order(rele
     for who in ("frontend", "prefill", "decode", "control-plane"):
         release.processes[who].terminate()
         assert release.processes[who].wait(DRAIN_S + 15) == 0, (release.folder / f"{who}.log").read_text()[-2000:]
+
+
+def test_pods_of_a_group_wait_for_each_other_as_their_probes_say_and_end_when_told_to(tmp_path: Path) -> None:
+    """Without engines: what comes when all are there is in `test_node_group`, where each has a memory of its own."""
+    folder = tmp_path / "release"
+    (folder / "model").mkdir(parents=True)
+    write_model_folder(folder / "model")
+    (folder / "model" / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors
+    cache = {"type": "hostPath", "sharedWithFrontends": True}
+    values = {
+        "model": {"name": str(folder / "model"), "servedName": "big", "cache": cache},
+        "accelerator": {"count": 0},
+        "config": {"device": "cpu"},
+        "decode": {"workload": "LeaderWorkerSet", "groupSize": 2, "drainSeconds": DRAIN_S},
+    }
+    rendered = objects(values)
+    members = {pod["metadata"]["labels"].get("slipstream.dev/member"): pod for _, pod in pod_templates(rendered)}
+    group = Pods(folder, {who: members[who] for who in ("leader", "follower")}, {})
+    write_files(group, rendered)
+    with ExitStack() as ending:
+        for who in group.pods:
+            process = group.start(who)
+            ending.callback(process.wait, 30)
+            ending.callback(process.terminate)
+
+        wait_for("the follower to be there", lambda: group.passes("follower", "livenessProbe"), timeout_s=60)
+        assert all(group.passes("follower", kind) for kind in PROBES)
+        tie = f"{ADDRESSES['leader']}:29502"
+        wait_for("the leader to take followers", lambda: listens(tie), timeout_s=60)
+        assert not any(group.passes("leader", kind) for kind in PROBES), "its engine has no ranks there yet"
+
+        for who, process in group.processes.items():
+            process.terminate()
+            assert process.wait(30) == 0, (folder / f"{who}.log").read_text()[-2000:]
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
