@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 from slipstream.client import Client
@@ -12,7 +11,7 @@ from tests.support import plain_engine
 from tests.support.cluster import Cluster
 from tests.support.tiny_model import VOCAB_SIZE
 
-FORBIDDEN = (sys.executable, "-m", "tests.support.forbid_memory_reads")
+FORBID = "tests.support.forbid_memory_reads:forbid"
 
 
 def test_the_answers_are_the_same_and_the_slower_road_is_told(tiny_model: Path, tmp_path: Path) -> None:
@@ -21,7 +20,7 @@ def test_the_answers_are_the_same_and_the_slower_road_is_told(tiny_model: Path, 
     prompts.append(prompts[-1][:1000] + prompts[-2])
     right = plain_engine.greedy(tiny_model, prompts, max_tokens=12)
     flags = ("--dtype", "float32", "--transfer-mode", "auto")
-    with Cluster(tiny_model, tmp_path / "run", *flags, wrapper=FORBIDDEN) as cluster:
+    with Cluster(tiny_model, tmp_path / "run", *flags, warm=True, first=[FORBID]) as cluster:
         with Client(cluster.grpc_target) as client:
             answers = [client.complete(ids, max_tokens=12, temperature=0, ignore_eos=True) for ids in prompts]
         decode = cluster.metrics(Role.ROLE_DECODE)

@@ -66,17 +66,17 @@ class Cluster:
 
     Args:
         run_folder: of the logs; made by the cluster.
-        wrapper: a command that runs the rest of its command line.
         warm: workers are forked from a process that has imported the engine's libraries: see `warm_launcher`.
+        first: of warm workers and their engines: functions, `module:function`, that they call before anything else.
     """
 
     def __init__(
-        self, model: Path | str, run_folder: Path, *flags: str, wrapper: Sequence[str] = (), warm: bool = False
+        self, model: Path | str, run_folder: Path, *flags: str, warm: bool = False, first: Sequence[str] = ()
     ) -> None:
         self.run_folder = run_folder
-        self._warm = warm
+        self._warm, self._first = warm, first
         program = ("tests.support.warm_launcher", warm_processes.server_address()) if warm else ("slipstream",)
-        self._argv = [*wrapper, sys.executable, "-m", *program, "up"]
+        self._argv = [sys.executable, "-m", *program, "up"]
         self._argv += ["--model", str(model), "--log-dir", str(run_folder)]
         self._argv += ["--http-port", "0", "--grpc-port", "0", "--control-plane-port", "0", *flags]
         self._output = run_folder.with_suffix(".out")
@@ -87,6 +87,7 @@ class Cluster:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
         # Also what decode could as well compute alone is handed over: that is what is tested.
         environ["SLIPSTREAM_FRONTEND__HANDOFF"] = "always"
+        environ[warm_processes.FIRST_VARIABLE] = ",".join(self._first)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 self._argv, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True

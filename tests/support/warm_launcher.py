@@ -20,19 +20,21 @@ from tests.support import warm_processes
 from tests.support.warm_processes import FIRST_VARIABLE, Forked
 
 _WORKERS = {"prefill-worker", "decode-worker"}
+_LARGE = "tests.support.fault_cluster:leave_large"
 
 
 def main() -> None:
     warm_processes.join_fork_server(sys.argv.pop(1))
+    os.environ[FIRST_VARIABLE] = ",".join(filter(None, (_LARGE, os.environ.get(FIRST_VARIABLE))))
     spawn = Process.spawn
 
     def spawned(component: Component) -> Process | Forked:
         if not _WORKERS & set(component.argv):
             return spawn(component)
         arguments = component.argv[component.argv.index("slipstream") + 1 :]
-        first = {FIRST_VARIABLE: "tests.support.fault_cluster:leave_large"}
-        own = dict(component.environ), component.cpus, arguments
-        return Forked(warm_processes.start(run_worker, *own, log=component.log_path, environ=first), component.log_path)
+        environ, log = dict(component.environ), component.log_path
+        own = environ, component.cpus, arguments
+        return Forked(warm_processes.start(run_worker, *own, log=log, environ=environ), log)
 
     setattr(Process, "spawn", spawned)  # noqa: B010 - not what its type says
     slipstream.cli.main()

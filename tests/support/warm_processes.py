@@ -27,7 +27,7 @@ import psutil
 
 _LOG_VARIABLE = "TEST_OF_SLIPSTREAM_LOG"
 FIRST_VARIABLE = "TEST_OF_SLIPSTREAM_FIRST"
-"""Names a function, `module:function`, that a forked process and its engine call before anything else."""
+"""Names functions, `module:function`, with commas between them, that a forked process and its engine call first."""
 _END_GRACE_S = 1.0
 _KILL_S = 10.0
 
@@ -104,9 +104,10 @@ def _owned(log: str, environ: Mapping[str, str], target: Callable[..., None], ar
 
 def _begin(log: str) -> None:
     with _pids_file(Path(log)).open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    if first := os.environ.get(FIRST_VARIABLE):
-        pkgutil.resolve_name(first)()
+        file.write(f"{os.getpid()} {psutil.Process().create_time()}\n")
+    for name in os.environ.get(FIRST_VARIABLE, "").split(","):
+        if name:
+            pkgutil.resolve_name(name)()
 
 
 def _pids_file(log: Path) -> Path:
@@ -116,10 +117,10 @@ def _pids_file(log: Path) -> Path:
 def forked_into(log: Path) -> list[psutil.Process]:
     """Those that were forked with this log and still run: a service, and its engine, which is no child of it."""
     file, found = _pids_file(log), list[psutil.Process]()
-    for pid in map(int, file.read_text().split() if file.exists() else ()):
+    for pid, created in (line.split() for line in (file.read_text().splitlines() if file.exists() else ())):
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if "multiprocessing.forkserver" in " ".join(process.cmdline()):
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(created):
                 found.append(process)
     return found
 
