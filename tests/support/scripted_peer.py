@@ -32,6 +32,7 @@ class ScriptedPeer:
     wait_s: float = 0.0
     port: int = 0
     deaf: bool = False
+    model: str = "sim"
     seen: list[Seen] = field(default_factory=list)
     _connections: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -80,7 +81,7 @@ class ScriptedPeer:
         if headers.get("x-slipstream-peer-key") != self.key:
             whole(401, b'{"error":{"code":"invalid_peer_key"}}')(writer)
             return
-        model = ModelState("sim", 8192, 1, 1, 0, [(1, 0.05), (512, 0.5)], {"realtime": self.wait_s})
+        model = ModelState(self.model, 8192, 1, 1, 0, [(1, 0.05), (512, 0.5)], {"realtime": self.wait_s})
         state = ClusterState(f"frontend-{self.port}", True, False, 0.0, 1, [model], 1, "")
         whole(200, msgspec.json.encode(state))(writer)
 

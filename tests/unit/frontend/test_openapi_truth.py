@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from operator import methodcaller
 from typing import Any
 
 import pytest
@@ -41,8 +43,12 @@ def app(text_model: TextModel, dispatcher: ScriptedDispatcher) -> FastAPI:
     return create_app(service, max_body_bytes=1 << 20)
 
 
-def answers(operation: Any, mode: GenerationMode) -> Counter[int]:
-    """How often it was answered with which status."""
+def answers(operation: Any, mode: GenerationMode, call: Callable[[Any], Any] = methodcaller("call")) -> Counter[int]:
+    """How often it was answered with which status.
+
+    Args:
+        call: has a case answered.
+    """
     seen: Counter[int] = Counter()
 
     @few
@@ -50,7 +56,7 @@ def answers(operation: Any, mode: GenerationMode) -> Counter[int]:
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body = {name: value for name, value in case.body.items() if name not in NOT_SERVED} | {"model": OURS}
-        response = case.call()
+        response = call(case)
         seen[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
 

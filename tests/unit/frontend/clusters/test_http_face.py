@@ -33,7 +33,9 @@ Global = tuple[httpx.AsyncClient, ClusterFleet]
 
 
 @asynccontextmanager
-async def global_frontend(*peers: ScriptedPeer, guard: Guard | None = None, **settings: Any) -> AsyncIterator[Global]:
+async def global_frontend(
+    *peers: ScriptedPeer, guard: Guard | None = None, max_body_bytes: int = 4096, **settings: Any
+) -> AsyncIterator[Global]:
     """Its client, once all peers have said how they are; they are called c0, c1 and so on."""
     async with AsyncExitStack() as stack:
         for peer in peers:
@@ -44,7 +46,9 @@ async def global_frontend(*peers: ScriptedPeer, guard: Guard | None = None, **se
         whole = GlobalFrontendSettings(clusters=clusters, **{"poll_every_s": 0.05, **settings})
         fleet = stack.enter_context(closing(ClusterFleet(whole, "global")))
         await stack.enter_async_context(background(watch.follow(fleet), name="watch"))
-        app = create_app(fleet, max_body_bytes=4096, request_timeout_s=30, draining=lambda: False, guard=guard)
+        app = create_app(
+            fleet, max_body_bytes=max_body_bytes, request_timeout_s=30, draining=lambda: False, guard=guard
+        )
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://global")
         for _ in range(1000):
             if all(one.known.heard_s is not None or one.known.failure for one in fleet.members):
