@@ -119,10 +119,11 @@ class Report:
 def tls(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON on standard output.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One short round: shows that all works.")] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=1)] = Plan().rounds,
     model: Annotated[str, typer.Option("--model", help="A local folder or a Hugging Face id.")] = DEFAULT_MODEL,
 ) -> None:
     """Measure what a cluster token, mTLS between components and TLS on the face cost."""
-    plan = Plan(requests=16, alone=10, fresh=5, rounds=1) if quick else Plan()
+    plan = Plan(requests=16, alone=10, fresh=5, rounds=1) if quick else Plan(rounds=rounds)
     facts = machine()
     command.show(command.run(lambda logs, say: _run(plan, facts, model, logs, say), _RUN_TIMEOUT_S), as_json, _print)
 
