@@ -710,7 +710,7 @@ async def test_a_peer_that_accepts_connections_but_never_answers_is_lost_within_
 ) -> None:
     monkeypatch.setattr(grpc_channels, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        async with scripted_cluster(prefill=0) as cluster:
+        async with scripted_cluster(prefill=0, migration_wait_s=0.2) as cluster:
             address = cluster.decodes[0].record.address
             cluster.decodes[0].record.address = f"127.0.0.1:{silent.getsockname()[1]}"
             cluster.decodes[0].registration.push()
