@@ -106,7 +106,7 @@ class _FollowerProcess:
                 MetricsServer(worker.host, worker.metrics_port, self._role, self._worker_id, model=served_name)
             )
             metrics.add(_ReadyCollector(lambda: self._ranks is not None and self._ranks.alive, metrics.labels))
-            tie = await self._joined(owned, facts_of(settings, folder))
+            tie = await self._joined(owned, await asyncio.to_thread(facts_of, settings, folder))
             if tie is None:  # stopped while waiting
                 return
             shared = tie.shared

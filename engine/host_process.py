@@ -241,7 +241,7 @@ class _Host:
                 tie = Leader(
                     self._group,
                     host_id.read(),
-                    facts_of(settings, folder),
+                    await asyncio.to_thread(facts_of, settings, folder),
                     Shared(board.epoch, board.seed, self._identity.public),
                 )
                 self._tie = await owned.enter_async_context(tie.serving(worker.host))

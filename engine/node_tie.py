@@ -74,7 +74,7 @@ class Shared:
 
 
 def facts_of(settings: Settings, model: ModelFolder) -> dict[str, str]:
-    """What must be the same on all nodes of a worker with these settings."""
+    """What must be the same on all nodes of a worker with these settings. Reads some of each file of weights."""
     facts = {name: str(getattr(settings.worker, name)) for name in _SAME_OF_WORKER}
     facts = {f"worker.{name}": value for name, value in facts.items()}
     facts |= {f"transfer.{name}": str(getattr(settings.transfer, name)) for name in _SAME_OF_TRANSFER}

@@ -26,7 +26,7 @@ LENGTHS = (129, 700)
 MAX_TOKENS = 8
 BLOCK_TOKENS = 128
 BLOCK_BYTES = BLOCK_TOKENS * 1024  # two layers, two heads of 32 numbers, K and V, float32
-NO_HANG_S = 30.0
+NO_HANG_S = 60.0
 
 
 @pytest.fixture(scope="module")
