@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from kv_transfer import wire
 from kv_transfer.handoff import Handoff
-from tests.support.kv_node import BLOCKS, Census, KvNode, new_handoff
+from tests.support.kv_node import BLOCKS, DEADLINE_S, Census, KvNode, new_handoff
 from tests.support.kv_peer import KvPeer
 from tests.support.kv_stranger import identity
 
@@ -23,11 +24,15 @@ TARGETS = [7, 20, 21, 22, 1, 40]
 
 def bring(state: str, handoff: str, peer: KvPeer, ours: KvNode) -> None:
     """The handoff into a state in which it can be cancelled."""
+    before = peer.census().handoffs
     ours.open(handoff, peer.address, peer.epoch)
     if state == "connecting":
         return
     if state == "open":
-        ours.watch(0.05)
+        until_s = time.monotonic() + DEADLINE_S
+        while peer.census().handoffs == before:  # the other side has not heard of it yet
+            assert time.monotonic() < until_s
+            ours.watch(0.01)
         return
     peer.do("begin", handoff)
     ours.until("Started", handoff)
