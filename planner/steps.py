@@ -147,9 +147,11 @@ def steps(
     for role, other in ((PREFILL, DECODE), (DECODE, PREFILL)):
         # Those that stay take over at once what came to all: not more than half of them go in one step.
         flips = min(flips, max(1, len(pools[other]) // 2)) if short[role] > 0 else flips
+        # And never the last that is ready, while others only start: nobody would serve until they do.
+        left = min(1, target.decode if other == DECODE else target.prefill)
         while short[role] > 0 and short[other] < 0:
             ready = [one for one in pools[other] if one.state == WorkerState.READY]
-            if not ready or flips == 0 or room[role] <= 0 or len(actions) >= limits.actions:
+            if len(ready) <= left or flips == 0 or room[role] <= 0 or len(actions) >= limits.actions:
                 held.append("flip")
                 break
             one = min(ready, key=_loss)
