@@ -52,7 +52,7 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What each is asked in each round.
+    """What each is asked in each round: little, and in many rounds, so that what is compared is near in time.
 
     Attributes:
         requests: of `tokens` tokens each, one every 10 ms, over `connections` connections; and as many of one token.
@@ -60,12 +60,12 @@ class Plan:
         fresh: connections that are opened for one request each.
     """
 
-    requests: int = 160
+    requests: int = 32
     tokens: int = 64
     connections: int = 16
-    alone: int = 200
-    fresh: int = 100
-    rounds: int = 7
+    alone: int = 30
+    fresh: int = 12
+    rounds: int = 30
     words: int = 50
     seed: int = 9
 
