@@ -74,7 +74,10 @@ async def test_a_second_dispatch_is_in_the_same_trace_and_the_first_one_says_wha
     collector: Collector, text_model: TextModel
 ) -> None:
     with tracing.exporting(settings(collector), service="frontend", instance="f0"):
-        async with scripted_cluster(prefill=0, decode=2, migration_wait_s=0) as cluster, face(cluster, text_model) as http:
+        async with (
+            scripted_cluster(prefill=0, decode=2, migration_wait_s=0) as cluster,
+            face(cluster, text_model) as http,
+        ):
             for worker in cluster.decodes:
                 worker.script = Script(die_at=1)
             response = await http.post("/v1/completions", json=BODY, headers={"traceparent": TRACEPARENT})
