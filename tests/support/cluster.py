@@ -207,7 +207,7 @@ class Cluster:
 
     def engine_of(self, worker: WorkerRecord) -> psutil.Process:
         """The process of a worker's engine: the one that listens where its transfer agent does."""
-        port = int(worker.transfer.address.rpartition(":")[2])
+        port = int(self.ask_worker(worker).transfer.address.rpartition(":")[2])  # the registry may not know it yet
         for one in psutil.net_connections(kind="tcp"):
             if one.laddr and one.laddr.port == port and one.status == psutil.CONN_LISTEN and one.pid:
                 return psutil.Process(one.pid)
