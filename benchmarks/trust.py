@@ -273,6 +273,10 @@ def chaos_counts(name: str, report: Any, promised_minutes: float) -> tuple[Count
         "tokens_compared": report["tokens_compared"],
         "violations": len(report["violations"]),
     }
+    counts |= {
+        f"violation {number}": f"{one['invariant']}: {one['detail']}"
+        for number, one in enumerate(report["violations"][:_EXAMPLES], 1)
+    }
     return counts, [
         equals(f"{name}: violations of any invariant", float(counts["violations"]), 0, CHAOS),
         at_least(f"{name}: minutes", float(counts["minutes"]), 0.99 * promised_minutes, CHAOS),

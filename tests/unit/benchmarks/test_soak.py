@@ -100,5 +100,7 @@ def test_trust_counts_a_broken_promise_and_a_violation() -> None:
     report = {"minutes": 10.0, "rounds": 1, "requests": {"a": 5}, "faults": {"kill": 2}, "checked": {"x": 9}}
     _, targets = chaos_counts("chaos, vllm", report | {"tokens_compared": 70, "violations": []}, 10.0)
     assert [one.met for one in targets] == [True, True]
-    _, targets = chaos_counts("chaos, vllm", report | {"tokens_compared": 70, "violations": [{}]}, 60.0)
+    hung = {"invariant": "no hang", "detail": "no end after 40 s"}
+    told, targets = chaos_counts("chaos, vllm", report | {"tokens_compared": 70, "violations": [hung]}, 60.0)
     assert [one.met for one in targets] == [False, False]
+    assert told["violation 1"] == "no hang: no end after 40 s"
