@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from slipstream.v1.registry_pb2 import WorkerRecord
 from tests.support.cluster import Cluster
 
 
@@ -19,6 +20,12 @@ def listening(*processes: psutil.Process) -> set[str]:
     }
 
 
+def engines(cluster: Cluster, worker: WorkerRecord) -> list[psutil.Process]:
+    """All processes of a worker's engine."""
+    engine = cluster.engine_of(worker)
+    return [engine, *engine.children(recursive=True)]
+
+
 def test_a_workers_service_listens_on_the_ports_that_it_tells_and_no_others(cluster: Cluster) -> None:
     for worker in cluster.workers():
         metrics = worker.metrics_url.removeprefix("http://").removesuffix("/metrics")
@@ -29,7 +36,7 @@ def test_a_workers_service_listens_on_the_ports_that_it_tells_and_no_others(clus
 def test_the_engine_listens_for_transfers_alone_and_at_the_address_for_them(cluster: Cluster) -> None:
     """UCX and NIXL have ports of their own there; vLLM has none."""
     for worker in cluster.workers():
-        ports = listening(*psutil.Process(worker.pid).children(recursive=True))
+        ports = listening(*engines(cluster, worker))
 
         assert worker.transfer.address in ports
         assert {port.rpartition(":")[0] for port in ports} == {worker.transfer.address.rpartition(":")[0]}
@@ -38,7 +45,7 @@ def test_the_engine_listens_for_transfers_alone_and_at_the_address_for_them(clus
 def test_the_engines_own_sockets_are_files_that_only_this_user_reaches(cluster: Cluster) -> None:
     paths = set()
     for worker in cluster.workers():
-        for process in (psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)):
+        for process in (psutil.Process(worker.pid), *engines(cluster, worker)):
             paths |= {str(one.laddr) for one in process.net_connections(kind="unix") if str(one.laddr).startswith("/")}
 
     assert paths
