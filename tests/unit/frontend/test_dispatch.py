@@ -7,14 +7,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
 from frontend.dispatch import open_dispatcher
+from frontend.generation import TokenDelta
 from frontend.worker_channels import Place
 from planner.server import open_control_plane
 from slipstream import grpc_channels
@@ -35,7 +36,7 @@ from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1.registry_pb2 import Role, WorkerState
 from slipstream.v1.sampling_pb2 import FinishReason
 from slipstream.v1.worker_pb2 import Handoff
-from tests.support.scripted_cluster import PROMPT, ScriptedCluster, a_request, scripted_cluster, tokens_of
+from tests.support.scripted_cluster import PROMPT, a_request, scripted_cluster, tokens_of
 from tests.support.scripted_worker import MODEL, Script, ScriptedWorker, expected_answer, until
 
 ANSWER = expected_answer(len(PROMPT), 8)
@@ -324,15 +325,7 @@ async def test_without_another_decode_worker_the_client_is_told_to_come_back(
 
 
 async def test_a_request_that_lost_its_worker_before_the_first_token_waits_for_one_to_come_back() -> None:
-    async with scripted_cluster(prefill=0) as cluster:
-        worker = cluster.decodes[0]
-        worker.script = Script(hang_at=0)
-        answering = asyncio.create_task(cluster.answer(a_request()))
-        await until(lambda: worker.seen.open_calls)
-        break_decode_stream(cluster, worker)
-        worker.script = Script()
-        await asyncio.sleep(0.3)
-        assert not answering.done()
+    async with waiting_for_its_worker(hang_at=0) as (worker, answering):
         worker.record.epoch += 1
         worker.registration.push()
         assert tokens_of(await answering) == ANSWER
@@ -450,32 +443,14 @@ async def test_when_too_many_requests_lose_their_workers_no_more_are_moved() -> 
 
 
 async def test_a_worker_that_was_restarted_may_have_the_request_that_it_lost() -> None:
-    async with scripted_cluster(prefill=0) as cluster:
-        worker = cluster.decodes[0]
-        worker.script = Script(hang_at=3)
-        answering = asyncio.create_task(cluster.answer(a_request()))
-        await until(lambda: worker.seen.open_calls)
-        await asyncio.sleep(0.1)
-        break_decode_stream(cluster, worker)
-        worker.script = Script()
-        await asyncio.sleep(0.3)
-        assert not answering.done()
+    async with waiting_for_its_worker(hang_at=3) as (worker, answering):
         worker.record.epoch += 1
         worker.registration.push()
         assert tokens_of(await answering) == ANSWER
 
 
 async def test_a_worker_whose_connection_alone_broke_goes_on_with_the_request_once_it_is_seen_to_live() -> None:
-    async with scripted_cluster(prefill=0) as cluster:
-        worker = cluster.decodes[0]
-        worker.script = Script(hang_at=3)
-        answering = asyncio.create_task(cluster.answer(a_request()))
-        await until(lambda: worker.seen.open_calls)
-        await asyncio.sleep(0.1)
-        break_decode_stream(cluster, worker)
-        worker.script = Script()
-        await asyncio.sleep(0.3)
-        assert not answering.done()
+    async with waiting_for_its_worker(hang_at=3) as (worker, answering):
         for _ in range(3):  # renewals of its registration
             worker.registration.push()
             await asyncio.sleep(0.1)
@@ -483,11 +458,24 @@ async def test_a_worker_whose_connection_alone_broke_goes_on_with_the_request_on
         assert len(worker.seen.decodes) == 2
 
 
-def break_decode_stream(cluster: ScriptedCluster, worker: ScriptedWorker) -> None:
-    """As if its connection had broken."""
-    stream = cluster.dispatcher._around.streams._decode[Place.of(worker.record)]
-    assert stream._open is not None
-    stream._open.cancel()
+@asynccontextmanager
+async def waiting_for_its_worker(
+    *, hang_at: int
+) -> AsyncIterator[tuple[ScriptedWorker, asyncio.Task[list[TokenDelta]]]]:
+    """A request that has so many tokens of the only decode worker, to which its connection has broken."""
+    async with scripted_cluster(prefill=0) as cluster:
+        worker = cluster.decodes[0]
+        worker.script = Script(hang_at=hang_at)
+        answering = asyncio.create_task(cluster.answer(a_request()))
+        await until(lambda: worker.seen.open_calls)
+        await asyncio.sleep(0.1)
+        stream = cluster.dispatcher._around.streams._decode[Place.of(worker.record)]
+        assert stream._open is not None
+        stream._open.cancel()  # as if its connection had broken
+        worker.script = Script()
+        await asyncio.sleep(0.3)
+        assert not answering.done()
+        yield worker, answering
 
 
 @pytest.mark.parametrize(
