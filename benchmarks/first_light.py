@@ -28,7 +28,8 @@ from benchmarks.server import Server
 from benchmarks.vllm_server import aggregated
 from engine import device as devices
 from slipstream import model_folder
-from slipstream.settings import DEFAULT_MODEL, WorkerSettings
+from slipstream.settings import DEFAULT_MODEL
+from slipstream.worker_settings import WorkerSettings
 
 _RUN_TIMEOUT_S = 1500.0
 

@@ -30,7 +30,8 @@ from engine.simulated.scheduler import Scheduler
 from slipstream import model_folder
 from slipstream.block_keys import extend
 from slipstream.performance import Profile, read_profile
-from slipstream.settings import DEFAULT_MODEL, Settings, WorkerSettings
+from slipstream.settings import DEFAULT_MODEL, Settings
+from slipstream.worker_settings import WorkerSettings
 
 _WITHIN = 0.15
 _PROMISE = "mean TTFT and ITL within 15%, by the CPU's clock, one aggregated engine"

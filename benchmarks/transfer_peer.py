@@ -25,7 +25,8 @@ from kv_transfer.kv_memory import KvMemory
 from kv_transfer.layout import Layout, block_views
 from kv_transfer.permits import Permit
 from slipstream import telemetry
-from slipstream.settings import LogSettings, TransferSettings
+from slipstream.settings import LogSettings
+from slipstream.worker_settings import TransferSettings
 
 REGIONS = 8
 PIECE_BYTES = 128 << 10

@@ -53,7 +53,7 @@ from slipstream.registration import Registration
 from slipstream.security import audit, identity
 from slipstream.security.names import ComponentRole
 from slipstream.security.servers import create_server, listen
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import (
     Health,
     HealthState,
@@ -63,6 +63,7 @@ from slipstream.v1.registry_pb2 import (
     WorkerRecord,
     WorkerState,
 )
+from slipstream.worker_settings import WorkerSettings
 
 log = telemetry.get_logger(__name__)
 

@@ -14,7 +14,7 @@ import psutil
 from slipstream.addresses import host_port
 from slipstream.errors import ConfigError
 from slipstream.security.servers import is_loopback
-from slipstream.settings import WorkerSettings
+from slipstream.worker_settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True)

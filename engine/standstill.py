@@ -9,8 +9,8 @@ from engine.step_watch import TOKEN_S, Stall, StepWatch
 from kv_transfer.board import Board, Counter
 from slipstream import telemetry
 from slipstream.errors import EngineDeadError
-from slipstream.settings import WorkerSettings
 from slipstream.v1.registry_pb2 import Health, HealthReason, HealthState
+from slipstream.worker_settings import WorkerSettings
 
 log = telemetry.get_logger(__name__)
 

@@ -21,7 +21,8 @@ from engine.node_group import NodeGroup
 from engine.vllm_events import EventSocket
 from kv_transfer.board import Board
 from slipstream.errors import ConfigError, StartupError
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
+from slipstream.worker_settings import WorkerSettings
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 

@@ -22,7 +22,7 @@ from kv_transfer.transports.base import Transport
 from kv_transfer.transports.shm import ShmDirect, ShmStaged
 from kv_transfer.ways import Factory
 from slipstream.errors import StartupError, TransferError
-from slipstream.settings import TransferSettings
+from slipstream.worker_settings import TransferSettings
 
 # One landing place: large beside the cost of a message, small beside the landing area.
 _SPAN_BYTES = 8 << 20

@@ -44,7 +44,7 @@ from kv_transfer.process_ties import belong_to, end_with
 from kv_transfer.scheduler_side import SchedulerSide, Step
 from kv_transfer.worker_side import Results, WorkerSide, regions_by_layer
 from slipstream.errors import StartupError
-from slipstream.settings import TransferSettings
+from slipstream.worker_settings import TransferSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -22,11 +22,11 @@ from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.security.channels import open_channel
 from slipstream.security.names import ComponentRole
-from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import TrafficReport
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
 from slipstream.v1.worker_pb2 import SetFenceRequest
 from slipstream.v1.worker_pb2_grpc import WorkerStub
+from slipstream.worker_settings import HealthSettings
 
 log = telemetry.get_logger(__name__)
 

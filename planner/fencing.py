@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import HealthState, Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 HOUR_S = 3600.0
 UNSEEN_S = 10.0

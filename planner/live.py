@@ -29,14 +29,15 @@ from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.grpc_channels import client_options
 from slipstream.grpc_errors import from_rpc_error
 from slipstream.performance import Profile, read_profile
+from slipstream.placement_settings import PlannerSettings
 from slipstream.registry_watch import RegistryView
 from slipstream.scaler import Scaler
 from slipstream.security.channels import open_channel
 from slipstream.security.names import ComponentRole
-from slipstream.settings import HealthSettings, PlannerSettings
 from slipstream.v1.planner_pb2 import TrafficReport, WatchTrafficRequest
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import WorkerRecord, WorkerSet
+from slipstream.worker_settings import HealthSettings
 
 log = telemetry.get_logger(__name__)
 

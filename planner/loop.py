@@ -28,9 +28,9 @@ from slipstream import telemetry
 from slipstream.errors import SlipstreamError
 from slipstream.performance import Profile
 from slipstream.scaler import Reporter, ScaledWorker, Scaler
-from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import TrafficReport
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerSet
+from slipstream.worker_settings import HealthSettings
 
 log = telemetry.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from planner.scaling import Drain, Start
 from slipstream.scaler import ScaledWorker, SickWorker
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import HealthState, Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 RETRY_S = 10.0
 HOUR_S = 3600.0

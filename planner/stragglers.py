@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
 
-from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import WorkerSpeed
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 FRESH_S = 30.0
 """What was seen longer ago says nothing of now."""

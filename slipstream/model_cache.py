@@ -26,7 +26,8 @@ from slipstream import telemetry
 from slipstream.errors import StartupError
 from slipstream.model_folder import ModelFolder, is_hub_id, resolve
 from slipstream.model_source import Source, SourceFile, check_size, describe, fetch, sha256_of
-from slipstream.settings import ModelCacheSettings, Settings
+from slipstream.settings import Settings
+from slipstream.worker_settings import ModelCacheSettings
 
 log = telemetry.get_logger(__name__)
 

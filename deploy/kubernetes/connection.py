@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from deploy.kubernetes.api import KubernetesApi
 from slipstream.errors import ConfigError
-from slipstream.settings import KubernetesSettings
+from slipstream.placement_settings import KubernetesSettings
 
 if TYPE_CHECKING:
     from kubernetes.aio.client.configuration import Configuration

@@ -32,8 +32,8 @@ from deploy.kubernetes.taints import keep_off
 from deploy.kubernetes.victims import LEAST_COST, goes_first
 from slipstream import telemetry
 from slipstream.errors import SlipstreamError, UnavailableError
+from slipstream.placement_settings import KubernetesSettings
 from slipstream.scaler import ScaledWorker, SickWorker
-from slipstream.settings import KubernetesSettings
 from slipstream.v1.registry_pb2 import Role, WorkerRecord
 from slipstream.worker_roles import change_role
 

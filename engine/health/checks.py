@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from engine.health.findings import FOR_GOOD, SICK, SUSPECT, Finding, Growth
 from engine.health.readings import DeviceReading, Readings, XidEvent
 from engine.health.xids import XidKind, kind_of, meaning_of
-from slipstream.settings import HealthSettings
+from slipstream.worker_settings import HealthSettings
 
 HOUR_S, MINUTE_S = 3600.0, 60.0
 MOST_RETIRED_PAGES = 60

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.health.findings import SUSPECT, Finding
-from slipstream.settings import HealthSettings
+from slipstream.worker_settings import HealthSettings
 
 PRESSURE = Path("/proc/pressure/memory")
 

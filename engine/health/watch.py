@@ -21,8 +21,8 @@ from engine.health.findings import Finding
 from engine.health.policy import HealthPolicy, Verdict
 from engine.health.readings import DeviceHealth, DeviceReading, NoDevices, Readings
 from slipstream import telemetry
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import Health, HealthReason, HealthState
+from slipstream.worker_settings import HealthSettings
 
 log = telemetry.get_logger(__name__)
 

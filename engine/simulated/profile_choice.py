@@ -8,7 +8,7 @@ import msgspec
 
 from slipstream.errors import ConfigError
 from slipstream.performance import Profile, read_profile
-from slipstream.settings import WorkerSettings
+from slipstream.worker_settings import WorkerSettings
 
 PACKAGED = Path(__file__).with_name("profiles")
 DEFAULT = "smollm2-cpu"

@@ -11,7 +11,8 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from slipstream.settings import ModelCacheSettings, Settings
+from slipstream.settings import Settings
+from slipstream.worker_settings import ModelCacheSettings
 from tests.faults.arena import Arena
 from tests.faults.case import Case, Measured, Promise, Stream
 from tests.faults.load import Load, loading

@@ -27,16 +27,10 @@ from kv_transfer import agent_start, exchange, outbound
 from kv_transfer.board import PREFIX, SEGMENT_SUFFIX, SUFFIX, Board
 from slipstream.errors import TransferError
 from slipstream.free_ports import free_ports
-from slipstream.settings import (
-    ControlPlaneSettings,
-    FrontendSettings,
-    LogSettings,
-    Settings,
-    TransferSettings,
-    WorkerSettings,
-)
+from slipstream.settings import ControlPlaneSettings, FrontendSettings, LogSettings, Settings
 from slipstream.v1 import worker_pb2, worker_pb2_grpc
 from slipstream.v1.registry_pb2 import WorkerRecord
+from slipstream.worker_settings import TransferSettings, WorkerSettings
 from tests.support import warm_processes
 
 Kind = Literal["prefill", "decode"]

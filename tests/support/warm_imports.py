@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from engine import environment
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
+from slipstream.worker_settings import WorkerSettings
 
 # What a worker sets before it imports vLLM; here the import comes first.
 environment.prepare(Settings(worker=WorkerSettings(threads=1)), os.environ)

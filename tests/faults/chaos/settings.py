@@ -11,11 +11,9 @@ from slipstream.settings import (
     FrontendSettings,
     LogSettings,
     Settings,
-    SimulatedSettings,
     TenantSettings,
-    TransferSettings,
-    WorkerSettings,
 )
+from slipstream.worker_settings import SimulatedSettings, TransferSettings, WorkerSettings
 from tests.faults.chaos.answers import SIMULATED_SEED
 from tests.faults.chaos.plan import TENANTS, Shape
 

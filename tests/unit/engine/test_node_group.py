@@ -10,7 +10,8 @@ import pytest
 from engine import environment
 from engine.node_group import NodeGroup, network_variables
 from slipstream.errors import ConfigError
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
+from slipstream.worker_settings import WorkerSettings
 
 
 def worker(**changes: Any) -> WorkerSettings:

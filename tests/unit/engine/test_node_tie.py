@@ -18,7 +18,8 @@ from slipstream.security import identity
 from slipstream.security.authority import new_token, write_secret
 from slipstream.security.names import ComponentRole
 from slipstream.security_settings import SecuritySettings
-from slipstream.settings import Settings, WorkerSettings
+from slipstream.settings import Settings
+from slipstream.worker_settings import WorkerSettings
 
 FACTS = {"worker.max_model_len": "4096"}
 SHARED = Shared(7, b"s" * 32, b"k" * 32)

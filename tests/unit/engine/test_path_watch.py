@@ -19,8 +19,9 @@ from planner.record_check import check_record
 from planner.server import open_control_plane
 from slipstream.background import background
 from slipstream.errors import TransferError
-from slipstream.settings import ControlPlaneSettings, Settings, TransferSettings
+from slipstream.settings import ControlPlaneSettings, Settings
 from slipstream.v1.registry_pb2 import Role, TransferEndpoint, TransferPath, WorkerRecord
+from slipstream.worker_settings import TransferSettings
 from tests.support.scripted_worker import ScriptedWorker, until
 from tests.unit.slipstream import scripted_registry
 

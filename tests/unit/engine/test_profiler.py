@@ -11,7 +11,8 @@ from engine.simulated.engine import SimulatedEngine
 from kv_transfer.board import Board
 from slipstream.errors import StartupError
 from slipstream.performance import Profile, decode_profile, encode_profile
-from slipstream.settings import Settings, SimulatedSettings
+from slipstream.settings import Settings
+from slipstream.worker_settings import SimulatedSettings
 from tests.unit.engine.simulated.profiles import profile
 
 FACTS = Facts("mine", "m", "simulated", "a test", 16, 1000)

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStr
 
 from engine.vllm_arguments import _streamed
 from slipstream.errors import ConfigError
-from slipstream.settings import WorkerSettings
+from slipstream.worker_settings import WorkerSettings
 
 STREAMED = WorkerSettings(load_format="runai_streamer", stream_readers=3, stream_memory_bytes=64 << 20)
 VARIABLES = ("RUNAI_STREAMER_CONCURRENCY", "RUNAI_STREAMER_MEMORY_LIMIT")

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from planner.fence_keeper import FenceKeeper
 from planner.fence_metrics import FenceCollector
-from slipstream.settings import HealthSettings
 from slipstream.v1 import worker_pb2, worker_pb2_grpc
 from slipstream.v1.planner_pb2 import TrafficReport, WorkerSpeed
 from slipstream.v1.registry_pb2 import HealthState, WorkerRecord, WorkerSet, WorkerState
+from slipstream.worker_settings import HealthSettings
 from tests.unit.planner.test_fencing import a_worker
 
 

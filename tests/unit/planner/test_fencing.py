@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.fencing import HOUR_S, UNSEEN_S, Fencing, because
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import Health, HealthReason, HealthState, Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 READY, FENCED, STARTING = WorkerState.READY, WorkerState.FENCED, WorkerState.STARTING
 HEALTHY, SICK = HealthState.HEALTHY, HealthState.SICK

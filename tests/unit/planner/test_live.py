@@ -23,8 +23,9 @@ from planner.traffic import REPORT_EVERY_S
 from planner.traffic_relay import MAX_WATCHERS, MOST_WAITING, TrafficRelay
 from slipstream.errors import ConfigError, UnavailableError
 from slipstream.performance import encode_profile
+from slipstream.placement_settings import PlannerSettings
 from slipstream.scaler import Scaler
-from slipstream.settings import ControlPlaneSettings, PlannerSettings
+from slipstream.settings import ControlPlaneSettings
 from slipstream.v1.planner_pb2 import TrafficPart, TrafficReport
 from slipstream.v1.planner_pb2_grpc import PlannerStub
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerSet

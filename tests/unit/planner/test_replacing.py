@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from planner.replacing import RETRY_S, Replacements, Step, sick_worker
 from planner.scaling import Drain, Start
 from slipstream.scaler import ScaledWorker
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import Health, HealthReason, HealthState, Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 DECODE = Role.ROLE_DECODE
 UNIX_S = 1.7e9

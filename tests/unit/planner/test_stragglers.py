@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.stragglers import FORGET_S, SpeedBook
-from slipstream.settings import HealthSettings
 from slipstream.v1.planner_pb2 import WorkerSpeed
 from slipstream.v1.registry_pb2 import Role, WorkerRecord, WorkerState
+from slipstream.worker_settings import HealthSettings
 
 LIMITS = HealthSettings(slow_factor=1.5, slow_for_s=120.0)
 

@@ -14,7 +14,8 @@ import pytest
 from slipstream import model_cache, model_source
 from slipstream.errors import StartupError
 from slipstream.model_cache import MANIFEST, ModelCache, local_model, release_all
-from slipstream.settings import ModelCacheSettings, Settings
+from slipstream.settings import Settings
+from slipstream.worker_settings import ModelCacheSettings
 
 WEIGHTS = 4096
 
@@ -124,7 +125,7 @@ def test_a_model_in_use_by_another_process_is_not_evicted(tmp_path: Path) -> Non
 import sys
 from pathlib import Path
 from slipstream.model_cache import ModelCache
-from slipstream.settings import ModelCacheSettings
+from slipstream.worker_settings import ModelCacheSettings
 ModelCache(ModelCacheSettings(spare_bytes=0), Path(sys.argv[1])).ensure(sys.argv[2], {})
 print("held", flush=True)
 sys.stdin.read()

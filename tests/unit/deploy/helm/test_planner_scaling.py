@@ -17,8 +17,8 @@ from deploy.kubernetes.connection import connected
 from deploy.kubernetes.errors import AccessDeniedError
 from deploy.kubernetes.scaler import KubernetesScaler
 from planner.policy_file import parse_policy
+from slipstream.placement_settings import KubernetesSettings
 from slipstream.scaler import SickWorker
-from slipstream.settings import KubernetesSettings
 from slipstream.v1.registry_pb2 import Role
 from tests.support.helm import RefusedError
 from tests.support.kubernetes_objects import RefusalError, Store

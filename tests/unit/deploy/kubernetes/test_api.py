@@ -26,7 +26,7 @@ from deploy.kubernetes.errors import (
 from deploy.kubernetes.objects import Pool, pods_of, pools_of
 from deploy.kubernetes.seats import add_seats
 from slipstream.errors import DeadlineError, UnavailableError
-from slipstream.settings import KubernetesSettings
+from slipstream.placement_settings import KubernetesSettings
 from tests.support.kubernetes_objects import Object
 from tests.support.kubernetes_server import Fault, KubernetesServer
 from tests.support.scripted_worker import until

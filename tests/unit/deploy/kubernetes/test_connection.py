@@ -11,7 +11,7 @@ from deploy.kubernetes import connection
 from deploy.kubernetes.connection import connected
 from deploy.kubernetes.scaler import open_scaler
 from slipstream.errors import ConfigError
-from slipstream.settings import KubernetesSettings
+from slipstream.placement_settings import KubernetesSettings
 from tests.support.kubernetes_server import KubernetesServer
 
 

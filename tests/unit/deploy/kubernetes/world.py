@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.kubernetes.connection import connected
 from deploy.kubernetes.scaler import KubernetesScaler
-from slipstream.settings import KubernetesSettings
+from slipstream.placement_settings import KubernetesSettings
 from tests.support.kubernetes_objects import Object
 from tests.support.kubernetes_server import KubernetesServer
 

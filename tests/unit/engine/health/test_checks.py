@@ -11,8 +11,8 @@ from engine.health.findings import SICK, SUSPECT
 from engine.health.policy import HealthPolicy, Verdict
 from engine.health.readings import DeviceReading, Link, Readings, XidEvent
 from engine.health.xids import APPLICATION, DEVICE, HARMLESS, XidKind, kind_of, meaning_of
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import HealthState
+from slipstream.worker_settings import HealthSettings
 
 HEALTHY = HealthState.HEALTHY
 WELL = DeviceReading(

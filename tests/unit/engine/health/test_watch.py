@@ -16,8 +16,8 @@ from engine.health.metrics import HealthCollector
 from engine.health.readings import DeviceHealth, DeviceReading, Link, NoDevices, Readings, XidEvent
 from engine.health.watch import HealthWatch
 from slipstream.background import background
-from slipstream.settings import HealthSettings
 from slipstream.v1.registry_pb2 import HealthState
+from slipstream.worker_settings import HealthSettings
 
 PRESSURE = """some avg10=12.00 avg60=30.00 avg300=4.00 total=1234
 full avg10=3.00 avg60=26.50 avg300=1.00 total=987

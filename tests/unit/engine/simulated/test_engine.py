@@ -19,10 +19,11 @@ from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.permits import Permit
 from slipstream.block_keys import extend, root_key
 from slipstream.errors import ContextLengthError, EngineDeadError, InvalidRequestError
-from slipstream.settings import Settings, SimulatedSettings, TransferSettings
+from slipstream.settings import Settings
 from slipstream.v1.registry_pb2 import TransferEndpoint
 from slipstream.v1.sampling_pb2 import FinishReason, SamplingParams
 from slipstream.v1.worker_pb2 import Handoff
+from slipstream.worker_settings import SimulatedSettings, TransferSettings
 from tests.support.kv_stranger import token
 from tests.unit.engine.simulated.profiles import PROFILE, profile
 
