@@ -190,6 +190,8 @@ class Attempt:
             if share is not None:
                 share.end(self.around.clock())
         self.trace.close()
+        # Who wants to know keeps this attempt: together they would wait for the collector of cycles, prompt and all.
+        self.on_computed = _told_nobody
 
     def _start_source(self) -> Handoff:
         """Have a decode worker hand over the beginning of the prompt. Its call is not read: the prefill worker
@@ -355,6 +357,10 @@ class Attempt:
             limit_s = self.around.settings.request_timeout_s
             return DeadlineError(f"the request took longer than frontend.request_timeout_s = {limit_s:g} s")
         return WorkerFailure(worker, FailureKind.TIMEOUT, WorkerLostError(f"no {awaited} within {limit_s:g} s"))
+
+
+def _told_nobody(_: Attempt) -> None:
+    """Once an attempt is closed."""
 
 
 def _handoff_from(worker: WorkerRecord) -> Handoff:

@@ -93,8 +93,13 @@ class PrefillCall(WorkerCall[PrefillEvent]):
 
     def __init__(self, stream: WorkerStream[Any, PrefillEvent], worker: WorkerRecord, number: int) -> None:
         super().__init__(stream, worker, number)
-        self.on_event: Callable[[PrefillEvent | None], None] = lambda event: None
-        self.on_failure: Callable[[Exception], None] = lambda error: None
+        self.on_event: Callable[[PrefillEvent | None], None] = _tell_nobody
+        self.on_failure: Callable[[Exception], None] = _tell_nobody
+
+    def end(self) -> None:
+        """And call nobody any more: who is called has this call, and both would wait for the collector of cycles."""
+        super().end()
+        self.on_event = self.on_failure = _tell_nobody
 
     def received(self, event: PrefillEvent | None) -> None:
         if event is not None and event.HasField("closed"):
@@ -103,6 +108,10 @@ class PrefillCall(WorkerCall[PrefillEvent]):
 
     def failed(self, error: Exception) -> None:
         self.on_failure(error)
+
+
+def _tell_nobody(_: object) -> None:
+    """Until somebody asks to be called, and when nobody does any more."""
 
 
 class DecodeCall(WorkerCall[DecodeEvent]):

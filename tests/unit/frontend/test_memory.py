@@ -1,0 +1,80 @@
+"""A request is forgotten with its end: its prompt and all that was decided for it wait for no collector.
+
+The frontend has Python look for cycles seldom (`frontend.process.calm_collector`), so what is in one stays for
+thousands of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+
+from slipstream.client import Client
+from slipstream.errors import WorkerDrainingError
+from tests.support.garbage import left_to_the_collector
+from tests.support.scripted_cluster import ScriptedCluster, a_request, scripted_cluster
+from tests.support.scripted_worker import Script
+from tests.unit.frontend.conftest import Faces
+
+Act = Callable[[ScriptedCluster, str], Awaitable[None]]
+
+
+async def whole(cluster: ScriptedCluster, request_id: str) -> None:
+    await cluster.answer(a_request(request_id))
+
+
+async def broken_off(cluster: ScriptedCluster, request_id: str) -> None:
+    stream = cluster.dispatcher.generate(a_request(request_id))
+    await anext(stream)
+    await stream.aclose()
+
+
+async def moved_to_another_worker(cluster: ScriptedCluster, request_id: str) -> None:
+    for worker in cluster.decodes:
+        worker.script = Script()
+    cluster.decodes[0].script = Script(refuse=WorkerDrainingError("it drains"))
+    await cluster.answer(a_request(request_id))
+
+
+async def without_prefill(cluster: ScriptedCluster, request_id: str) -> None:
+    cluster.prefills[0].script = Script(hang_at=0)
+    cluster.decodes[0].script = cluster.decodes[1].script = Script(warm=True)
+    await cluster.answer(a_request(request_id))
+
+
+@pytest.mark.parametrize("act", [whole, broken_off, moved_to_another_worker, without_prefill])
+async def test_the_dispatcher_forgets_a_request_with_its_end(act: Act) -> None:
+    async with scripted_cluster(decode=2) as cluster:
+        await act(cluster, "first")  # what is made once is made
+        await cluster.until_idle()
+        with left_to_the_collector() as left:
+            for number in range(3):
+                await act(cluster, f"r{number}")
+            await cluster.until_idle()
+            await asyncio.sleep(0.3)  # a prefill call has a moment more to say that it has computed
+        assert not left
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+async def test_the_http_face_forgets_a_request_with_its_end(http: httpx.AsyncClient, stream: bool, chat: bool) -> None:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    body = {"model": "tiny", "stream": stream, **asked}
+    (await http.post(path, json=body)).raise_for_status()
+    with left_to_the_collector() as left:
+        for _ in range(3):
+            (await http.post(path, json=body)).raise_for_status()
+    assert not left
+
+
+async def test_the_grpc_face_forgets_a_request_with_its_end(faces: Faces) -> None:
+    with Client(faces.grpc) as client:
+        await asyncio.to_thread(client.complete, "x")
+        with left_to_the_collector() as left:
+            for _ in range(3):
+                await asyncio.to_thread(client.complete, "x")
+        assert not left
