@@ -16,7 +16,7 @@ from slipstream.performance import PrefillPoint
 from slipstream.v1.registry_pb2 import Capacity, Role, TransferEndpoint, TransferPath, WorkerRecord, WorkerState
 from tests.support.scripted_cluster import PROMPT, ScriptedCluster, a_request, scripted_cluster, tokens_of
 from tests.support.scripted_worker import BLOCK_TOKENS, Script, expected_answer, until
-from tests.unit.frontend.test_dispatch import Counting
+from tests.unit.frontend.dispatch.counting import Counting
 
 BLOCK = 16
 CAPACITY = Capacity(max_model_len=4096, block_tokens=BLOCK, blocks=100, block_bytes=1_000_000)
