@@ -283,6 +283,8 @@ class ClusterDispatcher:
             SlipstreamError: the request cannot go on.
         """
         self._note_failure(failure, progress)
+        # The frames it came through have the progress that keeps it: a cycle, with the prompt in it.
+        failure.__traceback__ = None
         if failure.worker.role == Role.ROLE_DECODE:
             progress.last_failure = failure
             ending = progress.finished_unsaid()

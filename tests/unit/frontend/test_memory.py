@@ -13,10 +13,11 @@ import httpx
 import pytest
 
 from slipstream.client import Client
-from slipstream.errors import WorkerDrainingError
+from slipstream.errors import SlipstreamError
 from tests.support.garbage import left_to_the_collector
 from tests.support.scripted_cluster import ScriptedCluster, a_request, scripted_cluster
 from tests.support.scripted_worker import Script
+from tests.unit.frontend.admission.test_gate import answer, asks, gated
 from tests.unit.frontend.conftest import Faces
 
 Act = Callable[[ScriptedCluster, str], Awaitable[None]]
@@ -32,11 +33,16 @@ async def broken_off(cluster: ScriptedCluster, request_id: str) -> None:
     await stream.aclose()
 
 
-async def moved_to_another_worker(cluster: ScriptedCluster, request_id: str) -> None:
+async def moved_in_the_middle(cluster: ScriptedCluster, request_id: str) -> None:
     for worker in cluster.decodes:
-        worker.script = Script()
-    cluster.decodes[0].script = Script(refuse=WorkerDrainingError("it drains"))
-    await cluster.answer(a_request(request_id))
+        worker.script = Script(interval_s=0.05)
+    stream = cluster.dispatcher.generate(a_request(request_id))
+    await anext(stream)
+    for worker in cluster.decodes:
+        worker.script = Script(abort_at=3 if worker.seen.open_calls else None)
+    *_, last = [delta async for delta in stream]
+    assert last.account is not None
+    assert last.account.attempts == 2
 
 
 async def without_prefill(cluster: ScriptedCluster, request_id: str) -> None:
@@ -45,7 +51,7 @@ async def without_prefill(cluster: ScriptedCluster, request_id: str) -> None:
     await cluster.answer(a_request(request_id))
 
 
-@pytest.mark.parametrize("act", [whole, broken_off, moved_to_another_worker, without_prefill])
+@pytest.mark.parametrize("act", [whole, broken_off, moved_in_the_middle, without_prefill])
 async def test_the_dispatcher_forgets_a_request_with_its_end(act: Act) -> None:
     async with scripted_cluster(decode=2) as cluster:
         await act(cluster, "first")  # what is made once is made
@@ -55,6 +61,22 @@ async def test_the_dispatcher_forgets_a_request_with_its_end(act: Act) -> None:
                 await act(cluster, f"r{number}")
             await cluster.until_idle()
             await asyncio.sleep(0.3)  # a prefill call has a moment more to say that it has computed
+        assert not left
+
+
+async def test_the_gate_forgets_a_request_that_waited_and_one_that_was_refused() -> None:
+    async with gated(realtime_queue=2) as (gate, cluster):
+        cluster.decodes[0].script = Script(interval_s=0.01)
+
+        async def burst(name: str) -> int:
+            asked = (answer(gate, asks(f"{name}{number}")) for number in range(6))
+            return sum(isinstance(one, SlipstreamError) for one in await asyncio.gather(*asked, return_exceptions=True))
+
+        assert await burst("first") > 0
+        with left_to_the_collector() as left:
+            assert await burst("r") > 0
+            await cluster.until_idle()
+            await asyncio.sleep(0.3)
         assert not left
 
 
