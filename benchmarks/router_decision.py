@@ -22,9 +22,9 @@ import typer
 from benchmarks.report import Target, below
 from frontend.block_index import BlockIndex
 from frontend.owner_places import OwnerPlaces
-from frontend.process import calm_collector
 from frontend.router import Ask, Fleet, Router
 from frontend.router.candidate import Share
+from slipstream import cycle_collector
 from slipstream.v1.registry_pb2 import Capacity, Role, TransferEndpoint, WorkerRecord, WorkerState
 
 LIMIT_US = 200.0
@@ -108,7 +108,7 @@ def measure(workers: int, blocks: int, decisions: int) -> Row:
     places = OwnerPlaces(np.arange(workers))  # owners were entered in the order of slots
     router, draw, now_s = Router(), random.Random(1), 0.0
     times, disturbed = list[tuple[int, ...]](), list[bool]()
-    calm_collector()
+    cycle_collector.look_seldom()
     open_shares = list[list[Share | None]]()
     for _ in range(decisions + WARM_UP):
         now_s += 0.001

@@ -41,7 +41,7 @@ from engine.worker_metrics import MetricsServer
 from engine.worker_service import LIVE_SERVICE, WorkerService, add_standard_services
 from kv_transfer.board import Board
 from kv_transfer.identity import Identity
-from slipstream import grpc_wakeups, lossy_streams, telemetry, tracing
+from slipstream import cycle_collector, grpc_wakeups, lossy_streams, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import EngineDeadError, StartupError, WorkerDrainingError
@@ -274,6 +274,7 @@ class _Host:
                 server, names, WorkerService(self.record, self.set_role, engine, feed, self.set_fence)
             )
             await server.start()
+            cycle_collector.leave_out_what_is_there()
             self._state = WorkerState.READY
             self._startup.ready()
             # Until the process ends: it lives, also while it drains and takes nothing new.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import math
 import os
 import resource
@@ -44,7 +43,7 @@ from frontend.pool_processes import PoolProcesses
 from frontend.tokenizer import TextModel
 from frontend.traffic_report import TrafficReporter
 from frontend.worker_speeds import WorkerSpeeds
-from slipstream import exposure, grpc_wakeups, lossy_streams, telemetry, tracing
+from slipstream import cycle_collector, exposure, grpc_wakeups, lossy_streams, telemetry, tracing
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import StartupError
@@ -64,9 +63,6 @@ REGISTRY.register(CertificateCollector())
 BACKLOG_CONNECTIONS = 2048
 # For connections that were told of the shutdown to be closed properly.
 _LAST_WORDS_S = 2.0
-# Net allocations between two looks at the youngest objects, and how many looks between two at the older ones.
-_COLLECT_AFTER_OBJECTS = 50_000
-_COLLECT_OLDER_EVERY = (20, 20)
 # Open files asked for, and how few are worth a warning.
 _OPEN_FILES = 1 << 16
 _FEW_OPEN_FILES = 4096
@@ -107,7 +103,7 @@ async def serve(settings: Settings, *, pool_folder: Path | None = None, member: 
     ):
         folder = await asyncio.to_thread(model_folder.resolve, settings.model, weights=False)
         text_model = await asyncio.to_thread(TextModel.load, Path(folder.path))
-        calm_collector()
+        cycle_collector.look_seldom()
         async with open_dispatcher(settings) as dispatcher:
             gate = AdmissionGate(
                 dispatcher,
@@ -267,14 +263,6 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if wanted < _FEW_OPEN_FILES:
         log.warning("few_open_files", limit=wanted, remedy="raise the hard limit (ulimit -Hn): each stream needs one")
-
-
-def calm_collector() -> None:
-    """Have Python look for garbage less often: a request leaves hardly any in cycles, and looking took a tenth of the
-    CPU time. What was loaded by now stays, and need not be looked at again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_COLLECT_AFTER_OBJECTS, *_COLLECT_OLDER_EVERY)
 
 
 async def _end_requests_after(service: InferenceService, drain_timeout_s: float) -> None:

@@ -18,12 +18,11 @@ from frontend.process import (
     BACKLOG_CONNECTIONS,
     bind_grpc,
     bound_socket,
-    calm_collector,
     http_server,
     raise_file_limit,
     stop_signals,
 )
-from slipstream import exposure, grpc_wakeups, telemetry
+from slipstream import cycle_collector, exposure, grpc_wakeups, telemetry
 from slipstream.addresses import host_port
 from slipstream.background import background
 from slipstream.errors import ConfigError
@@ -57,7 +56,7 @@ async def serve(settings: Settings, listening: Callable[[str, str], None] = lamb
         bound_socket(settings.frontend) as http_socket,
         contextlib.closing(ClusterFleet(settings.global_frontend, uuid.uuid4().hex)) as fleet,
     ):
-        calm_collector()
+        cycle_collector.look_seldom()
         async with (
             background(watch.follow(fleet), name="watch clusters"),
             guarding(settings, counts_tokens=False) as guard,

@@ -1,6 +1,6 @@
 """A request is forgotten with its end: its prompt and all that was decided for it wait for no collector.
 
-The frontend has Python look for cycles seldom (`frontend.process.calm_collector`), so what is in one stays for
+The frontend has Python look for cycles seldom (`slipstream.cycle_collector`), so what is in one stays for
 thousands of requests.
 """
 
