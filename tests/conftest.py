@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 import structlog
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.tiny_model import make_tiny_model
 
-# The same cases in every run, so that a change is judged by what it did. To look for new ones:
-# `pytest --hypothesis-profile=default`.
-settings.register_profile("repeatable", derandomize=True, parent=settings.get_profile("default"))
+# The same cases in every run, and as long as a busy machine needs, so that a change is judged by what it did. To look
+# for new ones: `pytest --hypothesis-profile=default`.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    parent=settings.get_profile("default"),
+)
 settings.load_profile("repeatable")
 
 # What is started in the background ignores Ctrl-C, and so would every program that a test starts and interrupts.
