@@ -90,7 +90,7 @@ test-e2e: install model  ## The tests that start real workers
 	@$(BIN)/python -m pytest $(CLUSTER_TESTS) $(ARGS)
 
 # Tests of single parts mostly wait, so three fit on two cores; a file's tests stay together.
-AT_ONCE := -n 3 --dist loadfile
+AT_ONCE := -n 3 --dist loadfile --max-worker-restart=0
 LIGHT_TESTS := $(wildcard $(addprefix tests/unit/,slipstream frontend planner deploy))
 test-light: install-light  ## Tests of frontend, planner and client where torch is not installed
 	@echo "==> Tests of the light install"

@@ -5,7 +5,7 @@ import warnings
 
 from slipstream.v1 import scaler_pb2 as slipstream_dot_v1_dot_scaler__pb2
 
-GRPC_GENERATED_VERSION = '1.78.0'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
