@@ -36,3 +36,5 @@ affinity.py        which CPUs the threads of a server may use
 samples.py         percentiles and what the samples of a phase come to
 report.py          targets, machine facts, JSON and table
 """
+
+import slipstream  # noqa: F401 - before anything imports gRPC

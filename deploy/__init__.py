@@ -9,3 +9,5 @@ readiness.py  when a local cluster is ready
 progress.py   what a person sees meanwhile
 launch.py     the whole run: start, wait until ready, do something, stop
 """
+
+import slipstream  # noqa: F401 - before anything imports gRPC

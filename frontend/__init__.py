@@ -2,3 +2,5 @@
 
 The only part of Slipstream that knows text. It never imports torch or vllm.
 """
+
+import slipstream  # noqa: F401 - before anything imports gRPC

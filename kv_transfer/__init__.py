@@ -24,3 +24,5 @@
 
 A handoff ends in one of a few ways (`board.Outcome`); none of them leaves blocks pinned or a request waiting.
 """
+
+import slipstream  # noqa: F401 - before anything imports gRPC

@@ -10,3 +10,5 @@ fast workers are (`corrections`) and how much room to leave (`caution`), predict
 (`capacity`, `pool_model`), chooses (`choose`), holds still where it should (`bars`, `schedule`), acts (`steps`) and
 accounts for it (`account`). It never imports torch or vllm.
 """
+
+import slipstream  # noqa: F401 - before anything imports gRPC

@@ -1,0 +1,1 @@
+import slipstream  # noqa: F401 - before anything imports gRPC
