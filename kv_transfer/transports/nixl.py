@@ -236,12 +236,17 @@ class _Ticket:
 
 @dataclass(eq=False, slots=True)
 class _Peer:
-    """An agent that ours knows. Two workers may have a link for each direction; they share this."""
+    """An agent that ours knows. Two workers may have a link for each direction; they share this.
+
+    Attributes:
+        again: held by the one write to it that is posted again.
+    """
 
     card: _Card
     way: Way
     gone: bool = False
     links: set[NixlLink] = field(default_factory=set)
+    again: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class NixlLink:
@@ -299,18 +304,29 @@ class NixlLink:
         """Write until it is done.
 
         One in some hundred small writes beside others is never ended by NIXL over UCX, whatever either side does; given
-        up and posted again, it ends at once. The bytes are the same, and go to the same place.
+        up and posted again, it ends at once, if no other one is posted again with it: two would hold each other up as
+        before. The bytes are the same, and go to the same place.
         """
         patience_s = _LOCAL_PATIENCE_S if self.way.detail.endswith(_LOCAL_ROADS) else _PATIENCE_S
-        while True:
-            try:
-                async with asyncio.timeout(patience_s):
-                    return await self._unless_gone(self._agent.write(self.peer.card.agent, pieces, targets, message))
-            except TimeoutError:
-                self._check()
-            log.warning("nixl_write_again", way=str(self.way), after_s=patience_s)
-            await self._agent.drop_abandoned()
-            patience_s *= 4  # a slow link is not to be filled with copies
+        if await self._written(pieces, targets, message, patience_s):
+            return
+        async with self.peer.again:
+            while True:
+                log.warning("nixl_write_again", way=str(self.way), after_s=patience_s)
+                await self._agent.drop_abandoned()
+                patience_s *= 4  # a slow link is not to be filled with copies
+                if await self._written(pieces, targets, message, patience_s):
+                    return
+
+    async def _written(self, pieces: Sequence[Run], targets: Sequence[Run], message: bytes, patience_s: float) -> bool:
+        """Write; whether it ended in time."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._unless_gone(self._agent.write(self.peer.card.agent, pieces, targets, message))
+        except TimeoutError:
+            self._check()
+            return False
+        return True
 
     async def receive(self, ticket: int, length: int) -> memoryview:
         self._check()
