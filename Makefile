@@ -59,10 +59,7 @@ test: install model  ## Everything: style, types, import rules, all tests
 	@$(MAKE) -j 2 --output-sync=target static test-light
 	@echo "==> Tests of the other parts"
 	@$(BIN)/python -m pytest $(AT_ONCE) tests/unit $(addprefix --ignore=,$(LIGHT_TESTS) tests/unit/kv_transfer) $(ARGS)
-	@echo "==> Tests of transfers and whole clusters, one at a time"
-	@$(BIN)/python -m pytest tests/unit/kv_transfer $(CLUSTER_TESTS) $(ARGS)
-	@echo "==> Tests of NIXL, which needs a process without ucxx"
-	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
+	@$(MAKE) -j 2 --output-sync=target test-transfer test-clusters
 
 static:  ## What is checked without running anything: style, types, import rules
 	@$(MAKE) lint
@@ -85,9 +82,21 @@ imports: install  ## Layering: who may import whom
 test-unit: install  ## The fast tests
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-CLUSTER_TESTS := $(wildcard tests/integration tests/e2e tests/faults)
-test-e2e: install model  ## The tests that start real workers
+# Those of transfers, and those of whole clusters, each one at a time: they mostly wait, too.
+CLUSTER_TESTS := tests/e2e tests/faults
+.PHONY: test-transfer test-clusters
+test-transfer: install model
+	@echo "==> Tests of transfers, and of parts together"
+	@$(BIN)/python -m pytest tests/unit/kv_transfer tests/integration $(ARGS)
+	@echo "==> Tests of NIXL, which needs a process without ucxx"
+	@$(BIN)/python -m pytest -m nixl tests/unit/kv_transfer
+
+test-clusters: install model
+	@echo "==> Tests of whole clusters"
 	@$(BIN)/python -m pytest $(CLUSTER_TESTS) $(ARGS)
+
+test-e2e: install model  ## The tests that start real workers
+	@$(BIN)/python -m pytest tests/integration $(CLUSTER_TESTS) $(ARGS)
 
 # Tests of single parts mostly wait, so three fit on two cores; a file's tests stay together.
 AT_ONCE := -n 3 --dist loadfile --max-worker-restart=0
