@@ -4,7 +4,7 @@ gRPC's poller thread, which does all reading and writing, hands each event to th
 a socket pair for it. The loop takes all events that are there when it is woken, but only one byte. So bytes pile
 up, each a wake-up for nothing; and when the pair is full, which some 280 bytes are, the poller waits in `write` and
 reads no sockets for as long as the loop is busy, until pings time out and every stream of a healthy connection breaks
-("ping timeout"). Seen with grpcio 1.78; 1.80 is the same in this.
+("ping timeout"). Seen with grpcio 1.78.
 
 Call `install` before anything uses `grpc.aio`: it makes the loop's end of that one pair read all bytes at once, and the
 poller's end give up a byte that does not fit. A byte is written after its event was queued, and a full pair has bytes

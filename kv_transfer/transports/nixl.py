@@ -311,6 +311,7 @@ class NixlLink:
         if await self._written(pieces, targets, message, patience_s):
             return
         async with self.peer.again:
+            self._check()  # the link may have ended while another write had its turn
             while True:
                 log.warning("nixl_write_again", way=str(self.way), after_s=patience_s)
                 await self._agent.drop_abandoned()
