@@ -30,11 +30,9 @@ from kv_transfer.transports.base import Run, Way
 from kv_transfer.transports.landing import Landing
 from kv_transfer.transports.nixl_agent import NixlAgent
 from kv_transfer.transports.ucx_devices import RDMA_DEVICES, check_is_up, interface_of
-from slipstream import telemetry
 from slipstream.errors import TransferError
 
 T = TypeVar("T")
-log = telemetry.get_logger(__name__)
 
 Backend = Literal["UCX", "LIBFABRIC"]
 
@@ -42,9 +40,6 @@ _CARD_VERSION = 1
 _TICKET = struct.Struct("<Q")
 # How long a receiver goes on helping with a span whose ticket was released before it came.
 _LATE_S = 2.0
-# How long a write may take before it is posted again; a span of 8 MiB takes milliseconds on one host.
-_LOCAL_PATIENCE_S, _PATIENCE_S = 0.3, 2.0
-_LOCAL_ROADS = ("cma/memory", "posix/memory", "sysv/memory", "xpmem/memory")
 # How often a receiver that waits in vain looks whether its peer is still there.
 _PROBE_S = 1.0
 _TCP_REMEDY = {"UCX": "UCX_TLS and UCX_NET_DEVICES", "LIBFABRIC": "FI_PROVIDER"}
@@ -236,17 +231,12 @@ class _Ticket:
 
 @dataclass(eq=False, slots=True)
 class _Peer:
-    """An agent that ours knows. Two workers may have a link for each direction; they share this.
-
-    Attributes:
-        again: held by the one write to it that is posted again.
-    """
+    """An agent that ours knows. Two workers may have a link for each direction; they share this."""
 
     card: _Card
     way: Way
     gone: bool = False
     links: set[NixlLink] = field(default_factory=set)
-    again: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class NixlLink:
@@ -296,38 +286,9 @@ class NixlLink:
             targets.append(Run(address, piece.length))
             address += piece.length
         try:
-            await self._write(joined, targets, _TICKET.pack(ticket))
+            await self._unless_gone(self._agent.write(self.peer.card.agent, joined, targets, _TICKET.pack(ticket)))
         except TransferError as error:
             self._lost(error)
-
-    async def _write(self, pieces: Sequence[Run], targets: Sequence[Run], message: bytes) -> None:
-        """Write until it is done.
-
-        One in some hundred small writes beside others is never ended by NIXL over UCX, whatever either side does; given
-        up and posted again, it ends at once, if no other one is posted again with it: two would hold each other up as
-        before. The bytes are the same, and go to the same place.
-        """
-        patience_s = _LOCAL_PATIENCE_S if self.way.detail.endswith(_LOCAL_ROADS) else _PATIENCE_S
-        if await self._written(pieces, targets, message, patience_s):
-            return
-        async with self.peer.again:
-            self._check()  # the link may have ended while another write had its turn
-            while True:
-                log.warning("nixl_write_again", way=str(self.way), after_s=patience_s)
-                await self._agent.drop_abandoned()
-                patience_s *= 4  # a slow link is not to be filled with copies
-                if await self._written(pieces, targets, message, patience_s):
-                    return
-
-    async def _written(self, pieces: Sequence[Run], targets: Sequence[Run], message: bytes, patience_s: float) -> bool:
-        """Write; whether it ended in time."""
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._unless_gone(self._agent.write(self.peer.card.agent, pieces, targets, message))
-        except TimeoutError:
-            self._check()
-            return False
-        return True
 
     async def receive(self, ticket: int, length: int) -> memoryview:
         self._check()

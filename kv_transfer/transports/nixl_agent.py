@@ -24,9 +24,9 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ T = TypeVar("T")
 _BUSY_S, _BUSY_PAUSE_S = 0.02, 0.00005
 _SLOW_S, _SLOW_PAUSE_S = 1.0, 0.0005
 _IDLE_PAUSE_S = 0.002  # 1% of a core
+_UNTIL_WOKEN = -1.0
 
 _START_TIMEOUT_S = 30.0  # also to register memory, which a network card may want pinned
 _CALL_TIMEOUT_S = 5.0
@@ -75,7 +76,12 @@ class NixlAgent:
         self._backend = backend
         self._parameters = dict(parameters)
         self._on_message = on_message
-        self._jobs: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._jobs: deque[_Call | None] = deque()
+        # Held by the thread; released to wake it. Not a SimpleQueue for both: in CPython 3.11 its `get` waits for ever
+        # when the timeout is over before it begins to wait, as 50 us are when the thread loses its core just then.
+        # Nor a Queue: its waiting costs more than looking at NIXL does.
+        self._wake = threading.Lock()
+        self._wake.acquire()
         self._loop = asyncio.get_running_loop()
         self._thread: threading.Thread | None = None
         self._stopped = asyncio.Event()
@@ -173,7 +179,7 @@ class NixlAgent:
         """End the thread and the agent; again is fine. A thread that hangs in NIXL is left to itself."""
         if self._thread is None:
             return
-        self._jobs.put(None)
+        self._put(None)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self._stopped.wait()
@@ -185,19 +191,22 @@ class NixlAgent:
             message = _HUNG.format(backend=self._backend)
             job.answer.set_exception(TransferError(message, code="transport_unavailable"))
         else:
-            self._jobs.put(job)
+            self._put(job)
+
+    def _put(self, job: _Call | None) -> None:
+        self._jobs.append(job)
+        with contextlib.suppress(RuntimeError):  # it has been woken already
+            self._wake.release()
 
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        job: _Call | None = None
         try:
             while True:
-                try:
-                    job = self._jobs.get(timeout=self._pause_s())
-                except queue.Empty:
-                    pass
-                else:
+                if not self._jobs:
+                    self._wake.acquire(timeout=self._pause_s())
+                if self._jobs:
+                    job = self._jobs.popleft()
                     if job is None:
                         break
                     self._perform(job)
@@ -206,14 +215,14 @@ class NixlAgent:
             self._destroy()
             self._tell(self._stopped.set)
 
-    def _pause_s(self) -> float | None:
+    def _pause_s(self) -> float:
         quiet_s = time.monotonic() - self._happened_at
         if quiet_s < _BUSY_S:
             return _BUSY_PAUSE_S
         if quiet_s < _SLOW_S:
             # Also when all seems done: LIBFABRIC ends a write before its message has left, over `tcp`.
             return _SLOW_PAUSE_S if self._writes or self._urgent else _IDLE_PAUSE_S
-        return _IDLE_PAUSE_S if self._writes or self._expected else None
+        return _IDLE_PAUSE_S if self._writes or self._expected else _UNTIL_WOKEN
 
     def _perform(self, job: _Call) -> None:
         self._happened_at = time.monotonic()
@@ -323,10 +332,9 @@ class NixlAgent:
 
     def _destroy(self) -> None:
         closed = TransferError("the NIXL agent is closed", code="worker_gone")
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if job := self._jobs.get_nowait():
-                    self._fail(job.answer, closed)
+        while self._jobs:
+            if job := self._jobs.popleft():
+                self._fail(job.answer, closed)
         for write in self._writes:
             self._fail(write.answer, closed)
             self._let_go(write.handle)

@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import os
 import random
 import sys
 import threading
@@ -147,6 +148,13 @@ class Commands:
 
 
 async def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the product, or a library of its, logs is no answer
+
+    def say(line: str) -> None:
+        out.write(line + "\n")
+        out.flush()
+
     name, folder = sys.argv[1], Path(sys.argv[2])
     memory = Memory()
     transport = TRANSPORTS[name](folder, f"peer-{random.SystemRandom().getrandbits(64):016x}")
@@ -154,14 +162,14 @@ async def main() -> None:
     commands = Commands(transport, memory)
     lines = asyncio.StreamReader(limit=1 << 20)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    _say(transport.card().hex())
+    say(transport.card().hex())
 
     async def answer(number: int, command: str, *arguments: Any) -> None:
         try:
             result = await commands.do(command, *arguments)
         except TransferError as error:
             result = {"error": error.code}
-        _say(json.dumps([number, result]))
+        say(json.dumps([number, result]))
 
     async with asyncio.TaskGroup() as tasks:
         running = []
@@ -170,11 +178,6 @@ async def main() -> None:
         for task in running:
             task.cancel()
     await transport.close()
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -63,20 +63,25 @@ class Peer:
 
     async def _read(self) -> None:
         assert self.process.stdout is not None
-        while line := await self.process.stdout.readline():
-            number, result = json.loads(line)
-            answer = self._answers.pop(number)
-            if answer.done():
-                continue  # nobody waits for it any more
-            if isinstance(result, dict):
-                answer.set_exception(TransferError(f"at the peer: {result['error']}", code=result["error"]))
-            else:
-                answer.set_result(result)
-        status = await self.process.wait()
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(TransferError(f"the peer ended with status {status}", code="worker_gone"))
-                answer.exception()  # whoever asked may have given up
+        why = "the peer said what is no answer"
+        try:
+            while line := await self.process.stdout.readline():
+                self._take(*json.loads(line))
+            why = f"the peer ended with status {await self.process.wait()}"
+        finally:
+            for answer in self._answers.values():
+                if not answer.done():
+                    answer.set_exception(TransferError(why, code="worker_gone"))
+                    answer.exception()  # whoever asked may have given up
+
+    def _take(self, number: int, result: object) -> None:
+        answer = self._answers.pop(number)
+        if answer.done():
+            return  # nobody waits for it any more
+        if isinstance(result, dict):
+            answer.set_exception(TransferError(f"at the peer: {result['error']}", code=result["error"]))
+        else:
+            answer.set_result(result)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
