@@ -59,7 +59,7 @@ test: install model  ## Everything: style, types, import rules, all tests
 	@$(MAKE) -j 2 --output-sync=target static test-light
 	@echo "==> Tests of the other parts"
 	@$(BIN)/python -m pytest $(AT_ONCE) tests/unit $(addprefix --ignore=,$(LIGHT_TESTS) tests/unit/kv_transfer) $(ARGS)
-	@$(MAKE) -j 2 --output-sync=target test-transfer test-clusters
+	@$(MAKE) -j 2 --output-sync=target test-clusters test-transfer test-faults
 
 static:  ## What is checked without running anything: style, types, import rules
 	@$(MAKE) lint
@@ -82,9 +82,8 @@ imports: install  ## Layering: who may import whom
 test-unit: install  ## The fast tests
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-# Those of transfers, and those of whole clusters, each one at a time: they mostly wait, too.
-CLUSTER_TESTS := tests/e2e tests/faults
-.PHONY: test-transfer test-clusters
+# Those of transfers, of whole clusters and of faults, each one at a time: they mostly wait, too.
+.PHONY: test-transfer test-clusters test-faults
 test-transfer: install model
 	@echo "==> Tests of transfers, and of parts together"
 	@$(BIN)/python -m pytest tests/unit/kv_transfer tests/integration $(ARGS)
@@ -93,10 +92,14 @@ test-transfer: install model
 
 test-clusters: install model
 	@echo "==> Tests of whole clusters"
-	@$(BIN)/python -m pytest $(CLUSTER_TESTS) $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+test-faults: install model
+	@echo "==> Tests of faults"
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-e2e: install model  ## The tests that start real workers
-	@$(BIN)/python -m pytest tests/integration $(CLUSTER_TESTS) $(ARGS)
+	@$(BIN)/python -m pytest tests/integration tests/e2e tests/faults $(ARGS)
 
 # Tests of single parts mostly wait, so three fit on two cores; a file's tests stay together.
 AT_ONCE := -n 3 --dist loadfile --max-worker-restart=0
