@@ -190,8 +190,11 @@ class Attempt:
             if share is not None:
                 share.end(self.around.clock())
         self.trace.close()
-        # Who wants to know keeps this attempt: together they would wait for the collector of cycles, prompt and all.
+        # Who wants to know keeps this attempt: together they would wait for the collector of cycles, prompt and all. So
+        # would an error that was raised, with the frames it came through.
         self.on_computed = _told_nobody
+        if self.ignored_failure is None:
+            self._prefill_failure = None
 
     def _start_source(self) -> Handoff:
         """Have a decode worker hand over the beginning of the prompt. Its call is not read: the prefill worker

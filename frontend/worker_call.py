@@ -142,7 +142,7 @@ class DecodeCall(WorkerCall[DecodeEvent]):
                 self._reader = None
         event, self._waiting = self._waiting, None
         if event is None and self._error is not None:
-            raise self._error
+            raise self._let_go()
         return event
 
     def received(self, event: DecodeEvent | None) -> None:
@@ -165,6 +165,12 @@ class DecodeCall(WorkerCall[DecodeEvent]):
         if self._error is None:
             self._error = error
         self._wake()
+
+    def _let_go(self) -> Exception:
+        """The error, to be raised: it will have the frame of its reader, who has this call."""
+        error, self._error, self._at_end = self._error, None, True
+        assert error is not None
+        return error
 
     def _append(self, waiting: DecodeEvent, event: DecodeEvent) -> None:
         if not self._grown:  # an own copy: the first one shares its memory with the whole message it came in

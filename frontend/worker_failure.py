@@ -70,8 +70,14 @@ class WorkerFailure(Exception):  # noqa: N818 - not an error of the request: ano
     def as_error(self, why_final: str) -> SlipstreamError:
         """What the client is told when no other worker can take over; `why_final` says why."""
         if self.kind is FailureKind.REFUSED or self.kind is FailureKind.FAILED:
-            self.cause.retry_after_s = self.cause.retry_after_s or RETRY_AFTER_S
-            return self.cause
+            cause = self.cause
+            # Not the cause itself: raised, it would have the frames of whoever keeps this failure, which has it.
+            return type(cause)(
+                cause.message,
+                param=cause.param,
+                code=cause.code,
+                retry_after_s=cause.retry_after_s or RETRY_AFTER_S,
+            )
         return WorkerLostError(
             f"{self.role} worker {self.worker.worker_id} was lost ({self.cause.message}); {why_final}",
             retry_after_s=RETRY_AFTER_S,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from slipstream.client import Client
-from slipstream.errors import SlipstreamError
+from slipstream.errors import InvalidRequestError, SlipstreamError, UnavailableError, WorkerLostError
 from tests.support.garbage import left_to_the_collector
 from tests.support.scripted_cluster import ScriptedCluster, a_request, scripted_cluster
 from tests.support.scripted_worker import Script
@@ -51,9 +52,44 @@ async def without_prefill(cluster: ScriptedCluster, request_id: str) -> None:
     await cluster.answer(a_request(request_id))
 
 
-@pytest.mark.parametrize("act", [whole, broken_off, moved_in_the_middle, without_prefill])
+async def refused_by_all(cluster: ScriptedCluster, request_id: str) -> None:
+    for worker in cluster.decodes:
+        worker.script = Script(refuse=UnavailableError("full"))
+    with pytest.raises(UnavailableError):
+        await cluster.answer(a_request(request_id))
+
+
+async def at_fault_itself(cluster: ScriptedCluster, request_id: str) -> None:
+    for worker in cluster.decodes:
+        worker.script = Script(refuse=InvalidRequestError("temperature is below 0"))
+    with pytest.raises(InvalidRequestError):
+        await cluster.answer(a_request(request_id))
+
+
+async def at_fault_says_prefill(cluster: ScriptedCluster, request_id: str) -> None:
+    cluster.prefills[0].script = Script(refuse=InvalidRequestError("temperature is below 0"))
+    for worker in cluster.decodes:
+        worker.script = Script(hang_at=0)
+    with pytest.raises(InvalidRequestError):
+        await cluster.answer(a_request(request_id))
+
+
+async def failed_too_often(cluster: ScriptedCluster, request_id: str) -> None:
+    for worker in cluster.decodes:
+        worker.script = Script(abort_at=3)
+    with pytest.raises(WorkerLostError):
+        await cluster.answer(a_request(request_id))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(whole, broken_off, moved_in_the_middle, without_prefill),
+        *(refused_by_all, at_fault_itself, at_fault_says_prefill, failed_too_often),
+    ],
+)
 async def test_the_dispatcher_forgets_a_request_with_its_end(act: Act) -> None:
-    async with scripted_cluster(decode=2) as cluster:
+    async with scripted_cluster(decode=2, max_attempts=2) as cluster:
         await act(cluster, "first")  # what is made once is made
         await cluster.until_idle()
         with left_to_the_collector() as left:
@@ -90,6 +126,16 @@ async def test_the_http_face_forgets_a_request_with_its_end(http: httpx.AsyncCli
     with left_to_the_collector() as left:
         for _ in range(3):
             (await http.post(path, json=body)).raise_for_status()
+    assert not left
+
+
+@pytest.mark.parametrize("wrong", [{"model": "none"}, {"temperature": -1}, {"max_tokens": 10**6}, {"stop": 5}])
+async def test_the_http_face_forgets_a_request_that_it_refuses(http: httpx.AsyncClient, wrong: dict[str, Any]) -> None:
+    body = {"model": "tiny", "prompt": "x", **wrong}
+    assert (await http.post("/v1/completions", json=body)).status_code in (400, 404)
+    with left_to_the_collector() as left:
+        for _ in range(3):
+            await http.post("/v1/completions", json=body)
     assert not left
 
 
