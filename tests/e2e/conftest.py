@@ -29,7 +29,8 @@ def tracing_flags(collector: Collector) -> list[str]:
 @pytest.fixture(scope="session")
 def real_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster") / "run"
-    flags = ["--dtype", "float32", "--served-model-name", "tiny", *tracing_flags(collector)]
+    # The model is so small that on a busy machine moving its blocks can look slower than computing them again.
+    flags = ["--dtype", "float32", "--served-model-name", "tiny", "--handoff", "always", *tracing_flags(collector)]
     with Cluster(tiny_model, folder, *flags, warm=True) as running:
         yield running
 

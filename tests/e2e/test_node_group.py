@@ -40,7 +40,12 @@ def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
     with (
         TwoHosts() as hosts,
         TwoHostCluster(
-            hosts, model, tmp_path_factory.mktemp("node-group") / "run", own_memory=True, group=True
+            hosts,
+            model,
+            tmp_path_factory.mktemp("node-group") / "run",
+            frontend_flags=("--handoff", "always"),
+            own_memory=True,
+            group=True,
         ) as running,
     ):
         yield running

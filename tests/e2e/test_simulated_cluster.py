@@ -26,7 +26,8 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = write_model_folder(tmp_path_factory.mktemp("model"), config={"max_position_embeddings": 8192})
     folder = tmp_path_factory.mktemp("cluster") / "run"
     flags = ("--engine", "simulated", "--prefill", "2", "--decode", "2", "--served-model-name", "sim")
-    with Cluster(model, folder, *flags, "--prefill-silence-s", "1") as running:
+    # What a simulated worker computes in no time at all, a decode worker may well be chosen to compute alone.
+    with Cluster(model, folder, *flags, "--handoff", "always", "--prefill-silence-s", "3") as running:
         yield running
 
 

@@ -19,7 +19,7 @@ def test_the_answers_are_the_same_and_the_slower_road_is_told(tiny_model: Path, 
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in (2, 128, 129, 130, 700, 3000)]
     prompts.append(prompts[-1][:1000] + prompts[-2])
     right = plain_engine.greedy(tiny_model, prompts, max_tokens=12)
-    flags = ("--dtype", "float32", "--transfer-mode", "auto")
+    flags = ("--dtype", "float32", "--handoff", "always", "--transfer-mode", "auto")
     with Cluster(tiny_model, tmp_path / "run", *flags, warm=True, first=[FORBID]) as cluster:
         with Client(cluster.grpc_target) as client:
             answers = [client.complete(ids, max_tokens=12, temperature=0, ignore_eos=True) for ids in prompts]

@@ -19,7 +19,7 @@ from tests.support.tiny_model import VOCAB_SIZE, make_tiny_model
 
 MAX_TOKENS = 16
 LENGTHS = (2, 128, 129, 300, 1000, 2500)
-FLAGS = ("--dtype", "float32", "--served-model-name", "tiny", "--tensor-parallel-size", "2")
+FLAGS = ("--dtype", "float32", "--served-model-name", "tiny", "--handoff", "always", "--tensor-parallel-size", "2")
 
 
 def new_prompt(length: int) -> list[int]:

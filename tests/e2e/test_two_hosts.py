@@ -31,7 +31,10 @@ WORKER_FLAGS = (
 )
 # Several steps for a prompt, so that blocks can leave while later ones are computed.
 PREFILL_FLAGS = ("--max-batched-tokens", "512")
-FRONTEND_FLAGS = ("--prefill-timeout-s", "6", "--first-token-timeout-s", "10", "--token-timeout-s", "10")
+FRONTEND_FLAGS = (
+    *("--handoff", "always", "--prefill-timeout-s", "6"),
+    *("--first-token-timeout-s", "10", "--token-timeout-s", "10"),
+)
 # Well beyond every deadline above: what takes longer is a hang.
 NO_HANG_S = 30.0
 

@@ -15,7 +15,7 @@ WORKERS = 3
 FLAGS = (
     *("--dtype", "float32", "--served-model-name", "tiny", "--decode", str(WORKERS - 1)),
     *("--prefill-timeout-s", "4", "--first-token-timeout-s", "4", "--token-timeout-s", "4"),
-    *("--control-plane-lease-s", "3"),
+    *("--control-plane-lease-s", "3", "--handoff", "always"),
 )
 
 
