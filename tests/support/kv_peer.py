@@ -9,7 +9,6 @@ list of what they returned. It ends when its standard input closes.
 
 from __future__ import annotations
 
-import os
 import select
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from kv_transfer import exchange
+from tests.support.answer_pipe import take_standard_output
 from tests.support.kv_node import DEADLINE_S, Census, Happening, KvNode, Options, Watched
 
 _COMMANDS = {
@@ -100,8 +100,7 @@ class KvPeer(Watched):
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the product logs is no answer
+    out = take_standard_output()
 
     def say(answer: object) -> None:
         out.write(msgspec.json.encode(answer) + b"\n")

@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import random
 import sys
 import threading
@@ -38,6 +37,7 @@ from kv_transfer.transports.nixl import NixlTransport
 from kv_transfer.transports.shm import ShmStaged
 from kv_transfer.transports.ucx import UcxTransport
 from slipstream.errors import TransferError
+from tests.support.answer_pipe import take_standard_output
 
 SPAN_BYTES = 1 << 20
 PLACES = 4
@@ -148,11 +148,10 @@ class Commands:
 
 
 async def main() -> None:
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the product, or a library of its, logs is no answer
+    out = take_standard_output()
 
     def say(line: str) -> None:
-        out.write(line + "\n")
+        out.write(line.encode() + b"\n")
         out.flush()
 
     name, folder = sys.argv[1], Path(sys.argv[2])
